@@ -1,0 +1,91 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "commvq/key_codec/config.hpp"
+
+namespace commvq {
+
+/// The additive codebook of one key head (CommVQ, section 3).
+///
+/// A head read as complex numbers is approximated by a sum of rows, per group of pairs:
+///
+///     kappa ~ sum over stages r of  Z_{r,0}[A_r] + Z_{r,1}[B_r]
+///
+/// In the paper's tied form Z_{r,1} = j Z_{r,0}; both books are stored all the same, so that
+/// decoding is one kind of lookup. Because a row is a vector of complex numbers, it commutes with
+/// RoPE: rotating the rows, the sum or the query gives the same score.
+///
+/// `rows` is `[num_groups][num_stages][2 books][codebook_size][2 * group_pairs]`; a row is planar:
+/// group_pairs real parts, then group_pairs imaginary parts.
+template <class Scalar>
+struct KeyCodebook {
+  KeyCodecConfig config;
+  std::vector<Scalar> rows;
+
+  KeyCodebook() = default;
+  /// An all-zero codebook. Throws `Error` if `config_` is invalid.
+  explicit KeyCodebook(const KeyCodecConfig& config_) : config(config_) {
+    config.validate();
+    rows.assign(static_cast<std::size_t>(config.num_groups()) * config.num_stages * 2 *
+                    config.codebook_size * row_size(),
+                Scalar(0));
+  }
+
+  int row_size() const { return 2 * config.group_pairs; }
+
+  /// Book 0 (A) or 1 (B) of a stage: `[codebook_size][2 * group_pairs]`.
+  const Scalar* book(int group, int stage, int which) const {
+    return rows.data() + book_offset(group, stage, which);
+  }
+  Scalar* book(int group, int stage, int which) {
+    return rows.data() + book_offset(group, stage, which);
+  }
+
+  /// Tied codebooks: sets every second book to j times the first, (re, im) -> (-im, re).
+  void derive_tied_books() {
+    const int g = config.group_pairs;
+    for (int group = 0; group < config.num_groups(); ++group)
+      for (int stage = 0; stage < config.num_stages; ++stage)
+        for (int c = 0; c < config.codebook_size; ++c) {
+          const Scalar* a = book(group, stage, 0) + c * row_size();
+          Scalar* b = book(group, stage, 1) + c * row_size();
+          for (int i = 0; i < g; ++i) {
+            b[i] = -a[i + g];
+            b[i + g] = a[i];
+          }
+        }
+  }
+
+ private:
+  std::size_t book_offset(int group, int stage, int which) const {
+    const auto book_index = (static_cast<std::size_t>(group) * config.num_stages + stage) * 2 + which;
+    return book_index * config.codebook_size * row_size();
+  }
+};
+
+/// Decodes one head. `codes` is `[num_groups][num_stages][2]`, each below codebook_size; `planar`
+/// receives `[head_dim]` in planar order (see `PairLayout`), not yet multiplied by the norm.
+template <class Scalar>
+void decode_key(const KeyCodebook<Scalar>& codebook, const std::uint16_t* codes, Scalar* planar) {
+  const KeyCodecConfig& config = codebook.config;
+  const int g = config.group_pairs;
+  const int num_pairs = config.pairs.num_pairs();
+  for (int group = 0; group < config.num_groups(); ++group) {
+    Scalar* const re = planar + group * g;
+    Scalar* const im = re + num_pairs;
+    for (int i = 0; i < g; ++i) re[i] = im[i] = Scalar(0);
+    for (int stage = 0; stage < config.num_stages; ++stage)
+      for (int which = 0; which < 2; ++which) {
+        const Scalar* const row = codebook.book(group, stage, which) + *codes++ * codebook.row_size();
+#pragma omp simd
+        for (int i = 0; i < g; ++i) {
+          re[i] += row[i];
+          im[i] += row[i + g];
+        }
+      }
+  }
+}
+
+}  // namespace commvq

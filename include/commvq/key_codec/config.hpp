@@ -1,0 +1,62 @@
+#pragma once
+
+#include "commvq/core/bit_packing.hpp"
+#include "commvq/rope/pair_layout.hpp"
+
+namespace commvq {
+
+/// Shape of the complex additive codebook of one key head (CommVQ, section 3; see `KeyCodebook`).
+struct KeyCodecConfig {
+  PairLayout pairs;        ///< head_dim and which channels form a complex number
+  int group_pairs = 64;    ///< g: RoPE pairs that share a code; divides head_dim / 2
+  int codebook_size = 64;  ///< Nc: centroids per book, in [2, 65536]
+  int num_stages = 11;     ///< R: residual stages, in [1, 1024]
+  bool tied = true;        ///< paper: the second book of a stage is j times the first
+  int beam_width = 1;      ///< candidates kept per stage when encoding; 1 is the paper's greedy
+
+  bool operator==(const KeyCodecConfig&) const = default;
+
+  int num_groups() const { return pairs.num_pairs() / group_pairs; }
+  /// Codes of one token and head: two (A, B) for each group and stage.
+  int num_codes() const { return num_groups() * num_stages * 2; }
+  /// Bits of one code.
+  int code_bits() const { return bits_for(codebook_size); }
+  /// Bits of one token and head, without the norm.
+  int bits_per_head() const { return num_codes() * code_bits(); }
+
+  /// Throws `Error` naming the first field that is out of range.
+  void validate() const;
+
+  /// The paper's 1-bit and 2-bit shapes (section 4: g = 64, Nc = 64, R = 11 and 21). A head smaller
+  /// than 128 is one group, with R scaled down in proportion; a larger one is cut into groups.
+  static KeyCodecConfig paper_1bit(const PairLayout& pairs) { return paper(pairs, 11); }
+  static KeyCodecConfig paper_2bit(const PairLayout& pairs) { return paper(pairs, 21); }
+
+ private:
+  static KeyCodecConfig paper(const PairLayout& pairs, int stages_at_64_pairs);
+};
+
+inline void KeyCodecConfig::validate() const {
+  pairs.validate();
+  require(group_pairs >= 1 && pairs.num_pairs() % group_pairs == 0, "group_pairs is ", group_pairs,
+          "; it must divide head_dim / 2 = ", pairs.num_pairs());
+  require(codebook_size >= 2 && codebook_size <= (1 << kMaxCodeBits), "codebook_size is ",
+          codebook_size, "; it must be in [2, ", 1 << kMaxCodeBits, "]");
+  require(num_stages >= 1 && num_stages <= 1024, "num_stages is ", num_stages,
+          "; it must be in [1, 1024]");
+  require(beam_width >= 1 && beam_width <= 1024, "beam_width is ", beam_width,
+          "; it must be in [1, 1024]");
+}
+
+inline KeyCodecConfig KeyCodecConfig::paper(const PairLayout& pairs, int stages_at_64_pairs) {
+  pairs.validate();
+  KeyCodecConfig config;
+  config.pairs = pairs;
+  config.group_pairs = pairs.num_pairs() < 64 ? pairs.num_pairs() : 64;
+  while (pairs.num_pairs() % config.group_pairs != 0) --config.group_pairs;
+  const int stages = stages_at_64_pairs * config.group_pairs / 64;
+  config.num_stages = stages < 1 ? 1 : stages;
+  return config;
+}
+
+}  // namespace commvq

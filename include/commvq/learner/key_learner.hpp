@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "commvq/key_codec/key_codec.hpp"
+#include "commvq/learner/progress.hpp"
+
+namespace commvq {
+
+/// Joint least squares after the stage-wise learning (ours; not in the paper).
+struct KeyRefinement {
+  int rounds = 0;        ///< alternations of solving and re-encoding; 0 leaves the paper's result
+  int beam_width = 8;    ///< beam of the re-encoding
+  double ridge = 1e-3;   ///< proximal ridge, relative to the mean diagonal of the normal matrix
+};
+
+struct KeyLearnerOptions {
+  KeyCodecConfig codec;
+  int max_steps = 100;              ///< EM steps per stage
+  double first_temperature = 1e-3;  ///< the soft assignment's temperature at step 0 ...
+  double last_temperature = 1e-5;   ///< ... and at the last step; exponential in between
+  int stages_per_decade = 4;        ///< both are divided by 10 after every so many stages
+  int max_tokens = 65536;           ///< learn from a random choice of at most so many keys
+  int batch_tokens = 4096;          ///< tokens whose assignments are in memory at once
+  std::uint64_t seed = 1;
+  KeyRefinement refinement;
+  ProgressCallback progress;        ///< may be empty
+
+  /// Throws `Error` naming the first field that is out of range.
+  void validate() const;
+};
+
+/// Mean squared error per key (not per channel), of keys that were divided by their norm.
+struct KeyLearnerReport {
+  /// `[num_groups * num_stages][steps taken + 1]`: error of the hard assignment before the first
+  /// step and after each; the stage keeps the smallest.
+  std::vector<std::vector<double>> stage_objectives;
+  /// Error over the whole key: after EM with the refinement's encoder, then after every solve and
+  /// every re-encoding. Never rises.
+  std::vector<double> refinement_objectives;
+};
+
+/// Learns the codebook of one head from `keys` `[tokens][head_dim]`: planar order, divided by the
+/// norm of their token (see `KeyCodec`).
+///
+/// Stage by stage on the residual x, alternating (CommVQ, section 3.3):
+///   E: p(A,B | x) = softmax over (A,B) of -|x - z_A - j z_B|^2 / T
+///   M: minimise sum_AB w_AB |mu_AB - z_A - j z_B|^2, one Hermitian system of size Nc.
+/// An untied codebook learns two books per stage by the same alternation. Then, if asked for, joint
+/// least squares of all books at fixed codes, alternating with re-encoding.
+///
+/// The same seed, input and number of threads give the same codebook. Fewer tokens than centroids
+/// are allowed; an empty cluster keeps its centroid. Throws `Error` for no tokens, wrong shapes, or
+/// NaN and infinity.
+KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys, const KeyLearnerOptions& options,
+                                      KeyLearnerReport* report = nullptr);
+
+/// Learns a layer's codec from `keys` `[tokens][num_kv_heads * head_dim]`, channel order, before
+/// RoPE, not normalised: divides by the norms, then learns each head. Zero keys are left out.
+/// `reports` is null or receives one report a head.
+KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& options,
+                         std::vector<KeyLearnerReport>* reports = nullptr);
+
+}  // namespace commvq

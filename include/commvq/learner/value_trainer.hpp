@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "commvq/learner/progress.hpp"
+#include "commvq/value_codec/value_codec.hpp"
+
+namespace commvq {
+
+struct ValueTrainerOptions {
+  ValueCodecConfig codec;
+  int steps = 2000;             ///< Adam steps
+  int batch_tokens = 256;       ///< values per step, drawn at random
+  double learning_rate = 1e-3;  ///< peak; linear warm-up over the first 5%, then cosine to zero
+  double temperature = 1.0;     ///< of the Gumbel softmax
+  std::uint64_t seed = 1;
+  ProgressCallback progress;    ///< may be empty
+
+  /// Throws `Error` naming the first field that is out of range.
+  void validate() const;
+};
+
+struct ValueTrainerReport {
+  /// Relative squared error |v - decoded|^2 / |v|^2, mean over the batch, after each step.
+  std::vector<double> objectives;
+};
+
+/// Trains a value codec on `values` `[tokens][C]` (CommVQ, section 3.2): Gumbel softmax with hard
+/// samples and straight-through gradients, mean squared error of the value scaled to unit norm,
+/// Adam, cosine schedule. The same seed, input and number of threads give the same weights.
+/// Zero values are left out. Throws `Error` for no tokens, wrong shapes, or NaN and infinity.
+ValueCodec train_value_codec(MatrixView<const float> values, const ValueTrainerOptions& options,
+                             ValueTrainerReport* report = nullptr);
+
+}  // namespace commvq

@@ -1,0 +1,95 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "commvq/core/view.hpp"
+
+namespace commvq {
+
+/// Shape of the value codec of one layer (CommVQ, section 3.2).
+struct ValueCodecConfig {
+  int num_channels = 1024;  ///< C = num_kv_heads * head_dim, a multiple of 8
+  int bits = 1;             ///< binary codes per channel, 1 or 2
+  int hidden_size = 2048;   ///< H of the encoder network
+
+  bool operator==(const ValueCodecConfig&) const = default;
+
+  /// Binary codes of one token; two of them form a group that takes one of four patterns.
+  int num_code_bits() const { return num_channels * bits; }
+  int num_groups() const { return num_code_bits() / 2; }
+  /// Outputs of the encoder network: four per group.
+  int num_logits() const { return 4 * num_groups(); }
+
+  /// Throws `Error` naming the first field that is out of range.
+  void validate() const;
+
+  /// The reference's shapes: H = min(4096, 2 C bits).
+  static ValueCodecConfig paper_1bit(int num_channels) { return paper(num_channels, 1); }
+  static ValueCodecConfig paper_2bit(int num_channels) { return paper(num_channels, 2); }
+
+ private:
+  static ValueCodecConfig paper(int num_channels, int bits);
+};
+
+/// Parameters of a value codec, all row-major.
+///
+///     encoder:  h = GELU(hidden_weight LayerNorm(v) + hidden_bias)
+///               logits = output_weight h + output_bias, four per group; the largest one picks the
+///               group's pattern of two bits (b[2g], b[2g+1]): 0 = (1,0), 1 = (0,1), 2 = (1,1),
+///               3 = (0,0)
+///     decoder:  u = decoder^T b,   value ~ |v| u / |u|
+///
+/// GELU is the exact one, x Phi(x).
+struct ValueCodecWeights {
+  std::vector<float> norm_gain;      ///< [C]
+  std::vector<float> norm_bias;      ///< [C]
+  std::vector<float> hidden_weight;  ///< [H][C]
+  std::vector<float> hidden_bias;    ///< [H]
+  std::vector<float> output_weight;  ///< [num_logits][H]
+  std::vector<float> output_bias;    ///< [num_logits]
+  std::vector<float> decoder;        ///< [num_code_bits][C], E of the paper
+};
+
+/// Epsilon of the encoder's LayerNorm. Values are scaled to unit norm before they reach it, so that
+/// the code of a value does not depend on its length.
+inline constexpr float kValueLayerNormEpsilon = 1e-5f;
+
+/// Bits of the four patterns, bit 0 first: (1,0), (0,1), (1,1), (0,0).
+inline constexpr std::uint8_t kValuePatterns[4] = {0b01, 0b10, 0b11, 0b00};
+
+/// Values of one layer, all KV heads together. Immutable after construction.
+class ValueCodec {
+ public:
+  /// Throws `Error` if a weight has the wrong size or is not finite.
+  ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights);
+
+  const ValueCodecConfig& config() const { return config_; }
+  const ValueCodecWeights& weights() const { return weights_; }
+  /// E, `[num_code_bits][num_channels]`.
+  MatrixView<const float> decoder() const {
+    return {weights_.decoder.data(), config_.num_code_bits(), config_.num_channels};
+  }
+
+  /// Bytes of the packed binary code of one token.
+  int code_bytes() const { return config_.num_code_bits() / 8; }
+  /// Bits of one token: the binary code and the bf16 scale.
+  Index bits_per_token() const { return config_.num_code_bits() + 16; }
+
+  /// Encodes `values` `[tokens][C]`. `codes` is `[tokens][code_bytes()]`, bit i of the code in bit
+  /// i % 8 of byte i / 8; `scales` `[tokens]` receives bf16 bits of |v| / |u| (0 where v or u is
+  /// zero). Throws `Error` for shapes that do not fit, and for NaN, infinity or a scale beyond
+  /// bf16's range, naming token and channel. Parallel over blocks of tokens.
+  void encode(MatrixView<const float> values, MatrixView<std::uint8_t> codes,
+              std::uint16_t* scales) const;
+
+  /// Decodes to `values` `[tokens][C]`: scale * E^T b.
+  void decode(MatrixView<const std::uint8_t> codes, const std::uint16_t* scales,
+              MatrixView<float> values) const;
+
+ private:
+  ValueCodecConfig config_;
+  ValueCodecWeights weights_;
+};
+
+}  // namespace commvq
