@@ -35,13 +35,14 @@ struct CacheConfig {
 ///
 /// Tokens are numbered from 0. The first `sinks` tokens live in an exact buffer of their own. Of
 /// the others `[sinks, coded_end)` are coded, in pages, and `[exact_begin, length)` have an exact
-/// copy; the ranges overlap: exact_begin <= coded_end and coded_end >= length - window. Tokens are
-/// coded from their rounded exact copies, a block at a time and ahead of need, so that the value
-/// encoder's weights are read once a block; what a query reads does not depend on how tokens were
-/// grouped into calls of `append`.
+/// copy; the ranges overlap: exact_begin <= coded_end and coded_end >= length - window (as long as
+/// there are fewer tokens than sinks, both begin at `sinks`). Tokens are coded from their rounded
+/// exact copies, a block at a time and ahead of need, so that the encoders' weights are read once a
+/// block.
 ///
-/// A query at position t reads exact copies of tokens above t - window and codes of older ones (see
-/// `coded_end_for`). Keys are stored before RoPE; attention applies it.
+/// A query at position t reads exact copies of tokens above t - window and codes of older ones,
+/// however the tokens were grouped into calls of `append` (see `coded_end_for`). Keys are stored
+/// before RoPE; attention applies it.
 ///
 /// Copying is `fork()`: pages are shared until one of the copies writes to them. Different caches,
 /// forks included, may be used from different threads; one cache by one thread at a time.
@@ -86,7 +87,7 @@ class LayerCache {
   /// position + 1 - window, limited to what is coded and to what has no exact copy any more.
   Index coded_end_for(Index position) const;
   /// The oldest position that may be queried: that of the first token of the last `append`, or
-  /// older. `length()` of an empty cache, 0.
+  /// older. An older query would find codes of tokens that its window owes it exactly.
   Index first_query_position() const;
 
   /// Writes what a query at `query_position` sees of tokens `[first, first + keys.rows)`: decoded
