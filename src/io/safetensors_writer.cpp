@@ -1,0 +1,147 @@
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <functional>
+#include <utility>
+
+#include "commvq/io/safetensors.hpp"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "strict_json.hpp"
+#include "tensor_size.hpp"
+
+namespace commvq {
+namespace {
+
+using detail::in_quotes;
+using nlohmann::json;
+
+constexpr std::size_t kMaxHeaderBytes = 100'000'000;
+constexpr std::size_t kAlignment = 8;  // of the data, and so of every tensor: the widest come first
+
+/// A new file beside `target` that takes its place on `commit` and is removed otherwise.
+class ReplacingFile {
+ public:
+  explicit ReplacingFile(const std::filesystem::path& target) : target_(target) {
+    static std::atomic<unsigned> counter{0};
+    do {
+      path_ =
+          target.string() + ".tmp-" + std::to_string(::getpid()) + "-" + std::to_string(counter++);
+      descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    } while (descriptor_ < 0 && errno == EEXIST);
+    check(descriptor_ >= 0);
+  }
+  ReplacingFile(const ReplacingFile&) = delete;
+  ReplacingFile& operator=(const ReplacingFile&) = delete;
+  ~ReplacingFile() {
+    if (descriptor_ >= 0) ::close(descriptor_);
+    if (!committed_) ::unlink(path_.c_str());
+  }
+
+  void write(const void* data, std::size_t size) {
+    const char* next = static_cast<const char*>(data);
+    while (size > 0) {
+      const ssize_t written = ::write(descriptor_, next, size);
+      if (written < 0 && errno == EINTR) continue;
+      check(written >= 0);
+      next += written;
+      size -= static_cast<std::size_t>(written);
+    }
+  }
+
+  void commit() {
+    check(::fsync(descriptor_) == 0);
+    check(::close(std::exchange(descriptor_, -1)) == 0);
+    check(::rename(path_.c_str(), target_.c_str()) == 0);
+    committed_ = true;
+    sync_folder();
+  }
+
+ private:
+  void check(bool succeeded) const {
+    require(succeeded, target_.string(), ": cannot be written: ", std::strerror(errno));
+  }
+
+  /// Makes the new name survive a power cut; the file is whole without it.
+  void sync_folder() const {
+    const std::filesystem::path folder = target_.has_parent_path() ? target_.parent_path() : ".";
+    const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (descriptor < 0) return;
+    ::fsync(descriptor);
+    ::close(descriptor);
+  }
+
+  std::filesystem::path target_;
+  std::string path_;
+  int descriptor_ = -1;
+  bool committed_ = false;
+};
+
+std::string header_text(const json& header, const std::filesystem::path& path) {
+  std::string text;
+  try {
+    text = header.dump();
+  } catch (const json::exception&) {
+    fail(path.string(), ": a tensor name or metadata is not valid UTF-8");
+  }
+  text.resize((text.size() + kAlignment - 1) / kAlignment * kAlignment, ' ');
+  require(text.size() <= kMaxHeaderBytes, path.string(), ": header of ", text.size(),
+          " bytes; the format allows ", kMaxHeaderBytes);
+  return text;
+}
+
+}  // namespace
+
+void SafetensorsWriter::add(const std::string& name, const std::vector<Index>& shape,
+                            std::span<const float> values) {
+  add(name, Dtype::kF32, shape,
+      {reinterpret_cast<const std::uint8_t*>(values.data()), values.size_bytes()});
+}
+
+void SafetensorsWriter::add(const std::string& name, Dtype dtype, const std::vector<Index>& shape,
+                            std::span<const std::uint8_t> bytes) {
+  const std::string what = "tensor " + in_quotes(name);
+  require(name != "__metadata__", what, ": the format reserves this name");
+  require(!entries_.contains(name), what, ": added twice");
+  const Index needed = detail::checked_bytes(dtype, shape, what);
+  require(needed == static_cast<Index>(bytes.size()), what, ": shape ", detail::to_text(shape),
+          " of ", name_of(dtype), " needs ", needed, " bytes, not ", bytes.size());
+  entries_[name] = {dtype, shape, {bytes.begin(), bytes.end()}};
+}
+
+void SafetensorsWriter::set_metadata(const std::string& key, const std::string& value) {
+  metadata_[key] = value;
+}
+
+void SafetensorsWriter::write(const std::filesystem::path& path) const {
+  std::vector<const std::pair<const std::string, Entry>*> order;
+  for (const auto& entry : entries_) order.push_back(&entry);
+  std::ranges::stable_sort(order, std::greater(),
+                           [](const auto* entry) { return size_of(entry->second.dtype); });
+
+  json header = json::object();
+  if (!metadata_.empty()) header["__metadata__"] = metadata_;
+  std::size_t offset = 0;
+  for (const auto* const item : order) {
+    const auto& [name, entry] = *item;
+    const std::size_t end = offset + entry.bytes.size();
+    header[name] = {
+        {"dtype", name_of(entry.dtype)}, {"shape", entry.shape}, {"data_offsets", {offset, end}}};
+    offset = end;
+  }
+
+  const std::string text = header_text(header, path);
+  const std::uint64_t length = text.size();
+  ReplacingFile file(path);
+  file.write(&length, sizeof(length));
+  file.write(text.data(), text.size());
+  for (const auto* const item : order)
+    file.write(item->second.bytes.data(), item->second.bytes.size());
+  file.commit();
+}
+
+}  // namespace commvq
