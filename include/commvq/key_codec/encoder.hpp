@@ -1,9 +1,14 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
+#include "commvq/core/view.hpp"
 #include "commvq/key_codec/codebook.hpp"
+
+#include <Eigen/Core>
 
 namespace commvq {
 
@@ -21,12 +26,193 @@ class KeyEncoder {
   /// Encodes `keys` `[tokens][head_dim]`, planar and already divided by the norm. `codes` is
   /// `[tokens][num_codes()]`. Minimises |key - decoded|^2 among the `beam_width` candidates kept
   /// after each stage; ties go to the smaller (candidate, A, B). `squared_error`, `[tokens]` or
-  /// null, receives what remains. Parallel over tokens where the caller is not in a parallel region.
+  /// null, receives what remains. Over many keys a wider beam leaves a smaller error; a single key
+  /// can come out worse. Parallel over tokens where the caller is not in a parallel region.
+  /// Throws `Error` for shapes that do not fit.
   void encode(MatrixView<const Scalar> keys, int beam_width, MatrixView<std::uint16_t> codes,
               Scalar* squared_error = nullptr) const;
 
  private:
+  using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  using ConstMatrixMap = Eigen::Map<const Matrix>;
+
+  /// One way to extend a candidate: centre Z_0[a] + Z_1[b].
+  struct Choice {
+    Scalar error;
+    int candidate;
+    std::uint16_t a;
+    std::uint16_t b;
+  };
+  /// The candidates of a block of tokens within one group, `width` of them a token.
+  struct Beam {
+    int width = 1;
+    Matrix residuals;                  ///< [tokens * width][2g]
+    std::vector<Scalar> errors;        ///< [tokens * width]
+    std::vector<std::uint16_t> codes;  ///< [tokens * width][num_stages][2]
+  };
+
+  static constexpr Index kBlockTokens = 64;
+
+  std::size_t stage_index(int group, int stage) const {
+    return static_cast<std::size_t>(group) * codebook_.config.num_stages + stage;
+  }
+  /// Both books of a stage, `[2 * codebook_size][2g]`.
+  ConstMatrixMap books(int group, int stage) const {
+    return {codebook_.book(group, stage, 0), 2 * codebook_.config.codebook_size,
+            codebook_.row_size()};
+  }
+  Beam first_beam(MatrixView<const Scalar> keys, int group) const;
+  void extend(Beam& beam, int group, int stage, int beam_width) const;
+  void best_choices(const Beam& beam, const Matrix& products, Index token, int group, int stage,
+                    std::size_t limit, std::vector<Choice>& best) const;
+
   KeyCodebook<Scalar> codebook_;
+  std::vector<Scalar> squared_norms_;  ///< [groups][stages][2 * codebook_size]
+  std::vector<Scalar> cross_terms_;    ///< [groups][stages][A][B]: 2 <Z_0[A], Z_1[B]>
 };
+
+template <class Scalar>
+KeyEncoder<Scalar>::KeyEncoder(KeyCodebook<Scalar> codebook) : codebook_(std::move(codebook)) {
+  const KeyCodecConfig& config = codebook_.config;
+  config.validate();
+  const int size = config.codebook_size;
+  const std::size_t stages = stage_index(config.num_groups(), 0);
+  require(codebook_.rows.size() == stages * 2 * size * codebook_.row_size(), "the codebook holds ",
+          codebook_.rows.size(), " numbers; its configuration needs ",
+          stages * 2 * size * codebook_.row_size());
+  squared_norms_.resize(stages * 2 * size);
+  cross_terms_.resize(stages * size * size);
+  for (int group = 0; group < config.num_groups(); ++group)
+    for (int stage = 0; stage < config.num_stages; ++stage) {
+      const ConstMatrixMap both = books(group, stage);
+      const std::size_t at = stage_index(group, stage);
+      Eigen::Map<Eigen::Matrix<Scalar, Eigen::Dynamic, 1>>(&squared_norms_[at * 2 * size],
+                                                           2 * size) = both.rowwise().squaredNorm();
+      Eigen::Map<Matrix>(&cross_terms_[at * size * size], size, size).noalias() =
+          Scalar(2) * both.topRows(size) * both.bottomRows(size).transpose();
+    }
+}
+
+template <class Scalar>
+void KeyEncoder<Scalar>::encode(MatrixView<const Scalar> keys, int beam_width,
+                                MatrixView<std::uint16_t> codes, Scalar* squared_error) const {
+  const KeyCodecConfig& config = codebook_.config;
+  require(keys.cols == config.pairs.head_dim, "the keys have ", keys.cols,
+          " channels; the codebook is for ", config.pairs.head_dim);
+  require(codes.rows == keys.rows && codes.cols == config.num_codes(), "codes are [", codes.rows,
+          ", ", codes.cols, "]; these keys need [", keys.rows, ", ", config.num_codes(), "]");
+  require(beam_width >= 1 && beam_width <= 1024, "beam_width is ", beam_width,
+          "; it must be in [1, 1024]");
+  const Index num_blocks = (keys.rows + kBlockTokens - 1) / kBlockTokens;
+#pragma omp parallel for schedule(dynamic) if (num_blocks > 1)
+  for (Index block = 0; block < num_blocks; ++block) {
+    const Index first = block * kBlockTokens;
+    const Index count = std::min(kBlockTokens, keys.rows - first);
+    if (squared_error != nullptr) std::fill_n(squared_error + first, count, Scalar(0));
+    for (int group = 0; group < config.num_groups(); ++group) {
+      Beam beam = first_beam(keys.middle_rows(first, count), group);
+      for (int stage = 0; stage < config.num_stages; ++stage)
+        extend(beam, group, stage, beam_width);
+      const Index path = Index{2} * config.num_stages;
+      for (Index t = 0; t < count; ++t) {  // candidates are sorted: the first is the best
+        const Index best = t * beam.width;
+        std::copy_n(&beam.codes[static_cast<std::size_t>(best * path)], path,
+                    codes.row(first + t) + group * path);
+        if (squared_error != nullptr)
+          squared_error[first + t] += beam.residuals.row(best).squaredNorm();
+      }
+    }
+  }
+}
+
+template <class Scalar>
+auto KeyEncoder<Scalar>::first_beam(MatrixView<const Scalar> keys, int group) const -> Beam {
+  const int g = codebook_.config.group_pairs;
+  const Index num_pairs = keys.cols / 2;
+  Beam beam;
+  beam.residuals.resize(keys.rows, 2 * g);
+  for (Index t = 0; t < keys.rows; ++t)
+    for (Index part = 0; part < 2; ++part)
+      std::copy_n(keys.row(t) + part * num_pairs + group * g, g,
+                  beam.residuals.row(t).data() + part * g);
+  beam.errors.resize(static_cast<std::size_t>(keys.rows));
+  for (Index t = 0; t < keys.rows; ++t)
+    beam.errors[static_cast<std::size_t>(t)] = beam.residuals.row(t).squaredNorm();
+  beam.codes.resize(static_cast<std::size_t>(keys.rows) * 2 * codebook_.config.num_stages);
+  return beam;
+}
+
+/// Replaces the candidates of every token by the best `beam_width` of all their extensions.
+template <class Scalar>
+void KeyEncoder<Scalar>::extend(Beam& beam, int group, int stage, int beam_width) const {
+  const Index size = codebook_.config.codebook_size;
+  const ConstMatrixMap both = books(group, stage);
+  const Matrix products = beam.residuals * both.transpose();
+  const Index tokens = beam.residuals.rows() / beam.width;
+  const Index width = std::min<Index>(beam_width, beam.width * size * size);
+  const Index path = Index{2} * codebook_.config.num_stages;
+
+  Beam next;
+  next.width = static_cast<int>(width);
+  next.residuals.resize(tokens * width, both.cols());
+  next.errors.resize(static_cast<std::size_t>(tokens * width));
+  next.codes.resize(static_cast<std::size_t>(tokens * width * path));
+  std::vector<Choice> best;
+  for (Index t = 0; t < tokens; ++t) {
+    best_choices(beam, products, t, group, stage, static_cast<std::size_t>(width), best);
+    for (Index i = 0; i < width; ++i) {
+      const Choice& choice = best[static_cast<std::size_t>(i)];
+      const Index from = t * beam.width + choice.candidate;
+      const Index to = t * width + i;
+      next.residuals.row(to) =
+          beam.residuals.row(from) - both.row(choice.a) - both.row(size + choice.b);
+      next.errors[static_cast<std::size_t>(to)] = choice.error;
+      std::uint16_t* const codes = &next.codes[static_cast<std::size_t>(to * path)];
+      std::copy_n(&beam.codes[static_cast<std::size_t>(from * path)], 2 * stage, codes);
+      codes[2 * stage] = choice.a;
+      codes[2 * stage + 1] = choice.b;
+    }
+  }
+  beam = std::move(next);
+}
+
+/// The `limit` smallest errors |r - Z_0[a] - Z_1[b]|^2, sorted, over all candidates r of a token:
+///     |r|^2 + (|Z_0[a]|^2 - 2 <r, Z_0[a]>) + (|Z_1[b]|^2 - 2 <r, Z_1[b]>) + 2 <Z_0[a], Z_1[b]>.
+template <class Scalar>
+void KeyEncoder<Scalar>::best_choices(const Beam& beam, const Matrix& products, Index token,
+                                      int group, int stage, std::size_t limit,
+                                      std::vector<Choice>& best) const {
+  const int size = codebook_.config.codebook_size;
+  const std::size_t at = stage_index(group, stage);
+  const Scalar* const norms = &squared_norms_[at * 2 * size];
+  std::vector<Scalar> part_b(static_cast<std::size_t>(size)), row(part_b.size());
+  best.clear();
+  for (int candidate = 0; candidate < beam.width; ++candidate) {
+    const Index index = token * beam.width + candidate;
+    const Scalar* const dots = products.row(index).data();
+    const Scalar error = beam.errors[static_cast<std::size_t>(index)];
+    for (int b = 0; b < size; ++b) part_b[b] = norms[size + b] - 2 * dots[size + b];
+    for (int a = 0; a < size; ++a) {
+      const Scalar part_a = error + norms[a] - 2 * dots[a];
+      const Scalar* const cross = &cross_terms_[(at * size + a) * size];
+      Scalar least = part_a + part_b[0] + cross[0];
+#pragma omp simd reduction(min : least)
+      for (int b = 0; b < size; ++b) {
+        row[b] = part_a + part_b[b] + cross[b];
+        least = row[b] < least ? row[b] : least;
+      }
+      if (best.size() == limit && !(least < best.back().error)) continue;
+      for (int b = 0; b < size; ++b) {
+        if (best.size() == limit && !(row[b] < best.back().error)) continue;
+        if (best.size() == limit) best.pop_back();
+        const auto place =
+            std::upper_bound(best.begin(), best.end(), row[b],
+                             [](Scalar value, const Choice& other) { return value < other.error; });
+        best.insert(place, {row[b], candidate, static_cast<std::uint16_t>(a),
+                            static_cast<std::uint16_t>(b)});
+      }
+    }
+  }
+}
 
 }  // namespace commvq
