@@ -1,0 +1,93 @@
+#include "commvq/key_codec/key_codec.hpp"
+
+#include <cmath>
+#include <utility>
+
+#include "commvq/core/float16.hpp"
+
+namespace commvq {
+namespace {
+
+/// The bf16 L2 norm of a key, all heads. Throws `Error` for what no bf16 can hold.
+std::uint16_t rounded_norm(MatrixView<const float> keys, Index token) {
+  double sum = 0;
+  const float* const key = keys.row(token);
+  for (Index i = 0; i < keys.cols; ++i) {
+    require(std::isfinite(key[i]), "key of token ", token, ", channel ", i, " is ", key[i],
+            "; only finite keys can be coded");
+    sum += static_cast<double>(key[i]) * key[i];
+  }
+  const double norm = std::sqrt(sum);
+  const std::uint16_t bits = to_bf16(static_cast<float>(norm));
+  require(std::isfinite(from_bf16(bits)), "key of token ", token, " has norm ", norm,
+          "; the largest norm that bf16 holds is 3.3895e38");
+  return bits;
+}
+
+}  // namespace
+
+KeyCodec::KeyCodec(std::vector<KeyCodebook<float>> codebooks) {
+  require(!codebooks.empty(), "a key codec needs a codebook for each KV head; none is given");
+  for (std::size_t head = 0; head < codebooks.size(); ++head) {
+    require(codebooks[head].config == codebooks[0].config, "the codebook of head ", head,
+            " has another configuration than that of head 0; all heads of a layer share one");
+    for (std::size_t i = 0; i < codebooks[head].rows.size(); ++i)
+      require(std::isfinite(codebooks[head].rows[i]), "number ", i, " of the codebook of head ",
+              head, " is ", codebooks[head].rows[i], "; it must be finite");
+  }
+  heads_.reserve(codebooks.size());
+  for (KeyCodebook<float>& codebook : codebooks) heads_.emplace_back(std::move(codebook));
+}
+
+void KeyCodec::encode(MatrixView<const float> keys, MatrixView<std::uint16_t> codes,
+                      std::uint16_t* norms) const {
+  const Index head_dim = config().pairs.head_dim;
+  const Index num_codes = config().num_codes();
+  require(keys.cols == num_kv_heads() * head_dim, "the keys have ", keys.cols,
+          " channels; the codec is for ", num_kv_heads(), " heads of ", head_dim);
+  require(codes.rows == keys.rows && codes.cols == num_kv_heads() * num_codes, "codes are [",
+          codes.rows, ", ", codes.cols, "]; these keys need [", keys.rows, ", ",
+          num_kv_heads() * num_codes, "]");
+  for (Index t = 0; t < keys.rows; ++t) norms[t] = rounded_norm(keys, t);
+
+  std::vector<float> planar(static_cast<std::size_t>(keys.rows * head_dim));
+  std::vector<float> unit(static_cast<std::size_t>(head_dim));
+  for (int head = 0; head < num_kv_heads(); ++head) {
+    for (Index t = 0; t < keys.rows; ++t) {
+      const double norm = from_bf16(norms[t]);
+      const double factor = norm > 0 ? 1 / norm : 0;
+      const float* const key = keys.row(t) + head * head_dim;
+      for (Index i = 0; i < head_dim; ++i) unit[i] = static_cast<float>(key[i] * factor);
+      config().pairs.to_planar(unit.data(), &planar[static_cast<std::size_t>(t * head_dim)]);
+    }
+    encoder(head).encode({planar.data(), keys.rows, head_dim}, config().beam_width,
+                         codes.middle_cols(head * num_codes, num_codes));
+  }
+}
+
+void KeyCodec::decode(MatrixView<const std::uint16_t> codes, const std::uint16_t* norms,
+                      MatrixView<float> keys) const {
+  const Index head_dim = config().pairs.head_dim;
+  const Index num_codes = config().num_codes();
+  require(codes.cols == num_kv_heads() * num_codes, "a row holds ", codes.cols,
+          " codes; the codec has ", num_kv_heads() * num_codes);
+  require(keys.rows == codes.rows && keys.cols == num_kv_heads() * head_dim, "the keys are [",
+          keys.rows, ", ", keys.cols, "]; these codes decode to [", codes.rows, ", ",
+          num_kv_heads() * head_dim, "]");
+  for (Index t = 0; t < codes.rows; ++t)
+    for (Index i = 0; i < codes.cols; ++i)
+      require(codes(t, i) < config().codebook_size, "code ", i, " of token ", t, " is ",
+              codes(t, i), "; the codebook has ", config().codebook_size, " centroids");
+
+  std::vector<float> planar(static_cast<std::size_t>(head_dim));
+  for (Index t = 0; t < codes.rows; ++t) {
+    const float norm = from_bf16(norms[t]);
+    for (int head = 0; head < num_kv_heads(); ++head) {
+      decode_key(codebook(head), codes.row(t) + head * num_codes, planar.data());
+      for (float& value : planar) value *= norm;
+      config().pairs.from_planar(planar.data(), keys.row(t) + head * head_dim);
+    }
+  }
+}
+
+}  // namespace commvq
