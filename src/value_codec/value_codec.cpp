@@ -1,0 +1,220 @@
+#include "commvq/value_codec/value_codec.hpp"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "commvq/core/error.hpp"
+#include "commvq/core/float16.hpp"
+#include "value_codec/value_layers.hpp"
+
+namespace commvq {
+namespace {
+
+using value_layers::ConstMatrixMap;
+using value_layers::Matrix;
+
+/// Tokens that go through the network together.
+constexpr Index kBlockTokens = 128;
+
+constexpr Index kNone = std::numeric_limits<Index>::max();
+
+void check_weight(const std::vector<float>& weight, const char* name, Index rows, Index cols) {
+  require(static_cast<Index>(weight.size()) == rows * cols, "value codec: ", name, " has ",
+          weight.size(), " elements; the configuration needs ", rows, " x ", cols);
+  const auto bad = std::find_if_not(weight.begin(), weight.end(),
+                                    [](float w) { return std::isfinite(w); });
+  require(bad == weight.end(), "value codec: ", name, " holds NaN or infinity at element ",
+          bad - weight.begin());
+}
+
+/// Throws for NaN and infinity, naming the first of them.
+void check_finite(MatrixView<const float> values) {
+  Index first_bad = kNone;
+#pragma omp parallel for reduction(min : first_bad) if (!omp_in_parallel())
+  for (Index t = 0; t < values.rows; ++t) {
+    bool finite = true;
+    for (Index c = 0; c < values.cols; ++c) finite &= std::isfinite(values(t, c));
+    if (!finite) first_bad = std::min(first_bad, t);
+  }
+  if (first_bad == kNone) return;
+  Index channel = 0;
+  while (std::isfinite(values(first_bad, channel))) ++channel;
+  fail("value of token ", first_bad, ", channel ", channel, " is ", values(first_bad, channel),
+       "; values must be finite");
+}
+
+/// Activations of one block of tokens.
+struct Block {
+  Matrix<float> unit;    // [tokens][C]: values of unit norm, then after LayerNorm; later u
+  Matrix<float> hidden;  // [tokens][H]
+  Matrix<float> logits;  // [tokens][num_logits]
+  Matrix<float> bits;    // [tokens][num_code_bits], 0 or 1
+};
+
+void pack_bits(const float* bits, int bytes, std::uint8_t* code) {
+  for (int byte = 0; byte < bytes; ++byte) {
+    unsigned packed = 0;
+    for (int i = 0; i < 8; ++i) packed |= (bits[8 * byte + i] != 0 ? 1u : 0u) << i;
+    code[byte] = static_cast<std::uint8_t>(packed);
+  }
+}
+
+void unpack_bits(const std::uint8_t* code, int bytes, float* bits) {
+  for (int byte = 0; byte < bytes; ++byte)
+    for (int i = 0; i < 8; ++i) bits[8 * byte + i] = static_cast<float>((code[byte] >> i) & 1);
+}
+
+/// Fills `block.bits` with the codes of `values`.
+void choose_codes(const ValueCodecConfig& config, const ValueCodecWeights& weights,
+                  MatrixView<const float> values, const std::vector<double>& norms, Block& block) {
+  const Index tokens = values.rows, C = config.num_channels, H = config.hidden_size;
+  block.unit.resize(tokens, C);
+  for (Index t = 0; t < tokens; ++t) {
+    float* const unit = block.unit.row(t).data();
+    const double norm = norms[static_cast<std::size_t>(t)];
+    for (Index c = 0; c < C; ++c)
+      unit[c] = norm > 0 ? static_cast<float>(values(t, c) / norm) : 0.0f;
+    value_layers::standardize(unit, C, unit);
+    for (Index c = 0; c < C; ++c)
+      unit[c] = unit[c] * weights.norm_gain[static_cast<std::size_t>(c)] +
+                weights.norm_bias[static_cast<std::size_t>(c)];
+  }
+  const ConstMatrixMap<float> hidden_weight(weights.hidden_weight.data(), H, C);
+  const ConstMatrixMap<float> hidden_bias(weights.hidden_bias.data(), 1, H);
+  block.hidden.noalias() = block.unit * hidden_weight.transpose();
+  for (Index t = 0; t < tokens; ++t) {
+    block.hidden.row(t) += hidden_bias;
+    value_layers::gelu<float>(block.hidden.row(t).data(), H, nullptr);
+  }
+  const ConstMatrixMap<float> output_weight(weights.output_weight.data(), config.num_logits(), H);
+  const ConstMatrixMap<float> output_bias(weights.output_bias.data(), 1, config.num_logits());
+  block.logits.noalias() = block.hidden * output_weight.transpose();
+  block.bits.resize(tokens, config.num_code_bits());
+  for (Index t = 0; t < tokens; ++t) {
+    block.logits.row(t) += output_bias;
+    value_layers::choose_patterns<float>(block.logits.row(t).data(), config.num_groups(),
+                                         block.bits.row(t).data());
+    if (norms[static_cast<std::size_t>(t)] == 0) block.bits.row(t).setZero();
+  }
+}
+
+void check_scales(MatrixView<const std::uint8_t> codes, const std::uint16_t* scales) {
+  require(codes.rows == 0 || scales != nullptr, "scales are null; they must hold one number for ",
+          "each of the ", codes.rows, " tokens");
+}
+
+}  // namespace
+
+void ValueCodecConfig::validate() const {
+  require(num_channels >= 8 && num_channels <= 65536 && num_channels % 8 == 0, "num_channels is ",
+          num_channels, "; it must be a multiple of 8 in [8, 65536]");
+  require(bits == 1 || bits == 2, "bits is ", bits, "; it must be 1 or 2");
+  require(hidden_size >= 1 && hidden_size <= 65536, "hidden_size is ", hidden_size,
+          "; it must be in [1, 65536]");
+}
+
+ValueCodecConfig ValueCodecConfig::paper(int num_channels, int bits) {
+  ValueCodecConfig config{num_channels, bits, 1};
+  config.validate();
+  config.hidden_size = std::min(4096, 2 * num_channels * bits);
+  return config;
+}
+
+ValueCodec::ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights)
+    : config_(config), weights_(std::move(weights)) {
+  config_.validate();
+  const Index C = config_.num_channels, H = config_.hidden_size, L = config_.num_logits();
+  check_weight(weights_.norm_gain, "norm_gain", 1, C);
+  check_weight(weights_.norm_bias, "norm_bias", 1, C);
+  check_weight(weights_.hidden_weight, "hidden_weight", H, C);
+  check_weight(weights_.hidden_bias, "hidden_bias", 1, H);
+  check_weight(weights_.output_weight, "output_weight", L, H);
+  check_weight(weights_.output_bias, "output_bias", 1, L);
+  check_weight(weights_.decoder, "decoder", config_.num_code_bits(), C);
+}
+
+void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t> codes,
+                        std::uint16_t* scales) const {
+  require(values.cols == config_.num_channels, "values have ", values.cols,
+          " channels; the codec has ", config_.num_channels);
+  require(codes.rows == values.rows && codes.cols == code_bytes(), "codes are [", codes.rows, ", ",
+          codes.cols, "]; they must be [", values.rows, ", ", code_bytes(), "]");
+  check_scales(codes, scales);
+  check_finite(values);
+
+  const ConstMatrixMap<float> E(weights_.decoder.data(), config_.num_code_bits(),
+                                config_.num_channels);
+  const Index num_blocks = (values.rows + kBlockTokens - 1) / kBlockTokens;
+  Index first_bad = kNone;
+#pragma omp parallel if (num_blocks > 1 && !omp_in_parallel()) reduction(min : first_bad)
+  {
+    Block block;
+    std::vector<double> norms;
+#pragma omp for schedule(dynamic)
+    for (Index b = 0; b < num_blocks; ++b) {
+      const Index first = b * kBlockTokens;
+      const Index tokens = std::min(kBlockTokens, values.rows - first);
+      norms.resize(static_cast<std::size_t>(tokens));
+      for (Index t = 0; t < tokens; ++t)
+        norms[static_cast<std::size_t>(t)] = value_layers::norm_of(values.row(first + t), values.cols);
+      choose_codes(config_, weights_, values.middle_rows(first, tokens), norms, block);
+      block.unit.noalias() = block.bits * E;
+      for (Index t = 0; t < tokens; ++t) {
+        const double length = value_layers::norm_of(block.unit.row(t).data(), values.cols);
+        const double scale = length > 0 ? norms[static_cast<std::size_t>(t)] / length : 0.0;
+        const std::uint16_t rounded = to_bf16(static_cast<float>(scale));
+        if (!std::isfinite(length) || !std::isfinite(from_bf16(rounded)))
+          first_bad = std::min(first_bad, first + t);
+        pack_bits(block.bits.row(t).data(), code_bytes(), codes.row(first + t));
+        scales[first + t] = rounded;
+      }
+    }
+  }
+  if (first_bad == kNone) return;
+  const float* const row = values.row(first_bad);
+  const auto largest = std::max_element(
+      row, row + values.cols, [](float a, float b) { return std::abs(a) < std::abs(b); });
+  fail("value of token ", first_bad, " (norm ", value_layers::norm_of(row, values.cols),
+       ", largest in channel ", largest - row, ": ", *largest,
+       ") needs a scale beyond bf16's range, 3.39e38; scale the values down");
+}
+
+void ValueCodec::decode(MatrixView<const std::uint8_t> codes, const std::uint16_t* scales,
+                        MatrixView<float> values) const {
+  require(codes.cols == code_bytes(), "codes have ", codes.cols, " bytes a token; the codec has ",
+          code_bytes());
+  require(values.rows == codes.rows && values.cols == config_.num_channels, "values are [",
+          values.rows, ", ", values.cols, "]; they must be [", codes.rows, ", ",
+          config_.num_channels, "]");
+  check_scales(codes, scales);
+  for (Index t = 0; t < codes.rows; ++t)
+    require(std::isfinite(from_bf16(scales[t])), "scale of token ", t, " is ",
+            from_bf16(scales[t]), "; it must be finite");
+
+  const ConstMatrixMap<float> E(weights_.decoder.data(), config_.num_code_bits(),
+                                config_.num_channels);
+  const Index num_blocks = (codes.rows + kBlockTokens - 1) / kBlockTokens;
+#pragma omp parallel if (num_blocks > 1 && !omp_in_parallel())
+  {
+    Matrix<float> bits;
+#pragma omp for schedule(dynamic)
+    for (Index b = 0; b < num_blocks; ++b) {
+      const Index first = b * kBlockTokens;
+      const Index tokens = std::min(kBlockTokens, codes.rows - first);
+      bits.resize(tokens, config_.num_code_bits());
+      for (Index t = 0; t < tokens; ++t)
+        unpack_bits(codes.row(first + t), code_bytes(), bits.row(t).data());
+      Eigen::Map<Matrix<float>, 0, Eigen::OuterStride<>> out(
+          values.row(first), tokens, values.cols, Eigen::OuterStride<>(values.row_stride));
+      out.noalias() = bits * E;
+      for (Index t = 0; t < tokens; ++t) out.row(t) *= from_bf16(scales[first + t]);
+    }
+  }
+}
+
+}  // namespace commvq
