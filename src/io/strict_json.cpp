@@ -47,6 +47,9 @@ class StructureGuard {
 }  // namespace
 
 json parse_strict_json(std::string_view text, int max_depth, const std::string& what) {
+  // The parser would take a NUL for the end of the text and not look at what follows.
+  const std::size_t nul = text.find('\0');
+  require(nul == text.npos, what, ": not valid JSON at byte ", nul + 1, " of ", text.size());
   StructureGuard guard(max_depth, what);
   const auto observe = [&guard](int, json::parse_event_t event, json& parsed) {
     guard.on_event(event, parsed);
