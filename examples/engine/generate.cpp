@@ -1,0 +1,49 @@
+#include "engine/generate.hpp"
+
+#include "commvq/core/error.hpp"
+
+namespace engine {
+
+std::vector<int> generate(const Model& model, commvq::Cache& cache, std::span<const int> prompt,
+                          int max_tokens, Sampler& sampler, int stop_token,
+                          const TokenCallback& on_token) {
+  commvq::require(!prompt.empty(), "the prompt has no tokens");
+  std::vector<int> result;
+  if (max_tokens <= 0) return result;
+  std::vector<float> logits = model.prefill(prompt, cache, Logits::kLastOfSegment);
+  while (true) {
+    const int token = sampler.pick(logits);
+    result.push_back(token);
+    const bool goes_on = !on_token || on_token(token);
+    if (!goes_on || token == stop_token || static_cast<int>(result.size()) >= max_tokens)
+      return result;
+    const Segment segment{{&token, 1}, &cache};
+    logits = model.forward({&segment, 1}, Logits::kLastOfSegment);
+  }
+}
+
+std::vector<std::vector<int>> write_text(const Model& model, int num_sequences, int length,
+                                         int first_token, std::uint64_t seed,
+                                         const std::function<void(int)>& progress) {
+  commvq::require(num_sequences >= 1 && length >= 1, "cannot write ", num_sequences,
+                  " sequences of ", length, " tokens; both must be at least 1");
+  std::vector<std::vector<int>> texts(static_cast<std::size_t>(num_sequences), {first_token});
+  std::vector<commvq::Cache> caches(texts.size(), model.make_cache({}));
+  std::vector<Sampler> samplers;
+  for (std::size_t i = 0; i < texts.size(); ++i)
+    samplers.emplace_back(SamplerOptions{.temperature = 1.0, .seed = seed * 1000003 + i});
+
+  const auto vocab = static_cast<std::size_t>(model.config().vocab_size);
+  for (int written = 1; written < length; ++written) {
+    std::vector<Segment> segments;
+    for (std::size_t i = 0; i < texts.size(); ++i)
+      segments.push_back({std::span<const int>(texts[i]).last(1), &caches[i]});
+    const std::vector<float> logits = model.forward(segments, Logits::kLastOfSegment);
+    for (std::size_t i = 0; i < texts.size(); ++i)
+      texts[i].push_back(samplers[i].pick(std::span(logits).subspan(i * vocab, vocab)));
+    if (progress) progress(written + 1);
+  }
+  return texts;
+}
+
+}  // namespace engine

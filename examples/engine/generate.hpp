@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "engine/model.hpp"
+#include "engine/sampler.hpp"
+
+namespace engine {
+
+/// Called with each new token; returns false to stop.
+using TokenCallback = std::function<bool(int token)>;
+
+/// Runs `prompt` through the model and appends up to `max_tokens` tokens. `cache` must be empty or
+/// hold what comes before the prompt; it ends up with everything but the last new token. Stops
+/// early after `stop_token` (-1: never), which is part of the result. Throws `commvq::Error` for an
+/// empty prompt.
+std::vector<int> generate(const Model& model, commvq::Cache& cache, std::span<const int> prompt,
+                          int max_tokens, Sampler& sampler, int stop_token = -1,
+                          const TokenCallback& on_token = {});
+
+/// Text that the model writes by itself: `num_sequences` sequences of `length` tokens side by side,
+/// each begun by `first_token` and sampled at temperature 1 from a seed of its own. `progress`, if
+/// given, receives the tokens written so far of each sequence.
+std::vector<std::vector<int>> write_text(const Model& model, int num_sequences, int length,
+                                         int first_token, std::uint64_t seed,
+                                         const std::function<void(int)>& progress = {});
+
+}  // namespace engine
