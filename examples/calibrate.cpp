@@ -1,0 +1,175 @@
+// Learns the codebooks of a model: runs it over text, collects keys and values, fits the codecs.
+#include <algorithm>
+#include <cstdio>
+
+#include "commvq/commvq.hpp"
+
+#include <CLI/CLI.hpp>
+
+#include "engine/console.hpp"
+#include "engine/evaluation.hpp"
+#include "engine/generate.hpp"
+#include "engine/text_file.hpp"
+
+namespace {
+
+using engine::Index;
+
+struct Options {
+  std::string model, text, out;
+  bool self = false;
+  int bits = 1;
+  int context = 1024;
+  int tokens = 32768;
+  int em_steps = 100;
+  int refine = 0;
+  bool untied = false;
+  int value_steps = 3000;
+  std::uint64_t seed = 1;
+};
+
+/// What a layer computed over the calibration text, one row a token.
+struct LayerData {
+  std::vector<float> keys, values;
+};
+
+void append(std::vector<float>& to, engine::MatrixView<const float> rows) {
+  for (Index t = 0; t < rows.rows; ++t) to.insert(to.end(), rows.row(t), rows.row(t) + rows.cols);
+}
+
+std::vector<std::vector<int>> calibration_text(const Options& options, const engine::Model& model,
+                                               const engine::Tokenizer& tokenizer) {
+  if (!options.self) {
+    const auto tokens = tokenizer.encode(engine::read_text_file(options.text));
+    return engine::windows_of(tokens, options.context,
+                              std::max(1, options.tokens / options.context));
+  }
+  // Many short texts side by side: writing is sequential within each.
+  const int length = std::min(options.context, 512);
+  const int count = std::max(1, options.tokens / length);
+  const int first = tokenizer.added_token("<|endoftext|>");
+  engine::ProgressLine progress("Writing " + std::to_string(count * length) + " tokens");
+  return engine::write_text(model, count, length, std::max(0, first), options.seed,
+                            [&](int written) { progress.update(double(written) / length); });
+}
+
+/// Runs the model over the text exactly and keeps every layer's keys and values.
+std::vector<LayerData> collect(const engine::Model& model,
+                               const std::vector<std::vector<int>>& windows) {
+  std::vector<LayerData> layers(static_cast<std::size_t>(model.config().num_layers));
+  engine::ProgressLine progress("Running the model");
+  for (std::size_t i = 0; i < windows.size(); ++i) {
+    progress.update(double(i) / double(windows.size()));
+    commvq::Cache cache = model.make_cache({});
+    model.prefill(windows[i], cache, engine::Logits::kNone,
+                  [&](int layer, auto, auto keys, auto values) {
+                    append(layers[static_cast<std::size_t>(layer)].keys, keys);
+                    append(layers[static_cast<std::size_t>(layer)].values, values);
+                  });
+  }
+  return layers;
+}
+
+commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig& config,
+                               LayerData data, const commvq::ProgressCallback& progress,
+                               std::uint64_t seed) {
+  const Index channels = config.kv_size();
+  const auto rows = static_cast<Index>(data.keys.size()) / channels;
+  commvq::KeyLearnerOptions keys;
+  keys.codec = options.bits == 1 ? commvq::KeyCodecConfig::paper_1bit(config.rope.pairs)
+                                 : commvq::KeyCodecConfig::paper_2bit(config.rope.pairs);
+  keys.codec.tied = !options.untied;
+  keys.max_steps = options.em_steps;
+  keys.refinement.rounds = options.refine;
+  keys.seed = seed;
+  keys.progress = [&](commvq::Progress step) {
+    step.fraction *= 0.5;
+    progress(step);
+  };
+  commvq::ValueTrainerOptions values;
+  values.codec = options.bits == 1
+                     ? commvq::ValueCodecConfig::paper_1bit(static_cast<int>(channels))
+                     : commvq::ValueCodecConfig::paper_2bit(static_cast<int>(channels));
+  values.steps = options.value_steps;
+  values.seed = seed;
+  values.progress = [&](commvq::Progress step) {
+    step.fraction = 0.5 + 0.5 * step.fraction;
+    progress(step);
+  };
+  const std::vector<float> all_keys = std::move(data.keys), all_values = std::move(data.values);
+  return {std::make_shared<commvq::KeyCodec>(
+              commvq::learn_key_codec({all_keys.data(), rows, channels}, keys)),
+          std::make_shared<commvq::ValueCodec>(
+              commvq::train_value_codec({all_values.data(), rows, channels}, values))};
+}
+
+int calibrate(const Options& options) {
+  const engine::Model model(options.model);
+  const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
+  const auto windows = calibration_text(options, model, tokenizer);
+  std::vector<LayerData> layers = collect(model, windows);
+
+  commvq::ModelCodecs codecs;
+  codecs.rope = model.config().rope;
+  codecs.num_kv_heads = model.config().num_kv_heads;
+  codecs.model_digest = model.digest();
+  codecs.provenance = "calibrate, " + std::to_string(windows.size() * windows[0].size()) +
+                      " tokens of " + (options.self ? "its own text" : "given text") + ", seed " +
+                      std::to_string(options.seed);
+  {
+    engine::ProgressLine progress("Learning " + std::to_string(options.bits) + "-bit codecs");
+    for (std::size_t i = 0; i < layers.size(); ++i)
+      codecs.layers.push_back(learn_layer(
+          options, model.config(), std::move(layers[i]),
+          [&](const commvq::Progress& step) {
+            progress.update((double(i) + step.fraction) / double(layers.size()),
+                            "layer " + std::to_string(i + 1) + "/" + std::to_string(layers.size()) +
+                                ", " + step.phase);
+          },
+          options.seed * 1000003 + i));
+  }
+  commvq::save_codecs(options.out, codecs);
+  const commvq::Cache cache = model.make_cache(codecs.layers);
+  const double bytes = cache.layer(0).bytes_per_token();
+  const double fp16 = 4.0 * model.config().kv_size();
+  std::printf("%s: %d layers, %.3f bytes a token and layer, 1/%.2f of FP16\n", options.out.c_str(),
+              cache.num_layers(), bytes, fp16 / bytes);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  CLI::App app("Learns the codebooks that compress a model's KV cache.");
+  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama model")->required();
+  auto* text = app.add_option("--text", options.text, "Text file to calibrate on");
+  app.add_flag("--self", options.self, "Let the model write its own text; no data is needed")
+      ->excludes(text);
+  app.add_option("--bits", options.bits, "Bits per number")
+      ->check(CLI::IsMember({1, 2}))
+      ->capture_default_str();
+  app.add_option("--out", options.out, "Codebook file to write")->required();
+  app.add_option("--tokens", options.tokens, "Tokens to calibrate on")
+      ->check(CLI::Range(64, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--context", options.context, "Tokens of one context")
+      ->check(CLI::Range(16, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--em-steps", options.em_steps, "EM steps of each key stage")
+      ->check(CLI::Range(1, 10000))
+      ->capture_default_str();
+  app.add_option("--refine", options.refine, "Rounds of joint least squares; 0: the paper's keys")
+      ->check(CLI::Range(0, 1000))
+      ->capture_default_str();
+  app.add_flag("--untied", options.untied, "Two books a stage (same bits, better keys)");
+  app.add_option("--value-steps", options.value_steps, "Training steps of each value codec")
+      ->check(CLI::Range(1, 10000000))
+      ->capture_default_str();
+  app.add_option("--seed", options.seed, "Seed of everything random")->capture_default_str();
+  CLI11_PARSE(app, argc, argv);
+  return engine::run_program([&] {
+    commvq::require(options.self || !options.text.empty(), "give --text FILE or --self");
+    return calibrate(options);
+  });
+}
