@@ -1,0 +1,100 @@
+// Continues a prompt with an exact or a compressed KV cache and says what the cache costs.
+#include "engine/generate.hpp"
+
+#include <chrono>
+#include <cstdio>
+
+#include "commvq/commvq.hpp"
+
+#include <CLI/CLI.hpp>
+
+#include "engine/console.hpp"
+#include "engine/tokenizer.hpp"
+
+namespace {
+
+struct Options {
+  std::string model, codebooks, prompt, cache = "commvq";
+  int max_tokens = 200;
+  engine::Index window = 128, sinks = 0;
+  engine::SamplerOptions sampler;
+};
+
+/// What the finished cache takes, and what FP16 would.
+void print_cost(const engine::Model& model, const commvq::Cache& cache, std::size_t new_tokens,
+                double seconds) {
+  const auto fp16 = 4.0 * model.config().kv_size() * double(cache.num_layers() * cache.length());
+  const auto bytes = static_cast<double>(cache.allocated_bytes());
+  const commvq::LayerCache& layer = cache.layer(0);
+  const auto coded = static_cast<long long>(layer.coded_end() - layer.sinks_end());
+  std::printf("\n\n%lld tokens in the cache: %s allocated, FP16 would take %s (%.2fx)\n",
+              static_cast<long long>(cache.length()), engine::human_bytes(bytes).c_str(),
+              engine::human_bytes(fp16).c_str(), fp16 / bytes);
+  std::printf("%lld of them coded, %.3f bytes each a layer: 1/%.2f of FP16\n", coded,
+              layer.bytes_per_token(), 4.0 * model.config().kv_size() / layer.bytes_per_token());
+  std::printf("%.1f tokens/s, prompt included\n", double(new_tokens) / seconds);
+}
+
+int generate(const Options& options) {
+  const engine::Model model(options.model);
+  const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
+  std::vector<commvq::LayerCodec> codecs;
+  if (options.cache == "commvq") {
+    commvq::require(!options.codebooks.empty(), "--cache commvq needs --codebooks FILE; ",
+                    "calibrate writes one");
+    commvq::ModelCodecs file = commvq::load_codecs(options.codebooks);
+    file.require_model(model.config().rope, model.config().num_kv_heads, model.config().num_layers,
+                       model.digest());
+    codecs = std::move(file.layers);
+  }
+  commvq::Cache cache = model.make_cache(std::move(codecs), options.window, options.sinks);
+  const std::vector<int> prompt = tokenizer.encode(options.prompt);
+  engine::Sampler sampler(options.sampler);
+  engine::StreamingDecoder decoder(tokenizer);
+
+  std::printf("%s", options.prompt.c_str());
+  const int stop = tokenizer.added_token("<|endoftext|>");
+  const auto start = std::chrono::steady_clock::now();
+  const auto tokens =
+      engine::generate(model, cache, prompt, options.max_tokens, sampler, stop, [&](int token) {
+        if (token == stop) return true;
+        std::printf("%s", decoder.add(token).c_str());
+        std::fflush(stdout);
+        return true;
+      });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  std::printf("%s", decoder.finish().c_str());
+  print_cost(model, cache, tokens.size(), seconds.count());
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  CLI::App app("Continues a prompt with an exact or a compressed KV cache.");
+  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama model")->required();
+  app.add_option("--codebooks", options.codebooks, "Codebook file that calibrate wrote");
+  app.add_option("--prompt", options.prompt, "Text to continue")->required();
+  app.add_option("--cache", options.cache, "exact (FP16) or commvq")
+      ->check(CLI::IsMember({"exact", "commvq"}))
+      ->capture_default_str();
+  app.add_option("--max-tokens", options.max_tokens, "Most tokens to write")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--window", options.window, "Newest tokens that stay exact")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--sinks", options.sinks, "First tokens that stay exact")
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--temperature", options.sampler.temperature, "0 takes the most probable token")
+      ->capture_default_str();
+  app.add_option("--top-k", options.sampler.top_k, "Sample among so many tokens; 0: all")
+      ->capture_default_str();
+  app.add_option("--top-p", options.sampler.top_p, "Sample among tokens of this probability")
+      ->capture_default_str();
+  app.add_option("--seed", options.sampler.seed, "Seed of the sampling")->capture_default_str();
+  CLI11_PARSE(app, argc, argv);
+  return engine::run_program([&] { return generate(options); });
+}
