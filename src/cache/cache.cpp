@@ -141,6 +141,7 @@ void CacheConfig::validate() const {
 LayerCache::LayerCache(const CacheConfig& config, LayerCodec codec)
     : config_(validated(config, codec)),
       codec_(std::move(codec)),
+      key_tables_(KeyTables::of(codec_.keys)),
       rope_(config.rope),
       page_layout_(config.page_size, config.exact_type, config.num_kv_heads,
                    config.rope.pairs.head_dim, codec_),

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "commvq/cache/exact_store.hpp"
+#include "commvq/cache/key_tables.hpp"
 #include "commvq/cache/page.hpp"
 #include "commvq/core/float16.hpp"
 #include "commvq/core/view.hpp"
@@ -103,6 +104,7 @@ class LayerCache {
   Index coded_end() const { return coded_end_; }
 
   /// Storage, for the attention kernels.
+  const KeyTables* key_tables() const { return key_tables_.get(); }  ///< null for exact keys
   const PageLayout& page_layout() const { return page_layout_; }
   const std::vector<PagePtr>& pages() const {
     return pages_;
@@ -119,6 +121,7 @@ class LayerCache {
 
   CacheConfig config_;
   LayerCodec codec_;
+  std::shared_ptr<const KeyTables> key_tables_;
   Rope rope_;
   PageLayout page_layout_;
   Index length_ = 0;

@@ -1,0 +1,102 @@
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+/// Sixteen floats at a time, by the compilers' vector extensions: on a machine with narrower
+/// registers each operation becomes several.
+namespace commvq::simd {
+
+inline constexpr int kLanes = 16;
+
+using Vec = float __attribute__((vector_size(64)));
+using IntVec = std::int32_t __attribute__((vector_size(64)));
+using ShortVec = std::int16_t __attribute__((vector_size(64)));
+
+// As they may lie in memory: aligned like their elements, aliasing arrays of them.
+using LooseVec = float __attribute__((vector_size(64), aligned(4), may_alias));
+using LooseShorts = std::int16_t __attribute__((vector_size(64), aligned(2), may_alias));
+using LooseHalfShorts = std::int16_t __attribute__((vector_size(32), aligned(2), may_alias));
+using LooseBytes = std::uint8_t __attribute__((vector_size(16), aligned(1), may_alias));
+
+inline Vec load(const float* p) {
+  return *reinterpret_cast<const LooseVec*>(p);
+}
+inline void store(float* p, Vec v) {
+  *reinterpret_cast<LooseVec*>(p) = v;
+}
+inline Vec broadcast(float x) {
+  return Vec{} + x;
+}
+
+inline ShortVec load_shorts(const std::int16_t* p) {
+  return *reinterpret_cast<const LooseShorts*>(p);
+}
+inline void store_shorts(std::int16_t* p, ShortVec v) {
+  *reinterpret_cast<LooseShorts*>(p) = v;
+}
+
+/// Sixteen 16-bit integers as floats.
+inline Vec load_as_floats(const std::int16_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const LooseHalfShorts*>(p), Vec);
+}
+/// Sixteen bytes as integers.
+inline IntVec load_as_ints(const std::uint8_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(p), IntVec);
+}
+
+/// Lane i of the result is lane (indices[i] % 16) of `table`.
+inline Vec lookup(Vec table, IntVec indices) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return __builtin_shuffle(table, indices);
+#else
+  Vec result;
+  for (int i = 0; i < kLanes; ++i) result[i] = table[indices[i] & 15];
+  return result;
+#endif
+}
+
+/// e^x for x <= 0, to about two units in the last place; 0 below -87.
+inline Vec exp_nonpositive(Vec x) {
+  const Vec magic = broadcast(0x1.8p23f);  // adding it rounds to an integer
+  const Vec shifted = x * 1.44269504f + magic;
+  const Vec rounded = shifted - magic;
+  const Vec rest = (x - rounded * 0.693145752f) - rounded * 1.42860677e-6f;
+  Vec sum = rest * (1.0f / 720) + 1.0f / 120;
+  sum = sum * rest + 1.0f / 24;
+  sum = sum * rest + 1.0f / 6;
+  sum = sum * rest + 0.5f;
+  sum = sum * rest + 1.0f;
+  sum = sum * rest + 1.0f;
+  const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
+  const Vec result = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(sum) + exponent);
+  return x < -87.0f ? Vec{} : result;
+}
+
+/// One step of a transposed sum: halves of `2 * width` lanes of x and y are added up and laid side
+/// by side.
+template <int width, std::size_t... lane>
+Vec fold_pair(Vec x, Vec y, std::index_sequence<lane...>) {
+  constexpr auto source = [](int i) {
+    return i / (2 * width) * (2 * width) + i % width + (i % (2 * width) < width ? 0 : kLanes);
+  };
+  return __builtin_shufflevector(x, y, source(lane)...) +
+         __builtin_shufflevector(x, y, (source(lane) + width)...);
+}
+
+template <int width>
+void fold(Vec* v) {
+  for (int i = 0; i < width; ++i)
+    v[i] = fold_pair<width>(v[i], v[i + width], std::make_index_sequence<kLanes>());
+}
+
+/// Lane i of the result is the sum over the lanes of v[i]. Overwrites `v`, `[16]`.
+inline Vec sum_each(Vec* v) {
+  fold<8>(v);
+  fold<4>(v);
+  fold<2>(v);
+  fold<1>(v);
+  return v[0];
+}
+
+}  // namespace commvq::simd

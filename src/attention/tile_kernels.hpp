@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+
+#include "commvq/cache/key_tables.hpp"
+
+/// The inner loops of attention. All arrays of floats are padded with zeros to whole vectors of 16.
+namespace commvq::attention {
+
+/// Tokens that share one rotation of the queries: keys are rotated by their offset from the first.
+inline constexpr int kSubtile = 16;
+/// Tokens between two updates of the running softmax.
+inline constexpr int kTile = 64;
+
+/// Reads `count` codes of `width` bits at bit offset `position` of a stream as `put_bits` writes
+/// it. Reads up to three bytes past the last code.
+void unpack_codes(const std::uint8_t* stream, Index position, int width, int count,
+                  std::uint16_t* codes);
+
+/// Adds up the rows of one token and head. `codes` is `[num_groups][num_stages][2]`; `planar`
+/// receives `[2 * padded_head_pairs]` integers, real parts, then imaginary parts, in units of
+/// `KeyTables::units`. The padding of `planar` is left alone where a head has several groups.
+void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int padded_head_pairs,
+              std::int16_t* planar);
+
+/// Rotates a planar head by `rotation` (cosines, then sines), all `[2 * padded_pairs]`.
+void rotate(const float* planar, const float* rotation, int padded_pairs, float* rotated);
+void rotate(const std::int16_t* planar, const float* rotation, int padded_pairs, float* rotated);
+/// Rotates by the opposite angles.
+void rotate_back(const float* planar, const float* rotation, int padded_pairs, float* rotated);
+
+/// scores[r * kTile + t] = <query r, key t> for kSubtile keys. `queries` `[rows][width]`, `keys`
+/// `[kSubtile][width]`.
+void score_subtile(const float* queries, int rows, const float* keys, int width, float* scores);
+
+/// sums[r][i] += sum over eight tokens t of weights[r * kTile + t] * (bit t of bytes[i]).
+/// `bytes` `[num_code_bits]`, `sums` `[rows][stride]`; num_code_bits is a multiple of 16.
+void add_code_bits(const std::uint8_t* bytes, Index num_code_bits, const float* weights, int rows,
+                   float* sums, Index stride);
+
+/// sums[r][d] += sum over the code bits i of codes[r][i] * decoder[i][d]. `codes`
+/// `[rows][codes_stride]`, `decoder` `[num_code_bits][decoder_stride]` of which `head_dim` columns
+/// are read, `sums` `[rows][stride]`.
+void add_decoded(const float* decoder, Index decoder_stride, Index num_code_bits, int head_dim,
+                 const float* codes, Index codes_stride, int rows, float* sums, Index stride);
+
+/// sums[r][d] += sum over `count` tokens of weights[r * kTile + t] * values[t][d]; `values`
+/// `[count][width]`, `sums` `[rows][stride]`.
+void add_values(const float* values, int count, int width, const float* weights, int rows,
+                float* sums, Index stride);
+
+}  // namespace commvq::attention
