@@ -1,7 +1,6 @@
 // Learns codecs for one layer's keys and values, compresses them, attends over the codes.
 #include <cmath>
 #include <cstdio>
-#include <memory>
 #include <random>
 #include <vector>
 
@@ -10,7 +9,7 @@
 int main() {
   commvq::CacheConfig config;  // RoPE of theta 10,000 on heads of 128
   config.num_kv_heads = 2;
-  const commvq::Index tokens = 4096, channels = config.num_channels();
+  const commvq::Index tokens = 2048, channels = config.num_channels();
 
   // Stand-ins for what a model computes: [tokens][num_kv_heads * head_dim], keys before RoPE.
   std::mt19937 random(1);
@@ -27,7 +26,7 @@ int main() {
   const commvq::MatrixView<const float> key_view(keys.data(), tokens, channels);
   const commvq::MatrixView<const float> value_view(values.data(), tokens, channels);
 
-  // Learn the codecs once per model and layer; save_codecs() keeps them in a file.
+  // Learn the codecs once per model; save_codecs() keeps them in a file.
   commvq::KeyLearnerOptions key_options;
   key_options.codec = commvq::KeyCodecConfig::paper_1bit(config.rope.pairs);
   key_options.max_steps = 20;

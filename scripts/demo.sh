@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The main job on the small model that comes with the project: calibrate from text the model writes
+# itself, then compare exact, 2-bit and 1-bit caches. Needs no data and no network beyond packages.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+scripts/install_packages.sh
+cmake --preset release -DCOMMVQ_BUILD_TESTS=OFF -DCOMMVQ_BUILD_BENCH=OFF >/dev/null
+cmake --build --preset release
+
+model=examples/data/lm-7m
+out=build/demo
+mkdir -p "$out"
+for bits in 2 1; do
+  build/examples/calibrate "$model" --self --bits "$bits" --out "$out/$bits-bit.safetensors" \
+    --tokens 8192 --em-steps 20 --value-steps 800
+done
+
+echo
+build/examples/evaluate "$model" --self --context 1024 --contexts 8 --questions 20 \
+  --codebooks "$out/2-bit.safetensors" "$out/1-bit.safetensors" --json "$out/quality.json"
+
+prompt="The history of the city begins"
+generate() {
+  echo
+  echo "--- $1"
+  build/examples/generate "$model" --prompt "$prompt" --max-tokens 300 --temperature 0.8 "${@:2}"
+}
+generate "exact cache" --cache exact
+generate "2-bit cache" --codebooks "$out/2-bit.safetensors"
+generate "1-bit cache" --codebooks "$out/1-bit.safetensors"
