@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scripts/install_packages.sh
-cmake --preset release -DCOMMVQ_BUILD_TESTS=OFF -DCOMMVQ_BUILD_BENCH=OFF >/dev/null
-cmake --build --preset release
+cmake --preset release >/dev/null
+cmake --build --preset release --target calibrate evaluate generate
 
 model=examples/data/lm-7m
 out=build/demo
