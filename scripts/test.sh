@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scripts/install_packages.sh
-cmake --preset release
+cmake --preset release -DCOMMVQ_BUILD_TESTS=ON -DCOMMVQ_BUILD_BENCH=ON -DCOMMVQ_BUILD_EXAMPLES=ON
 cmake --build --preset release
 ctest --preset release --parallel "$(nproc)"

@@ -12,7 +12,7 @@ struct ValueTrainerOptions {
   ValueCodecConfig codec;
   int steps = 2000;             ///< Adam steps
   int batch_tokens = 256;       ///< values per step, drawn at random
-  double learning_rate = 1e-3;  ///< peak; linear warm-up over the first 5%, then cosine to zero
+  double learning_rate = 3e-3;  ///< peak; linear warm-up over the first 5%, then cosine to zero
   double temperature = 1.0;     ///< of the Gumbel softmax
   std::uint64_t seed = 1;
   ProgressCallback progress;    ///< may be empty
