@@ -1,6 +1,7 @@
 // Learns the codebooks of a model: runs it over text, collects keys and values, fits the codecs.
 #include <algorithm>
 #include <cstdio>
+#include <random>
 
 #include "commvq/commvq.hpp"
 
@@ -47,9 +48,14 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
   // Many short texts side by side: writing is sequential within each.
   const int length = std::min(options.context, 512);
   const int count = std::max(1, options.tokens / length);
-  const int first = tokenizer.added_token("<|endoftext|>");
+  // A random token after the first makes the texts differ more than the model itself would.
+  std::mt19937_64 random(options.seed);
+  const int first = std::max(0, tokenizer.added_token("<|endoftext|>"));
+  const auto vocab = static_cast<std::uint64_t>(model.config().vocab_size);
+  std::vector<std::vector<int>> texts;
+  for (int i = 0; i < count; ++i) texts.push_back({first, static_cast<int>(random() % vocab)});
   engine::ProgressLine progress("Writing " + std::to_string(count * length) + " tokens");
-  return engine::write_text(model, count, length, std::max(0, first), options.seed,
+  return engine::write_text(model, std::move(texts), length, options.seed,
                             [&](int written) { progress.update(double(written) / length); });
 }
 

@@ -60,9 +60,10 @@ std::vector<int> text_of(const Options& options, const engine::Model& model,
   if (!options.self) return tokenizer.encode(engine::read_text_file(options.text));
   const int count = std::max(options.windows, 1);
   engine::ProgressLine progress("Writing " + std::to_string(count * options.context) + " tokens");
+  const std::vector<int> first = {std::max(0, tokenizer.added_token("<|endoftext|>"))};
   const auto texts = engine::write_text(
-      model, count, options.context, std::max(0, tokenizer.added_token("<|endoftext|>")),
-      options.seed, [&](int written) { progress.update(double(written) / options.context); });
+      model, std::vector(static_cast<std::size_t>(count), first), options.context, options.seed,
+      [&](int written) { progress.update(double(written) / options.context); });
   std::vector<int> tokens;
   for (const auto& text : texts) tokens.insert(tokens.end(), text.begin(), text.end());
   return tokens;

@@ -22,23 +22,27 @@ std::vector<int> generate(const Model& model, commvq::Cache& cache, std::span<co
   }
 }
 
-std::vector<std::vector<int>> write_text(const Model& model, int num_sequences, int length,
-                                         int first_token, std::uint64_t seed,
+std::vector<std::vector<int>> write_text(const Model& model, std::vector<std::vector<int>> texts,
+                                         int length, std::uint64_t seed,
                                          const std::function<void(int)>& progress) {
-  commvq::require(num_sequences >= 1 && length >= 1, "cannot write ", num_sequences,
-                  " sequences of ", length, " tokens; both must be at least 1");
-  std::vector<std::vector<int>> texts(static_cast<std::size_t>(num_sequences), {first_token});
+  commvq::require(!texts.empty(), "there are no texts to go on with");
+  const std::size_t begun = texts[0].size();
+  for (const auto& text : texts)
+    commvq::require(!text.empty() && text.size() == begun, "texts begin with ", text.size(), " and ",
+                    begun, " tokens; all must begin with as many, at least 1");
   std::vector<commvq::Cache> caches(texts.size(), model.make_cache({}));
   std::vector<Sampler> samplers;
   for (std::size_t i = 0; i < texts.size(); ++i)
     samplers.emplace_back(SamplerOptions{.temperature = 1.0, .seed = seed * 1000003 + i});
 
   const auto vocab = static_cast<std::size_t>(model.config().vocab_size);
-  for (int written = 1; written < length; ++written) {
+  std::size_t cached = 0;
+  for (int written = static_cast<int>(begun); written < length; ++written) {
     std::vector<Segment> segments;
     for (std::size_t i = 0; i < texts.size(); ++i)
-      segments.push_back({std::span<const int>(texts[i]).last(1), &caches[i]});
+      segments.push_back({std::span<const int>(texts[i]).subspan(cached), &caches[i]});
     const std::vector<float> logits = model.forward(segments, Logits::kLastOfSegment);
+    cached = texts[0].size();
     for (std::size_t i = 0; i < texts.size(); ++i)
       texts[i].push_back(samplers[i].pick(std::span(logits).subspan(i * vocab, vocab)));
     if (progress) progress(written + 1);

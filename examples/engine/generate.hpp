@@ -21,11 +21,11 @@ std::vector<int> generate(const Model& model, commvq::Cache& cache, std::span<co
                           int max_tokens, Sampler& sampler, int stop_token = -1,
                           const TokenCallback& on_token = {});
 
-/// Text that the model writes by itself: `num_sequences` sequences of `length` tokens side by side,
-/// each begun by `first_token` and sampled at temperature 1 from a seed of its own. `progress`, if
-/// given, receives the tokens written so far of each sequence.
-std::vector<std::vector<int>> write_text(const Model& model, int num_sequences, int length,
-                                         int first_token, std::uint64_t seed,
+/// Text that the model writes by itself: goes on with every one of `texts` (which begin with the
+/// same number of tokens), side by side, to `length` tokens, sampled at temperature 1, each from a
+/// seed of its own. `progress`, if given, receives the tokens written so far of each text.
+std::vector<std::vector<int>> write_text(const Model& model, std::vector<std::vector<int>> texts,
+                                         int length, std::uint64_t seed,
                                          const std::function<void(int)>& progress = {});
 
 }  // namespace engine

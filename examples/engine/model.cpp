@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <exception>
 
 #include "commvq/attention/attention.hpp"
 #include "commvq/io/safetensors.hpp"
@@ -52,6 +53,29 @@ class Hash {
  private:
   std::uint64_t state_ = 0xcbf29ce484222325ULL;
 };
+
+/// Appends to each segment's cache and attends, side by side where there are several sequences.
+void attend_segments(std::span<const Segment> segments, int layer, MatrixView<const float> q,
+                     MatrixView<const float> k, MatrixView<const float> v, Matrix& attended) {
+  std::vector<Index> begins = {0};
+  for (const Segment& segment : segments)
+    begins.push_back(begins.back() + static_cast<Index>(segment.tokens.size()));
+  std::exception_ptr error;
+#pragma omp parallel for schedule(dynamic) if (segments.size() > 1)
+  for (std::size_t s = 0; s < segments.size(); ++s) {
+    try {
+      const Index first = begins[s], count = begins[s + 1] - begins[s];
+      commvq::LayerCache& cache = segments[s].cache->layer(layer);
+      cache.append(k.middle_rows(first, count), v.middle_rows(first, count));
+      commvq::attend(cache, q.middle_rows(first, count), {},
+                     {attended.row(first).data(), count, attended.cols()});
+    } catch (...) {
+#pragma omp critical
+      error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
 
 }  // namespace
 
@@ -120,15 +144,7 @@ std::vector<float> Model::forward(std::span<const Segment> segments, Logits logi
     const Matrix q = linear(normed, layer.q), k = linear(normed, layer.k);
     const Matrix v = linear(normed, layer.v);
     if (observer) observer(i, view(q), view(k), view(v));
-    Index first = 0;
-    for (const Segment& segment : segments) {
-      const auto count = static_cast<Index>(segment.tokens.size());
-      commvq::LayerCache& cache = segment.cache->layer(i);
-      cache.append(view(k).middle_rows(first, count), view(v).middle_rows(first, count));
-      commvq::attend(cache, view(q).middle_rows(first, count), {},
-                     {attended.row(first).data(), count, attended.cols()});
-      first += count;
-    }
+    attend_segments(segments, i, view(q), view(k), view(v), attended);
     x += linear(attended, layer.o);
     const Matrix mlp_input = rms_norm(x, layer.mlp_norm, config_.rms_norm_eps);
     Matrix gate = linear(mlp_input, layer.gate);

@@ -24,14 +24,16 @@ int Sampler::pick(std::span<const float> logits) {
   if (options_.temperature == 0) return most_probable(logits);
   std::vector<int> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(),
-            [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
+  if (options_.top_k > 0 || options_.top_p < 1)
+    std::sort(order.begin(), order.end(),
+              [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
   if (options_.top_k > 0 && order.size() > static_cast<std::size_t>(options_.top_k))
     order.resize(static_cast<std::size_t>(options_.top_k));
 
+  const float largest = *std::max_element(logits.begin(), logits.end());
   std::vector<double> weights;
   for (const int token : order)
-    weights.push_back(std::exp((logits[token] - logits[order[0]]) / options_.temperature));
+    weights.push_back(std::exp((logits[token] - largest) / options_.temperature));
   const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
   double kept = 0;
   std::size_t count = 0;
