@@ -21,7 +21,8 @@ struct Options {
   bool self = false;
   int bits = 1;
   int context = 1024;
-  int tokens = 32768;
+  int tokens = 65536;
+  int key_tokens = 32768;
   int em_steps = 100;
   int refine = 0;
   bool untied = false;
@@ -85,6 +86,7 @@ commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig
   keys.codec = options.bits == 1 ? commvq::KeyCodecConfig::paper_1bit(config.rope.pairs)
                                  : commvq::KeyCodecConfig::paper_2bit(config.rope.pairs);
   keys.codec.tied = !options.untied;
+  keys.max_tokens = options.key_tokens;
   keys.max_steps = options.em_steps;
   keys.refinement.rounds = options.refine;
   keys.seed = seed;
@@ -161,6 +163,9 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--context", options.context, "Tokens of one context")
       ->check(CLI::Range(16, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--key-tokens", options.key_tokens, "At most so many of them for the keys")
+      ->check(CLI::Range(64, 1 << 24))
       ->capture_default_str();
   app.add_option("--em-steps", options.em_steps, "EM steps of each key stage")
       ->check(CLI::Range(1, 10000))
