@@ -1,0 +1,190 @@
+#include <cmath>
+#include <limits>
+
+#include "commvq/core/float16.hpp"
+#include "commvq/key_codec/key_codec.hpp"
+#include "reference/random_cache.hpp"
+
+#include <gmock/gmock.h>
+
+namespace commvq {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+using testing_support::Rng;
+
+constexpr int kHeads = 3;
+constexpr Index kTokens = 70;
+
+KeyCodecConfig small_config() {
+  KeyCodecConfig config;
+  config.pairs = {16, 8, RopeLayout::kInterleaved};
+  config.group_pairs = 4;
+  config.codebook_size = 16;
+  config.num_stages = 6;
+  return config;
+}
+
+class KeyCodecTest : public testing::Test {
+ protected:
+  KeyCodecTest()
+      : codec_(testing_support::random_key_codec(rng_, small_config(), kHeads)),
+        keys_(testing_support::normal_floats(rng_, kTokens * channels(), 3.0)),
+        codes_(static_cast<std::size_t>(kTokens * num_codes())),
+        norms_(static_cast<std::size_t>(kTokens)),
+        decoded_(keys_.size()) {}
+
+  static Index channels() { return Index{kHeads} * 16; }
+  static Index num_codes() { return Index{kHeads} * small_config().num_codes(); }
+  void encode() {
+    codec_->encode(as_matrix(keys_, kTokens, channels()), as_matrix(codes_, kTokens, num_codes()),
+                   norms_.data());
+  }
+  void decode() {
+    codec_->decode(as_matrix(std::as_const(codes_), kTokens, num_codes()), norms_.data(),
+                   as_matrix(decoded_, kTokens, channels()));
+  }
+  double squared(const std::vector<float>& values, Index token) const {
+    double sum = 0;
+    for (Index c = 0; c < channels(); ++c)
+      sum += std::pow(values[static_cast<std::size_t>(token * channels() + c)], 2);
+    return sum;
+  }
+
+  Rng rng_{5};
+  std::shared_ptr<const KeyCodec> codec_;
+  std::vector<float> keys_;
+  std::vector<std::uint16_t> codes_;
+  std::vector<std::uint16_t> norms_;
+  std::vector<float> decoded_;
+};
+
+TEST_F(KeyCodecTest, DecodedKeyIsNormTimesTheSumOfItsRows) {
+  encode();
+  decode();
+  const KeyCodecConfig config = small_config();
+  for (Index t = 0; t < kTokens; ++t) {
+    const float norm = from_bf16(norms_[static_cast<std::size_t>(t)]);
+    EXPECT_NEAR(norm, std::sqrt(squared(keys_, t)), 0.005 * norm);
+    for (int head = 0; head < kHeads; ++head) {
+      std::vector<float> planar(16), expected(16);
+      decode_key(codec_->codebook(head),
+                 &codes_[static_cast<std::size_t>(t * num_codes() + head * config.num_codes())],
+                 planar.data());
+      config.pairs.from_planar(planar.data(), expected.data());
+      for (int c = 0; c < 16; ++c)
+        EXPECT_FLOAT_EQ(decoded_[static_cast<std::size_t>(t * channels() + head * 16 + c)],
+                        norm * expected[static_cast<std::size_t>(c)]);
+    }
+  }
+}
+
+TEST_F(KeyCodecTest, DecodingIsNearerThanNothing) {
+  encode();
+  decode();
+  double error = 0, size = 0;
+  for (Index t = 0; t < kTokens; ++t) size += squared(keys_, t);
+  for (std::size_t i = 0; i < keys_.size(); ++i) error += std::pow(keys_[i] - decoded_[i], 2);
+  EXPECT_LT(error, 0.5 * size);
+}
+
+TEST_F(KeyCodecTest, CodesDoNotDependOnTheKeysLength) {
+  encode();
+  const auto codes = codes_;
+  for (float& key : keys_) key *= 1024;
+  encode();
+  EXPECT_EQ(codes, codes_);
+}
+
+TEST_F(KeyCodecTest, ZeroKeyDecodesToZeros) {
+  std::fill_n(keys_.begin() + 5 * channels(), channels(), 0.0f);
+  encode();
+  decode();
+  EXPECT_EQ(norms_[5], 0);
+  EXPECT_EQ(squared(decoded_, 5), 0);
+  EXPECT_GT(squared(decoded_, 6), 0);
+}
+
+TEST_F(KeyCodecTest, NamesTokenAndChannelOfWhatIsNotFinite) {
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
+                          std::numeric_limits<float>::infinity()}) {
+    keys_[static_cast<std::size_t>(67 * channels() + 21)] = bad;
+    EXPECT_THAT([&] { encode(); }, ThrowsMessage<Error>(AllOf(HasSubstr("67"), HasSubstr("21"))));
+  }
+}
+
+TEST_F(KeyCodecTest, NormBeyondBf16IsRefused) {
+  std::fill_n(keys_.begin() + channels(), channels(), 3e38f);
+  EXPECT_THAT([&] { encode(); }, ThrowsMessage<Error>(HasSubstr("1")));
+}
+
+TEST_F(KeyCodecTest, TinyKeysKeepTheirDirection) {
+  const std::vector<float> before = keys_;
+  encode();
+  const auto codes = codes_;
+  for (float& key : keys_) key *= 0x1p-100f;
+  encode();
+  decode();
+  EXPECT_EQ(codes, codes_);
+  EXPECT_GT(squared(decoded_, 0), 0);
+}
+
+TEST_F(KeyCodecTest, ShapesAndCodesAreChecked) {
+  EXPECT_THAT(
+      [&] {
+        codec_->encode({keys_.data(), kTokens, channels() - 1},
+                       as_matrix(codes_, kTokens, num_codes()), norms_.data());
+      },
+      ThrowsMessage<Error>(HasSubstr("47")));
+  encode();
+  codes_[3] = 16;
+  EXPECT_THAT([&] { decode(); }, ThrowsMessage<Error>(HasSubstr("16")));
+}
+
+TEST_F(KeyCodecTest, CodebooksMustFitTogetherAndBeFinite) {
+  EXPECT_THROW(KeyCodec({}), Error);
+  KeyCodecConfig other = small_config();
+  other.num_stages = 5;
+  EXPECT_THROW(KeyCodec({codec_->codebook(0), KeyCodebook<float>(other)}), Error);
+  KeyCodebook<float> bad = codec_->codebook(0);
+  bad.rows[17] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THROW(KeyCodec({bad}), Error);
+  bad.rows.pop_back();
+  EXPECT_THROW(KeyCodec({bad}), Error);
+}
+
+TEST(KeyCodecConfigTest, PaperPresetsCountTheirBits) {
+  for (const int head_dim : {64, 96, 128, 256}) {
+    const PairLayout pairs{head_dim, head_dim, RopeLayout::kHalfSplit};
+    const KeyCodecConfig one = KeyCodecConfig::paper_1bit(pairs);
+    const KeyCodecConfig two = KeyCodecConfig::paper_2bit(pairs);
+    EXPECT_NO_THROW(one.validate());
+    EXPECT_LE(one.bits_per_head(), 1.04 * head_dim);
+    EXPECT_LE(two.bits_per_head(), 2.0 * head_dim);
+    EXPECT_GE(two.bits_per_head(), 1.8 * head_dim);
+  }
+  const KeyCodecConfig paper = KeyCodecConfig::paper_1bit({});
+  EXPECT_EQ(paper.bits_per_head(), 132);
+  EXPECT_EQ(KeyCodecConfig::paper_2bit({}).bits_per_head(), 252);
+}
+
+TEST(KeyCodecConfigTest, NamesTheFieldThatIsOutOfRange) {
+  const auto with = [](auto change) {
+    return [change] {
+      KeyCodecConfig config;
+      change(config);
+      config.validate();
+    };
+  };
+  EXPECT_THAT(with([](auto& c) { c.group_pairs = 24; }), ThrowsMessage<Error>(HasSubstr("24")));
+  EXPECT_THAT(with([](auto& c) { c.codebook_size = 1; }),
+              ThrowsMessage<Error>(HasSubstr("codebook_size is 1")));
+  EXPECT_THAT(with([](auto& c) { c.num_stages = 0; }), ThrowsMessage<Error>(HasSubstr("num_stages")));
+  EXPECT_THAT(with([](auto& c) { c.beam_width = -1; }), ThrowsMessage<Error>(HasSubstr("-1")));
+  EXPECT_THAT(with([](auto& c) { c.pairs.head_dim = 127; }), ThrowsMessage<Error>(HasSubstr("127")));
+}
+
+}  // namespace
+}  // namespace commvq
