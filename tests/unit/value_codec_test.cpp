@@ -1,0 +1,180 @@
+#include <cmath>
+#include <limits>
+
+#include "commvq/core/float16.hpp"
+#include "commvq/value_codec/value_codec.hpp"
+#include "reference/random_cache.hpp"
+
+#include <gmock/gmock.h>
+
+namespace commvq {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+using testing_support::Rng;
+
+/// Section 3.2 in double precision: the bits of a value, one per element.
+std::vector<int> reference_bits(const ValueCodec& codec, const float* value) {
+  const ValueCodecConfig& config = codec.config();
+  const ValueCodecWeights& w = codec.weights();
+  const auto C = static_cast<std::size_t>(config.num_channels);
+  const auto H = static_cast<std::size_t>(config.hidden_size);
+  double length = 0, mean = 0, variance = 0;
+  for (std::size_t c = 0; c < C; ++c) length += double(value[c]) * value[c];
+  length = std::sqrt(length);
+  for (std::size_t c = 0; c < C; ++c) mean += value[c] / length / double(C);
+  for (std::size_t c = 0; c < C; ++c) variance += std::pow(value[c] / length - mean, 2) / double(C);
+  std::vector<double> hidden(H);
+  for (std::size_t h = 0; h < H; ++h) {
+    double sum = w.hidden_bias[h];
+    for (std::size_t c = 0; c < C; ++c)
+      sum += w.hidden_weight[h * C + c] *
+             ((value[c] / length - mean) / std::sqrt(variance + 1e-5) * w.norm_gain[c] +
+              w.norm_bias[c]);
+    hidden[h] = sum * 0.5 * std::erfc(-sum / std::sqrt(2.0));
+  }
+  std::vector<int> bits;
+  for (int group = 0; group < config.num_groups(); ++group) {
+    double logits[4];
+    for (std::size_t k = 0; k < 4; ++k) {
+      const std::size_t row = static_cast<std::size_t>(group) * 4 + k;
+      logits[k] = w.output_bias[row];
+      for (std::size_t h = 0; h < H; ++h) logits[k] += w.output_weight[row * H + h] * hidden[h];
+    }
+    const auto best = std::max_element(logits, logits + 4) - logits;
+    bits.push_back(best == 0 || best == 2);
+    bits.push_back(best == 1 || best == 2);
+  }
+  return bits;
+}
+
+class ValueCodecTest : public testing::TestWithParam<int> {
+ protected:
+  ValueCodecTest()
+      : codec_(testing_support::random_value_codec(rng_, kChannels, GetParam(), 40)),
+        values_(testing_support::normal_floats(rng_, kTokens * kChannels, 2.0)),
+        codes_(static_cast<std::size_t>(kTokens * codec_->code_bytes())),
+        scales_(kTokens),
+        decoded_(values_.size()) {}
+
+  void encode() {
+    codec_->encode(as_matrix(std::as_const(values_), kTokens, kChannels),
+                   as_matrix(codes_, kTokens, codec_->code_bytes()), scales_.data());
+  }
+  void decode() {
+    codec_->decode(as_matrix(std::as_const(codes_), kTokens, codec_->code_bytes()), scales_.data(),
+                   as_matrix(decoded_, kTokens, kChannels));
+  }
+  std::vector<int> bits_of(Index token) const {
+    std::vector<int> bits;
+    for (int i = 0; i < codec_->config().num_code_bits(); ++i)
+      bits.push_back(codes_[static_cast<std::size_t>(token * codec_->code_bytes() + i / 8)] >>
+                         (i % 8) & 1);
+    return bits;
+  }
+  double length_of(const std::vector<float>& values, Index token) const {
+    double sum = 0;
+    for (Index c = 0; c < kChannels; ++c)
+      sum += std::pow(values[static_cast<std::size_t>(token * kChannels + c)], 2);
+    return std::sqrt(sum);
+  }
+
+  static constexpr Index kTokens = 130;
+  static constexpr int kChannels = 48;
+  Rng rng_{11};
+  std::shared_ptr<const ValueCodec> codec_;
+  std::vector<float> values_;
+  std::vector<std::uint8_t> codes_;
+  std::vector<std::uint16_t> scales_;
+  std::vector<float> decoded_;
+};
+
+TEST_P(ValueCodecTest, CodesEqualTheReferences) {
+  encode();
+  int different = 0;  // float and double may disagree where two logits are almost equal
+  for (Index t = 0; t < kTokens; ++t)
+    different += bits_of(t) != reference_bits(*codec_, &values_[static_cast<std::size_t>(t) * kChannels]);
+  EXPECT_LE(different, 1);
+}
+
+TEST_P(ValueCodecTest, DecodedValueIsTheSumOfRowsWithTheNormRestored) {
+  encode();
+  decode();
+  for (Index t = 0; t < kTokens; ++t) {
+    const std::vector<int> bits = bits_of(t);
+    std::vector<double> sum(kChannels);
+    double length = 0;
+    for (int c = 0; c < kChannels; ++c) {
+      for (std::size_t i = 0; i < bits.size(); ++i)
+        sum[static_cast<std::size_t>(c)] += bits[i] * codec_->decoder()(static_cast<Index>(i), c);
+      length += std::pow(sum[static_cast<std::size_t>(c)], 2);
+    }
+    const double norm = length_of(values_, t);
+    for (int c = 0; c < kChannels; ++c)
+      EXPECT_NEAR(decoded_[static_cast<std::size_t>(t * kChannels + c)],
+                  sum[static_cast<std::size_t>(c)] * norm / std::sqrt(length), 0.005 * norm);
+    EXPECT_NEAR(length_of(decoded_, t), norm, 0.004 * norm);
+  }
+}
+
+TEST_P(ValueCodecTest, CodeDoesNotDependOnTheValuesLength) {
+  encode();
+  const auto codes = codes_;
+  for (const float factor : {0x1p60f, 0x1p-120f}) {
+    for (float& value : values_) value *= factor;
+    encode();
+    EXPECT_EQ(codes, codes_) << factor;
+  }
+}
+
+TEST_P(ValueCodecTest, ZeroValueDecodesToZeros) {
+  std::fill_n(values_.begin() + 7 * kChannels, kChannels, 0.0f);
+  encode();
+  decode();
+  EXPECT_EQ(scales_[7], 0);
+  EXPECT_EQ(length_of(decoded_, 7), 0);
+}
+
+TEST_P(ValueCodecTest, NamesTokenAndChannelOfWhatIsNotFinite) {
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
+                          -std::numeric_limits<float>::infinity()}) {
+    values_[static_cast<std::size_t>(129 * kChannels + 31)] = bad;
+    EXPECT_THAT([&] { encode(); }, ThrowsMessage<Error>(AllOf(HasSubstr("129"), HasSubstr("31"))));
+  }
+}
+
+TEST_P(ValueCodecTest, ShapesAreChecked) {
+  EXPECT_THAT(
+      [&] {
+        codec_->encode({values_.data(), kTokens, 40},
+                       as_matrix(codes_, kTokens, codec_->code_bytes()), scales_.data());
+      },
+      ThrowsMessage<Error>(HasSubstr("40")));
+}
+
+TEST_P(ValueCodecTest, WeightsAreChecked) {
+  ValueCodecWeights weights = codec_->weights();
+  weights.decoder.pop_back();
+  EXPECT_THROW(ValueCodec(codec_->config(), weights), Error);
+  weights = codec_->weights();
+  weights.output_bias[2] = std::numeric_limits<float>::infinity();
+  EXPECT_THROW(ValueCodec(codec_->config(), weights), Error);
+}
+
+INSTANTIATE_TEST_SUITE_P(Bits, ValueCodecTest, testing::Values(1, 2));
+
+TEST(ValueCodecConfigTest, PresetsAndLimits) {
+  EXPECT_EQ(ValueCodecConfig::paper_1bit(1024).num_code_bits(), 1024);
+  EXPECT_EQ(ValueCodecConfig::paper_2bit(1024).num_code_bits(), 2048);
+  ValueCodecConfig config;
+  config.num_channels = 20;
+  EXPECT_THAT([&] { config.validate(); }, ThrowsMessage<Error>(HasSubstr("20")));
+  config.num_channels = 16;
+  config.bits = 3;
+  EXPECT_THAT([&] { config.validate(); }, ThrowsMessage<Error>(HasSubstr("3")));
+}
+
+}  // namespace
+}  // namespace commvq

@@ -1,0 +1,124 @@
+#include <cmath>
+#include <limits>
+
+#include "commvq/learner/value_trainer.hpp"
+#include "reference/random_cache.hpp"
+
+#include <gmock/gmock.h>
+
+namespace commvq {
+namespace {
+
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+constexpr Index kTokens = 600;
+constexpr int kChannels = 32;
+
+/// Values near one of a few directions, which some bits can tell apart.
+std::vector<float> clustered_values() {
+  testing_support::Rng rng(2);
+  const std::vector<float> centres = testing_support::normal_floats(rng, 12 * kChannels);
+  std::vector<float> values = testing_support::normal_floats(rng, kTokens * kChannels, 0.3);
+  for (std::size_t t = 0; t < kTokens; ++t)
+    for (std::size_t c = 0; c < kChannels; ++c) values[t * kChannels + c] += centres[t % 12 * kChannels + c];
+  return values;
+}
+
+ValueTrainerOptions options_for(int bits) {
+  ValueTrainerOptions options;
+  options.codec = ValueCodecConfig::paper_1bit(kChannels);
+  options.codec.bits = bits;
+  options.steps = 400;
+  options.batch_tokens = 64;
+  return options;
+}
+
+double relative_error(const ValueCodec& codec, const std::vector<float>& values) {
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(kTokens * codec.code_bytes()));
+  std::vector<std::uint16_t> scales(kTokens);
+  std::vector<float> decoded(values.size());
+  codec.encode(as_matrix(values, kTokens, kChannels), as_matrix(codes, kTokens, codec.code_bytes()),
+               scales.data());
+  codec.decode(as_matrix(std::as_const(codes), kTokens, codec.code_bytes()), scales.data(),
+               as_matrix(decoded, kTokens, kChannels));
+  double error = 0, size = 0;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    error += std::pow(values[i] - decoded[i], 2);
+    size += std::pow(values[i], 2);
+  }
+  return error / size;
+}
+
+TEST(ValueTrainer, LearnsAndMoreBitsLearnMore) {
+  const std::vector<float> values = clustered_values();
+  ValueTrainerReport report;
+  const auto train = [&](int bits) {
+    return relative_error(
+        train_value_codec(as_matrix(values, kTokens, kChannels), options_for(bits), &report), values);
+  };
+  const double one = train(1);
+  ASSERT_EQ(report.objectives.size(), 400u);
+  EXPECT_LT(one, 0.5 * report.objectives.front());
+  EXPECT_LT(train(2), one);
+}
+
+TEST(ValueTrainer, SameSeedGivesTheSameWeights) {
+  const std::vector<float> values = clustered_values();
+  ValueTrainerOptions options = options_for(1);
+  options.steps = 20;
+  const auto decoder = [&] {
+    return train_value_codec(as_matrix(values, kTokens, kChannels), options).weights().decoder;
+  };
+  const auto first = decoder();
+  EXPECT_EQ(first, decoder());
+  options.seed = 2;
+  EXPECT_NE(first, decoder());
+}
+
+TEST(ValueTrainer, ZeroValuesAreLeftOut) {
+  std::vector<float> values = clustered_values();
+  std::fill_n(values.begin(), 100 * kChannels, 0.0f);
+  ValueTrainerOptions options = options_for(1);
+  options.steps = 5;
+  EXPECT_NO_THROW(train_value_codec(as_matrix(values, kTokens, kChannels), options));
+  std::fill(values.begin(), values.end(), 0.0f);
+  EXPECT_THROW(train_value_codec(as_matrix(values, kTokens, kChannels), options), Error);
+}
+
+TEST(ValueTrainer, ReportsProgress) {
+  const std::vector<float> values = clustered_values();
+  ValueTrainerOptions options = options_for(1);
+  options.steps = 10;
+  double last = 0;
+  options.progress = [&](const Progress& progress) {
+    EXPECT_GE(progress.fraction, last);
+    last = progress.fraction;
+  };
+  train_value_codec(as_matrix(values, kTokens, kChannels), options);
+  EXPECT_DOUBLE_EQ(last, 1.0);
+}
+
+TEST(ValueTrainer, BadInputIsNamed) {
+  std::vector<float> values = clustered_values();
+  const auto train = [&](ValueTrainerOptions options) {
+    return [&values, options] {
+      train_value_codec(as_matrix(std::as_const(values), kTokens, kChannels), options);
+    };
+  };
+  ValueTrainerOptions options = options_for(1);
+  options.steps = 0;
+  EXPECT_THAT(train(options), ThrowsMessage<Error>(HasSubstr("steps")));
+  options = options_for(1);
+  options.learning_rate = -1;
+  EXPECT_THAT(train(options), ThrowsMessage<Error>(HasSubstr("-1")));
+  options = options_for(1);
+  options.codec.num_channels = 64;
+  EXPECT_THAT(train(options), ThrowsMessage<Error>(HasSubstr("64")));
+  values[17] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THROW(train(options_for(1))(), Error);
+  EXPECT_THROW(train_value_codec({values.data(), 0, kChannels}, options_for(1)), Error);
+}
+
+}  // namespace
+}  // namespace commvq
