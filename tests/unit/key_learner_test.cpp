@@ -1,0 +1,177 @@
+#include <cmath>
+#include <limits>
+
+#include "commvq/learner/key_learner.hpp"
+#include "reference/random_cache.hpp"
+
+#include <gmock/gmock.h>
+
+namespace commvq {
+namespace {
+
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+constexpr Index kTokens = 800;
+constexpr int kHeadDim = 16;
+
+/// Keys of unit length near some directions.
+std::vector<float> clustered_keys(Index tokens = kTokens, int heads = 1) {
+  testing_support::Rng rng(9);
+  const Index channels = Index{heads} * kHeadDim;
+  const std::vector<float> centres = testing_support::normal_floats(rng, 20 * channels);
+  std::vector<float> keys = testing_support::normal_floats(rng, tokens * channels, 0.3);
+  for (Index t = 0; t < tokens; ++t) {
+    double size = 0;
+    float* const key = &keys[static_cast<std::size_t>(t * channels)];
+    for (Index c = 0; c < channels; ++c) {
+      key[c] += centres[static_cast<std::size_t>(t % 20 * channels + c)];
+      size += double(key[c]) * key[c];
+    }
+    for (Index c = 0; c < channels; ++c) key[c] /= static_cast<float>(std::sqrt(size));
+  }
+  return keys;
+}
+
+KeyLearnerOptions small_options(bool tied = true) {
+  KeyLearnerOptions options;
+  options.codec.pairs = {kHeadDim, kHeadDim, RopeLayout::kHalfSplit};
+  options.codec.group_pairs = 8;
+  options.codec.codebook_size = 8;
+  options.codec.num_stages = 4;
+  options.codec.tied = tied;
+  options.max_steps = 15;
+  return options;
+}
+
+/// Mean squared error of the greedy encoder.
+double error_of(const KeyCodebook<float>& codebook, const std::vector<float>& keys, int beam = 1) {
+  const auto tokens = static_cast<Index>(keys.size()) / kHeadDim;
+  std::vector<std::uint16_t> codes(static_cast<std::size_t>(tokens * codebook.config.num_codes()));
+  std::vector<float> errors(static_cast<std::size_t>(tokens));
+  KeyEncoder<float>(codebook).encode(as_matrix(keys, tokens, kHeadDim), beam,
+                                     as_matrix(codes, tokens, codebook.config.num_codes()),
+                                     errors.data());
+  double sum = 0;
+  for (const float error : errors) sum += error;
+  return sum / static_cast<double>(tokens);
+}
+
+TEST(KeyLearner, StagesKeepTheirBestStepAndAddUp) {
+  const std::vector<float> keys = clustered_keys();
+  KeyLearnerReport report;
+  const auto codebook =
+      learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), small_options(), &report);
+  ASSERT_EQ(report.stage_objectives.size(), 4u);
+  double previous = 1.0;  // keys have unit length
+  for (const auto& objectives : report.stage_objectives) {
+    ASSERT_GE(objectives.size(), 2u);
+    const double best = *std::min_element(objectives.begin(), objectives.end());
+    EXPECT_LT(best, objectives.front());
+    EXPECT_LT(best, previous);
+    previous = best;
+  }
+  EXPECT_NEAR(error_of(codebook, keys), previous, 1e-4 * previous);
+}
+
+TEST(KeyLearner, TiedBooksAreTied) {
+  const std::vector<float> keys = clustered_keys();
+  auto codebook = learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), small_options());
+  const auto rows = codebook.rows;
+  codebook.derive_tied_books();
+  EXPECT_EQ(rows, codebook.rows);
+  codebook = learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), small_options(false));
+  const auto untied = codebook.rows;
+  codebook.derive_tied_books();
+  EXPECT_NE(untied, codebook.rows);
+}
+
+TEST(KeyLearner, UntiedBooksFitBetter) {
+  const std::vector<float> keys = clustered_keys();
+  const auto error = [&](bool tied) {
+    return error_of(learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), small_options(tied)), keys);
+  };
+  EXPECT_LT(error(false), error(true));
+}
+
+TEST(KeyLearner, SameSeedAndThreadsGiveTheSameCodebook) {
+  const std::vector<float> keys = clustered_keys();
+  KeyLearnerOptions options = small_options();
+  options.refinement.rounds = 2;
+  const auto rows = [&] {
+    return learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), options).rows;
+  };
+  const auto first = rows();
+  EXPECT_EQ(first, rows());
+  options.seed = 2;
+  EXPECT_NE(first, rows());
+}
+
+TEST(KeyLearner, FewerKeysThanCentroids) {
+  const std::vector<float> keys = clustered_keys(5);
+  KeyLearnerOptions options = small_options();
+  options.refinement.rounds = 1;
+  const auto codebook = learn_key_codebook(as_matrix(keys, 5, kHeadDim), options);
+  for (const float number : codebook.rows) EXPECT_TRUE(std::isfinite(number));
+  EXPECT_LT(error_of(codebook, keys), 0.05);
+}
+
+TEST(KeyLearner, LayerLearnsEveryHeadAndSkipsZeroKeys) {
+  std::vector<float> keys = clustered_keys(kTokens, 2);
+  std::fill_n(keys.begin(), 3 * 2 * kHeadDim, 0.0f);
+  for (float& key : keys) key *= 50;
+  std::vector<KeyLearnerReport> reports;
+  const KeyCodec codec =
+      learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), small_options(), &reports);
+  EXPECT_EQ(codec.num_kv_heads(), 2);
+  EXPECT_EQ(reports.size(), 2u);
+  std::vector<std::uint16_t> codes(static_cast<std::size_t>(kTokens) * 16), norms(kTokens);
+  std::vector<float> decoded(keys.size());
+  codec.encode(as_matrix(keys, kTokens, 2 * kHeadDim), as_matrix(codes, kTokens, 16), norms.data());
+  codec.decode(as_matrix(codes, kTokens, 16), norms.data(), as_matrix(decoded, kTokens, 2 * kHeadDim));
+  double error = 0, size = 0;
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    error += std::pow(keys[i] - decoded[i], 2);
+    size += std::pow(keys[i], 2);
+  }
+  EXPECT_LT(error, 0.2 * size);
+}
+
+TEST(KeyLearner, ReportsProgress) {
+  const std::vector<float> keys = clustered_keys();
+  KeyLearnerOptions options = small_options();
+  options.refinement.rounds = 2;
+  double last = 0;
+  options.progress = [&](const Progress& progress) {
+    EXPECT_GE(progress.fraction, last);
+    last = progress.fraction;
+  };
+  learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), options);
+  EXPECT_DOUBLE_EQ(last, 1.0);
+}
+
+TEST(KeyLearner, BadInputIsNamed) {
+  std::vector<float> keys = clustered_keys();
+  const auto learn = [&](KeyLearnerOptions options) {
+    return [&keys, options] {
+      learn_key_codebook(as_matrix(std::as_const(keys), kTokens, kHeadDim), options);
+    };
+  };
+  KeyLearnerOptions options = small_options();
+  options.max_steps = 0;
+  EXPECT_THAT(learn(options), ThrowsMessage<Error>(HasSubstr("max_steps")));
+  options = small_options();
+  options.last_temperature = -1;
+  EXPECT_THAT(learn(options), ThrowsMessage<Error>(HasSubstr("-1")));
+  options = small_options();
+  options.codec.pairs = {32, 32, RopeLayout::kHalfSplit};
+  EXPECT_THAT(learn(options), ThrowsMessage<Error>(HasSubstr("32")));
+  keys[100] = std::numeric_limits<float>::infinity();
+  EXPECT_THROW(learn(small_options())(), Error);
+  EXPECT_THROW(learn_key_codebook({keys.data(), 0, kHeadDim}, small_options()), Error);
+  std::vector<float> zeros(static_cast<std::size_t>(kTokens) * kHeadDim);
+  EXPECT_THROW(learn_key_codec(as_matrix(zeros, kTokens, kHeadDim), small_options()), Error);
+}
+
+}  // namespace
+}  // namespace commvq
