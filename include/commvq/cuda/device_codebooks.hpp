@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "commvq/cuda/page_layout.hpp"
+#include "commvq/rope/rope.hpp"
+
+namespace commvq {
+struct LayerCodec;
+}
+
+namespace commvq::cuda {
+
+/// Rows of a plane for up to `width` pairs of its group, as the decode kernel adds them up.
+struct KeySlice {
+  int plane;       ///< of the page layout
+  int first_pair;  ///< of the head
+  int num_pairs;   ///< pairs of the head that it covers; the rest of `width` is zeros
+  int width;       ///< 64 or 32
+  Index row_bytes;  ///< of one head: the image of the kernel's shared memory
+  const std::int8_t* rows;            ///< device, [num_kv_heads][row_bytes]
+  const float* units;                 ///< device, [num_kv_heads][width]
+  const std::uint32_t* zero_points;   ///< device, [num_kv_heads][width] pairs of fp16
+};
+
+/// What the decode kernels read of a layer's codecs. Plain data; the memory belongs to the
+/// `DeviceCodebooks` it came from.
+struct CodebooksView {
+  static constexpr int kMaxSlices = 32;
+
+  DevicePageLayout layout;
+  int num_slices = 0;
+  KeySlice slices[kMaxSlices] = {};
+  const std::uint64_t* turns = nullptr;      ///< device, [num_pairs]: RoPE, in 2^-64 turns a token
+  const std::uint16_t* channels = nullptr;   ///< device, [2 * num_pairs]: channel of planar index
+  const float* decoder = nullptr;            ///< device, [num_code_bits][num_kv_heads * head_dim]
+};
+
+/// The codecs of one layer on the device, made once by `prepare`. Owns its memory; moves, does not
+/// copy. Any number of streams may read it at once; it must outlive the work that does.
+class DeviceCodebooks {
+ public:
+  const CodebooksView& view() const { return view_; }
+  const DevicePageLayout& layout() const { return view_.layout; }
+
+ private:
+  friend DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int page_size);
+  CodebooksView view_;
+  std::shared_ptr<void> memory_;
+};
+
+/// Copies a layer's codecs to the current device: keys as 8-bit integers (see `IntegerKeySlice`),
+/// the value decoder, RoPE's frequencies. Allocates and synchronises. Throws `Error` unless both
+/// sides of the codec are there, for shapes that the kernels do not support and for CUDA errors.
+DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int page_size = 64);
+
+}  // namespace commvq::cuda

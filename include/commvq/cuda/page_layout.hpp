@@ -1,0 +1,108 @@
+#pragma once
+
+#include <cstdint>
+
+#include "commvq/core/view.hpp"
+#include "commvq/key_codec/config.hpp"
+
+#ifdef __CUDACC__
+#define COMMVQ_HOST_DEVICE __host__ __device__
+#else
+#define COMMVQ_HOST_DEVICE
+#endif
+
+namespace commvq {
+struct ValueCodecConfig;
+}
+
+namespace commvq::cuda {
+
+/// Codes of some consecutive books of one group: what a kernel adds up in one pass, because the rows
+/// of these books fit its shared memory. A book is a half stage: book 2r is A_r, 2r + 1 is B_r.
+struct KeyPlane {
+  int group;       ///< of pairs
+  int first_book;  ///< of the group's 2 * num_stages
+  int num_books;
+  int num_words;   ///< whole 32-bit words that a token's codes fill ...
+  int tail_bits;   ///< ... and the bits that are left, in [0, 31]
+  Index words_offset;  ///< bytes from the page's start to the words of head 0
+  Index tails_offset;  ///< likewise of the tails
+};
+
+/// How the codes of `page_size` tokens of one layer lie in a page in device memory.
+///
+///     key words     per plane [num_kv_heads][page_size][num_words] 32-bit words
+///     value codes   [page_size / 16][num_code_bits] 16-bit words; bit j is token j of the 16
+///     key tails     per plane [num_kv_heads] bit streams [page_size][tail_bits]
+///     key norms     [norms_per_token][page_size] bf16
+///     value scales  [page_size] bf16
+///
+/// A token's codes of a plane are one little-endian bit string, code k at bits
+/// [k * code_bits, (k + 1) * code_bits): the first num_words * 32 bits are its words, the rest its
+/// tail. So every code has a bit position that does not depend on the token, no bit is wasted, and
+/// the sections begin on 16 bytes. The bits are the same as in the host's `PageLayout`, in another
+/// order.
+struct DevicePageLayout {
+  static constexpr int kMaxPlanes = 16;
+
+  int page_size = 64;  ///< tokens: 16, 32, 64 or 128
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  int codebook_size = 0;
+  int code_bits = 0;  ///< of one key code
+  int num_groups = 0;
+  int num_books = 0;        ///< of one group: 2 * num_stages
+  int num_code_bits = 0;    ///< of one token's values
+  int norms_per_token = 1;  ///< 1: over all heads; num_kv_heads: one a head
+  int num_planes = 0;
+  KeyPlane planes[kMaxPlanes] = {};
+  Index value_codes_offset = 0;  ///< bytes
+  Index key_norms_offset = 0;
+  Index value_scales_offset = 0;
+  Index page_bytes = 0;  ///< a multiple of 16
+
+  DevicePageLayout() = default;
+  /// `plane_bytes` is the shared memory that the 8-bit rows of one plane may take (see
+  /// `key_plane_bytes`). Throws `Error` for shapes that the kernels do not support, naming the limit.
+  DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads, const ValueCodecConfig& values,
+                   int page_size, Index plane_bytes);
+
+  /// Bytes of a page over its tokens: codes, norms and scales, all heads, and up to 15 bytes a
+  /// section of alignment.
+  double bytes_per_token() const { return static_cast<double>(page_bytes) / page_size; }
+
+  /// Bytes from the page's start to the words of a token, `planes[plane].num_words` of them.
+  COMMVQ_HOST_DEVICE Index key_words(const KeyPlane& plane, int head, int slot) const {
+    return plane.words_offset + (Index{head} * page_size + slot) * plane.num_words * 4;
+  }
+  /// Bits from the page's start to the tail of a token.
+  COMMVQ_HOST_DEVICE Index key_tail_bit(const KeyPlane& plane, int head, int slot) const {
+    return plane.tails_offset * 8 + (Index{head} * page_size + slot) * plane.tail_bits;
+  }
+  /// Bytes from the page's start to the 16-bit words of 16 tokens, of which `slot` is one.
+  COMMVQ_HOST_DEVICE Index value_codes(int slot) const {
+    return value_codes_offset + Index{slot / 16} * num_code_bits * 2;
+  }
+  COMMVQ_HOST_DEVICE Index key_norm(int head, int slot) const {
+    return key_norms_offset +
+           2 * ((norms_per_token == 1 ? 0 : Index{head}) * page_size + slot);
+  }
+  COMMVQ_HOST_DEVICE Index value_scale(int slot) const { return value_scales_offset + 2 * slot; }
+};
+
+/// Shared memory that one plane's rows may take on a device of this compute capability
+/// (major * 10 + minor, e.g. 90). The layout of pages depends on it.
+Index key_plane_bytes(int compute_capability);
+
+/// Writes token `slot` of a page in host memory: what `append` writes on the device.
+/// `key_codes` is `[num_kv_heads][num_groups][num_stages][2]`, `key_norms` `[norms_per_token]` bf16,
+/// `value_code` the packed bits as `ValueCodec::encode` writes them.
+void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
+               const std::uint16_t* key_codes, const std::uint16_t* key_norms,
+               const std::uint8_t* value_code, std::uint16_t value_scale);
+/// The inverse.
+void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slot,
+               std::uint16_t* key_codes, std::uint16_t* key_norms, std::uint8_t* value_code,
+               std::uint16_t* value_scale);
+
+}  // namespace commvq::cuda

@@ -1,0 +1,147 @@
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numbers>
+#include <vector>
+
+#include "commvq/core/error.hpp"
+#include "commvq/cuda/device_codebooks.hpp"
+#include "commvq/cuda/integer_codebook.hpp"
+#include "commvq/io/codebook_file.hpp"
+
+namespace commvq::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  require(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+/// Gathers arrays in host memory, each on 256 bytes, to be copied to the device at once.
+class Image {
+ public:
+  template <class T>
+  Index add(const std::vector<T>& values) {
+    const Index offset = (static_cast<Index>(bytes_.size()) + 255) / 256 * 256;
+    bytes_.resize(static_cast<std::size_t>(offset) + values.size() * sizeof(T));
+    std::memcpy(bytes_.data() + offset, values.data(), values.size() * sizeof(T));
+    return offset;
+  }
+  std::shared_ptr<void> copy_to_device() const {
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, bytes_.size()), "allocating device codebooks");
+    std::shared_ptr<void> owner(memory, [](void* p) { cudaFree(p); });
+    check(cudaMemcpy(memory, bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice),
+          "copying codebooks to the device");
+    return owner;
+  }
+
+ private:
+  std::vector<std::uint8_t> bytes_;
+};
+
+/// Offsets of one slice's arrays in the image.
+struct SliceOffsets {
+  Index rows, units, zero_points;
+};
+
+SliceOffsets add_slice(const KeyCodec& codec, const DevicePageLayout& layout, KeySlice& slice,
+                       Image& image) {
+  std::vector<std::int8_t> rows;
+  std::vector<float> units;
+  std::vector<std::uint16_t> zero_points;
+  for (int head = 0; head < layout.num_kv_heads; ++head) {
+    const IntegerKeySlice integers(codec.codebook(head), layout.planes[slice.plane],
+                                   slice.first_pair, slice.num_pairs, slice.width);
+    const auto append = [](auto& to, const auto& from) {
+      to.insert(to.end(), from.begin(), from.end());
+    };
+    append(rows, integers.image());
+    append(units, integers.units);
+    append(zero_points, integers.zero_points());
+  }
+  slice.row_bytes = static_cast<Index>(rows.size()) / layout.num_kv_heads;
+  return {image.add(rows), image.add(units), image.add(zero_points)};
+}
+
+/// Angle of one position of every pair as a 64-bit fraction of a turn.
+std::vector<std::uint64_t> turns_of(const Rope& rope) {
+  std::vector<std::uint64_t> turns;
+  for (int pair = 0; pair < rope.pairs().num_pairs(); ++pair) {
+    const double turn = rope.frequency(pair) / (2 * std::numbers::pi);
+    turns.push_back(static_cast<std::uint64_t>(std::ldexp(turn - std::floor(turn), 64)));
+  }
+  return turns;
+}
+
+std::vector<std::uint16_t> channels_of(const PairLayout& pairs) {
+  std::vector<std::uint16_t> channels;
+  for (int pair = 0; pair < pairs.num_pairs(); ++pair)
+    channels.push_back(static_cast<std::uint16_t>(pairs.real_channel(pair)));
+  for (int pair = 0; pair < pairs.num_pairs(); ++pair)
+    channels.push_back(static_cast<std::uint16_t>(pairs.imag_channel(pair)));
+  return channels;
+}
+
+Index plane_bytes_of_current_device() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "asking for the current device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "asking for the compute capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "asking for the compute capability");
+  require(major >= 8, "the device has compute capability ", major, ".", minor,
+          "; the kernels need 8.0 or later");
+  return key_plane_bytes(major * 10 + minor);
+}
+
+}  // namespace
+
+DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int page_size) {
+  require(codec.keys != nullptr && codec.values != nullptr,
+          "the device backend needs a codec for both keys and values; the ",
+          codec.keys == nullptr ? "keys" : "values", " have none");
+  const KeyCodec& keys = *codec.keys;
+  require(keys.config().pairs == rope.pairs, "the key codec's head_dim ",
+          keys.config().pairs.head_dim, ", rotary_dim ", keys.config().pairs.rotary_dim,
+          " or layout differs from the RoPE's: ", rope.pairs.head_dim, ", ", rope.pairs.rotary_dim);
+  DeviceCodebooks result;
+  CodebooksView& view = result.view_;
+  view.layout = DevicePageLayout(keys.config(), keys.num_kv_heads(), codec.values->config(),
+                                 page_size, plane_bytes_of_current_device());
+
+  Image image;
+  const int g = keys.config().group_pairs;
+  const int width = slice_width(keys.config());
+  std::vector<SliceOffsets> offsets;
+  for (int plane = 0; plane < view.layout.num_planes; ++plane)
+    for (int first = 0; first < g; first += width) {
+      require(view.num_slices < CodebooksView::kMaxSlices, "the key codec needs more than ",
+              CodebooksView::kMaxSlices, " slices on the device; use larger groups");
+      KeySlice& slice = view.slices[view.num_slices++];
+      slice.plane = plane;
+      slice.first_pair = view.layout.planes[plane].group * g + first;
+      slice.num_pairs = std::min(width, g - first);
+      slice.width = width;
+      offsets.push_back(add_slice(keys, view.layout, slice, image));
+    }
+  const Index turns = image.add(turns_of(Rope(rope)));
+  const Index channels = image.add(channels_of(rope.pairs));
+  const Index decoder = image.add(codec.values->weights().decoder);
+
+  result.memory_ = image.copy_to_device();
+  const auto* const base = static_cast<const std::uint8_t*>(result.memory_.get());
+  for (int i = 0; i < view.num_slices; ++i) {
+    const SliceOffsets& at = offsets[static_cast<std::size_t>(i)];
+    view.slices[i].rows = reinterpret_cast<const std::int8_t*>(base + at.rows);
+    view.slices[i].units = reinterpret_cast<const float*>(base + at.units);
+    view.slices[i].zero_points = reinterpret_cast<const std::uint32_t*>(base + at.zero_points);
+  }
+  view.turns = reinterpret_cast<const std::uint64_t*>(base + turns);
+  view.channels = reinterpret_cast<const std::uint16_t*>(base + channels);
+  view.decoder = reinterpret_cast<const float*>(base + decoder);
+  return result;
+}
+
+}  // namespace commvq::cuda

@@ -1,0 +1,138 @@
+#include "commvq/cuda/page_layout.hpp"
+
+#include <algorithm>
+
+#include "commvq/core/bit_packing.hpp"
+#include "commvq/core/error.hpp"
+#include "commvq/cuda/integer_codebook.hpp"
+#include "commvq/value_codec/value_codec.hpp"
+
+namespace commvq::cuda {
+namespace {
+
+Index align(Index bytes) { return (bytes + 15) / 16 * 16; }
+
+/// Reads or writes the bits of a token's codes in one plane: the first of them in words, the rest
+/// in the tail. `access(bit position in the page, code, width)` handles one piece.
+template <class Access>
+void for_each_piece(const DevicePageLayout& layout, const KeyPlane& plane, int head, int slot,
+                    Access access) {
+  const Index words = layout.key_words(plane, head, slot) * 8;
+  const Index tail = layout.key_tail_bit(plane, head, slot);
+  const int word_bits = plane.num_words * 32;
+  for (int k = 0; k < plane.num_books; ++k) {
+    const int first = k * layout.code_bits;
+    const int in_words = std::clamp(word_bits - first, 0, layout.code_bits);
+    if (in_words > 0) access(words + first, k, 0, in_words);
+    if (in_words < layout.code_bits)
+      access(tail + first + in_words - word_bits, k, in_words, layout.code_bits - in_words);
+  }
+}
+
+}  // namespace
+
+Index key_plane_bytes(int compute_capability) {
+  // Of 227, 163 and 99 KiB a block, less what the kernel keeps beside the rows.
+  if (compute_capability >= 90) return 176 * 1024;
+  if (compute_capability == 80 || compute_capability == 87) return 112 * 1024;
+  return 56 * 1024;
+}
+
+DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_,
+                                   const ValueCodecConfig& values, int page_size_,
+                                   Index plane_bytes)
+    : page_size(page_size_),
+      num_kv_heads(num_kv_heads_),
+      head_dim(keys.pairs.head_dim),
+      codebook_size(keys.codebook_size),
+      code_bits(keys.code_bits()),
+      num_groups(keys.num_groups()),
+      num_books(2 * keys.num_stages),
+      num_code_bits(values.num_code_bits()) {
+  require(page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128,
+          "page_size is ", page_size, "; the device supports 16, 32, 64 and 128");
+  require(head_dim == 64 || head_dim == 128 || head_dim == 256, "head_dim is ", head_dim,
+          "; the device supports 64, 128 and 256");
+  require(values.num_channels == num_kv_heads * head_dim, "the value codec has ",
+          values.num_channels, " channels; the keys have ", num_kv_heads, " heads of ", head_dim);
+  const int width = slice_width(keys);
+  const int step = width == 32 ? 2 : 1;  // books that share a line
+  const Index bytes_per_step = IntegerKeySlice::image_bytes(width, step, codebook_size);
+  require(bytes_per_step <= plane_bytes, "codebook_size is ", codebook_size,
+          "; one book of the device's integers takes ", bytes_per_step,
+          " bytes of shared memory, of which ", plane_bytes, " are there");
+  const int most = static_cast<int>(plane_bytes / bytes_per_step) * step;
+  const int per_group = (num_books + most - 1) / most;
+  num_planes = num_groups * per_group;
+  require(num_planes <= kMaxPlanes, "the key codec needs ", num_planes,
+          " planes of codes on the device (", num_groups, " groups of ", num_books, " books of ",
+          codebook_size, " centroids); at most ", kMaxPlanes, " are supported");
+  // Planes of one group as even as the step allows.
+  const int books = ((num_books + per_group - 1) / per_group + step - 1) / step * step;
+  Index at = 0;
+  for (int i = 0; i < num_planes; ++i) {
+    KeyPlane& plane = planes[i];
+    plane.group = i / per_group;
+    plane.first_book = i % per_group * books;
+    plane.num_books = std::min(books, num_books - plane.first_book);
+    plane.num_words = plane.num_books * code_bits / 32;
+    plane.tail_bits = plane.num_books * code_bits % 32;
+    plane.words_offset = at;
+    at = align(at + Index{num_kv_heads} * page_size * plane.num_words * 4);
+  }
+  value_codes_offset = at;
+  at = align(at + Index{page_size} / 16 * num_code_bits * 2);
+  for (int i = 0; i < num_planes; ++i) {
+    planes[i].tails_offset = at;
+    at = align(at + bytes_for(Index{num_kv_heads} * page_size * planes[i].tail_bits));
+  }
+  key_norms_offset = at;
+  at = align(at + Index{norms_per_token} * page_size * 2);
+  value_scales_offset = at;
+  page_bytes = align(at + Index{page_size} * 2);
+}
+
+void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
+               const std::uint16_t* key_codes, const std::uint16_t* key_norms,
+               const std::uint8_t* value_code, std::uint16_t value_scale) {
+  for (int head = 0; head < layout.num_kv_heads; ++head)
+    for (int p = 0; p < layout.num_planes; ++p) {
+      const KeyPlane& plane = layout.planes[p];
+      const std::uint16_t* const codes =
+          key_codes + (head * layout.num_groups + plane.group) * layout.num_books +
+          plane.first_book;
+      for_each_piece(layout, plane, head, slot, [&](Index bit, int k, int shift, int width) {
+        put_bits(page, bit, width, static_cast<std::uint32_t>(codes[k]) >> shift);
+      });
+    }
+  for (int i = 0; i < layout.norms_per_token; ++i)
+    put_bits(page, layout.key_norm(i, slot) * 8, 16, key_norms[i]);
+  for (Index bit = 0; bit < layout.num_code_bits; ++bit)
+    put_bits(page, (layout.value_codes(slot) + 2 * bit) * 8 + slot % 16, 1,
+             get_bits(value_code, bit, 1));
+  put_bits(page, layout.value_scale(slot) * 8, 16, value_scale);
+}
+
+void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slot,
+               std::uint16_t* key_codes, std::uint16_t* key_norms, std::uint8_t* value_code,
+               std::uint16_t* value_scale) {
+  for (int head = 0; head < layout.num_kv_heads; ++head)
+    for (int p = 0; p < layout.num_planes; ++p) {
+      const KeyPlane& plane = layout.planes[p];
+      std::uint16_t* const codes =
+          key_codes + (head * layout.num_groups + plane.group) * layout.num_books +
+          plane.first_book;
+      std::fill_n(codes, plane.num_books, std::uint16_t{0});
+      for_each_piece(layout, plane, head, slot, [&](Index bit, int k, int shift, int width) {
+        codes[k] |= static_cast<std::uint16_t>(get_bits(page, bit, width) << shift);
+      });
+    }
+  for (int i = 0; i < layout.norms_per_token; ++i)
+    key_norms[i] = static_cast<std::uint16_t>(get_bits(page, layout.key_norm(i, slot) * 8, 16));
+  for (Index bit = 0; bit < layout.num_code_bits; ++bit)
+    put_bits(value_code, bit, 1,
+             get_bits(page, (layout.value_codes(slot) + 2 * bit) * 8 + slot % 16, 1));
+  *value_scale = static_cast<std::uint16_t>(get_bits(page, layout.value_scale(slot) * 8, 16));
+}
+
+}  // namespace commvq::cuda
