@@ -10,6 +10,7 @@
 #include "commvq/cuda/device_codebooks.hpp"
 #include "commvq/cuda/integer_codebook.hpp"
 #include "commvq/io/codebook_file.hpp"
+#include "commvq/rope/rope.hpp"
 
 namespace commvq::cuda {
 namespace {
@@ -84,13 +85,16 @@ std::vector<std::uint16_t> channels_of(const PairLayout& pairs) {
   return channels;
 }
 
-Index plane_bytes_of_current_device() {
-  int device = 0, major = 0, minor = 0;
+int attribute_of_current_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "asking for the current device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "asking for the compute capability");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-        "asking for the compute capability");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "asking what the device is");
+  return value;
+}
+
+Index plane_bytes_of_current_device() {
+  const int major = attribute_of_current_device(cudaDevAttrComputeCapabilityMajor);
+  const int minor = attribute_of_current_device(cudaDevAttrComputeCapabilityMinor);
   require(major >= 8, "the device has compute capability ", major, ".", minor,
           "; the kernels need 8.0 or later");
   return key_plane_bytes(major * 10 + minor);
@@ -110,6 +114,8 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
   CodebooksView& view = result.view_;
   view.layout = DevicePageLayout(keys.config(), keys.num_kv_heads(), codec.values->config(),
                                  page_size, plane_bytes_of_current_device());
+
+  view.num_multiprocessors = attribute_of_current_device(cudaDevAttrMultiProcessorCount);
 
   Image image;
   const int g = keys.config().group_pairs;

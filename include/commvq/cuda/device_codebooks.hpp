@@ -4,10 +4,10 @@
 #include <memory>
 
 #include "commvq/cuda/page_layout.hpp"
-#include "commvq/rope/rope.hpp"
 
 namespace commvq {
 struct LayerCodec;
+struct RopeConfig;
 }
 
 namespace commvq::cuda {
@@ -35,6 +35,7 @@ struct CodebooksView {
   const std::uint64_t* turns = nullptr;      ///< device, [num_pairs]: RoPE, in 2^-64 turns a token
   const std::uint16_t* channels = nullptr;   ///< device, [2 * num_pairs]: channel of planar index
   const float* decoder = nullptr;            ///< device, [num_code_bits][num_kv_heads * head_dim]
+  int num_multiprocessors = 0;               ///< of the device that holds them
 };
 
 /// The codecs of one layer on the device, made once by `prepare`. Owns its memory; moves, does not
