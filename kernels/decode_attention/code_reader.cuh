@@ -34,7 +34,7 @@ class FixedCodes {
       for (int i = 0; i < kWords; ++i) words_[i] = words[i];
     }
     if constexpr (kTail > 0) {
-      const Index bit = layout.key_tail_bit(plane, head, slot);
+      const int bit = layout.key_tail_bit(plane, head, slot);
       const auto* const tail = reinterpret_cast<const std::uint32_t*>(page) + bit / 32;
       // The next word belongs to the page as well: norms follow the tails.
       const std::uint32_t next = 32 % kTail == 0 ? 0 : tail[1];
@@ -42,52 +42,44 @@ class FixedCodes {
     }
   }
 
-  /// Byte offset of a book's first line, at 128 bytes a row, and of the code's line from it.
+  /// Sixteen bytes at `address` as `row_address` gives it.
   template <int kBook>
-  __device__ __forceinline__ static constexpr std::uint32_t book_offset(Book<kBook>) {
-    return kBook << (kCodeBits + 7);
+  __device__ __forceinline__ static uint4 load(Book<kBook>, std::uint32_t address) {
+    return load_shared_16<kBook << (kCodeBits + 7)>(address);
   }
+  /// Address of the code's row at 128 bytes a row, less the book's distance from the first one;
+  /// `part` is the rows' address, which leaves the bits of a code free, and the place in the row.
   template <int kBook>
-  __device__ __forceinline__ std::uint32_t line(Book<kBook>) const {
+  __device__ __forceinline__ std::uint32_t row_address(Book<kBook>, std::uint32_t part) const {
     constexpr int kBit = kBook * kCodeBits;
     constexpr int kWord = kBit / 32;
     constexpr int kShift = kBit % 32;
     constexpr std::uint32_t kMask = ((1u << kCodeBits) - 1) << 7;
+    std::uint32_t shifted;
     if constexpr (kShift + kCodeBits > 32) {
-      return __funnelshift_r(words_[kWord], words_[kWord + 1], kShift) << 7 & kMask;
+      shifted = __funnelshift_r(words_[kWord], words_[kWord + 1], kShift) << 7;
     } else if constexpr (kShift >= 7) {
-      return words_[kWord] >> (kShift - 7) & kMask;
+      shifted = words_[kWord] >> (kShift - 7);
     } else {
-      return words_[kWord] << (7 - kShift) & kMask;
+      shifted = words_[kWord] << (7 - kShift);
     }
-  }
-  template <int kBook>
-  __device__ __forceinline__ std::uint32_t next_line(Book<kBook>) const {
-    if constexpr (kBook + 1 < kNumBooks) {
-      return line(Book<kBook + 1>());
-    } else {
-      return 0;  // zeros fill the last line of an odd number of books
-    }
+    return (shifted & kMask) | part;
   }
 
   template <class Function>
-  __device__ __forceinline__ static void for_each_book(Function function, const FixedCodes&) {
-    visit<0, 1>(function);
-  }
-  template <class Function>
-  __device__ __forceinline__ static void for_each_pair(Function function, const FixedCodes&) {
-    visit<0, 2>(function);
+  __device__ __forceinline__ void for_each_book(Function function) const {
+    visit<0>(function);
   }
 
  private:
   static constexpr int kWords = kNumBooks * kCodeBits / 32;
   static constexpr int kTail = kNumBooks * kCodeBits % 32;
 
-  template <int kBook, int kStep, class Function>
+  template <int kBook, class Function>
   __device__ __forceinline__ static void visit(Function function) {
     if constexpr (kBook < kNumBooks) {
       function(Book<kBook>());
-      visit<kBook + kStep, kStep>(function);
+      visit<kBook + 1>(function);
     }
   }
 
@@ -106,38 +98,45 @@ class AnyCodes {
     codebook_size_ = layout.codebook_size;
     tail_ = 0;
     if (plane.tail_bits > 0) {
-      const Index bit = layout.key_tail_bit(plane, head, slot);
+      const int bit = layout.key_tail_bit(plane, head, slot);
       const auto* const tail = reinterpret_cast<const std::uint32_t*>(page) + bit / 32;
       tail_ = __funnelshift_r(tail[0], tail[1], static_cast<std::uint32_t>(bit % 32));
     }
   }
 
-  __device__ __forceinline__ std::uint32_t book_offset(int book) const {
-    return static_cast<std::uint32_t>(book) * codebook_size_ * 128;
+  __device__ __forceinline__ static uint4 load(int, std::uint32_t address) {
+    return load_shared_16<0>(address);
   }
-  __device__ __forceinline__ std::uint32_t line(int book) const {
+  __device__ __forceinline__ std::uint32_t row_address(int book, std::uint32_t part) const {
+    return part + (book * codebook_size_ + code(book)) * 128;
+  }
+  /// Address of the row of book `book + which`, where two books share lines and `book` is even.
+  __device__ __forceinline__ std::uint32_t pair_address(int book, int which,
+                                                        std::uint32_t part) const {
+    // Zeros fill the last lines of an odd number of books.
+    const std::uint32_t row = book + which < num_books_ ? code(book + which) : 0;
+    return part + (book / 2 * codebook_size_ + row) * 128;
+  }
+
+  template <class Function>
+  __device__ __forceinline__ void for_each_book(Function function) const {
+    for (int book = 0; book < num_books_; ++book) function(book);
+  }
+  template <class Function>
+  __device__ __forceinline__ void for_each_pair(Function function) const {
+    for (int book = 0; book < num_books_; book += 2) function(book);
+  }
+
+ private:
+  __device__ __forceinline__ std::uint32_t code(int book) const {
     const int bit = book * code_bits_;
     const int word = bit / 32;
     const std::uint32_t low = word < num_words_ ? words_[word] : tail_;
     const std::uint32_t high = word + 1 < num_words_ ? words_[word + 1] : tail_;
-    const std::uint32_t code =
-        __funnelshift_r(low, high, static_cast<std::uint32_t>(bit % 32)) & ((1u << code_bits_) - 1);
-    return code * 128;
-  }
-  __device__ __forceinline__ std::uint32_t next_line(int book) const {
-    return book + 1 < num_books_ ? line(book + 1) : 0;
+    return __funnelshift_r(low, high, static_cast<std::uint32_t>(bit % 32)) &
+           ((1u << code_bits_) - 1);
   }
 
-  template <class Function>
-  __device__ __forceinline__ static void for_each_book(Function function, const AnyCodes& codes) {
-    for (int book = 0; book < codes.num_books_; ++book) function(book);
-  }
-  template <class Function>
-  __device__ __forceinline__ static void for_each_pair(Function function, const AnyCodes& codes) {
-    for (int book = 0; book < codes.num_books_; book += 2) function(book);
-  }
-
- private:
   const std::uint32_t* words_;
   int num_words_;
   int num_books_;

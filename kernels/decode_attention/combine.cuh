@@ -20,18 +20,16 @@ struct PartRange {
   int last = -1;
 };
 
-__device__ inline PartRange parts_of(const Problem& p, Index total, int seq) {
+__device__ inline PartRange parts_of(const Problem& p, int total, int seq) {
   PartRange range;
   const int count = BlockRange(p, seq).count;
   if (count == 0) return range;
-  Index before = 0;
+  int before = 0;
   for (int other = threadIdx.x % 32; other < seq; other += 32) before += BlockRange(p, other).count;
   for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(~0u, before, step);
-  // Part i holds blocks [total i / parts, total (i + 1) / parts).
-  range.first = static_cast<int>(before * p.num_value_parts / total);
-  while (part_begin(total, range.first + 1, p.num_value_parts) <= before) ++range.first;
-  range.last = range.first;
-  while (part_begin(total, range.last + 1, p.num_value_parts) < before + count) ++range.last;
+  const int parts = value_parts(p, total);
+  range.first = part_of(total, before, parts);
+  range.last = part_of(total, before + count - 1, parts);
   return range;
 }
 
@@ -87,7 +85,7 @@ __device__ inline void merge_parts(const Problem& p, PartRange parts, int seq, i
           ((Index{parts.first} + seq) * p.row_stride + first_row + row) * p.layout.num_code_bits +
           first_bit + bit;
       const Index stride = Index{p.row_stride} * p.layout.num_code_bits;
-#pragma unroll 8
+#pragma unroll 12
       for (int i = 0; i < num_parts; ++i) sum += factors[row * num_parts + i] * source[i * stride];
     }
     shared.sums[row][bit] = sum * value_sums::kSumScale;
@@ -105,7 +103,7 @@ __device__ inline void decode_chunk(const Problem& p, const float* decoder, int 
   const int bits = min(Config::kChunkBits, p.layout.num_code_bits - first_bit);
   float sums[Config::kRows] = {};
   const float* const column = decoder + Index{first_bit} * channels + head * dim + d;
-#pragma unroll 8
+#pragma unroll 16
   for (int bit = lane; bit < bits; bit += lanes) {
     const float entry = column[Index{bit} * channels];
 #pragma unroll
@@ -133,6 +131,7 @@ __device__ inline void finish(const Problem& p, bool valid, int seq, int head, i
     const int head_row = first_head_row + row;
     const Index call_row = Index{seq} * p.num_rows + Index{head} * p.rows_per_head + head_row;
     float sum = shared.exact_weights[row] * p.exact_outputs[call_row * dim + d];
+#pragma unroll 16
     for (int chunk = 0; chunk < num_chunks; ++chunk)
       sum += __ldcg(p.chunk_outputs + (call_row * num_chunks + chunk) * dim + d);
     const Index target = (Index{seq} * p.num_query_tokens + head_row / p.group) * num_q_heads +
@@ -153,7 +152,7 @@ __device__ inline void run(const Problem& p, const float* decoder, float* factor
   const int rows = min(Config::kRows, p.rows_per_head - first_head_row);
   const int first_row = head * p.rows_per_head + first_head_row;
   const int first_bit = blockIdx.x * Config::kChunkBits;
-  const Index total = total_blocks(p);
+  const int total = total_blocks(p);
   const bool valid = fits(p, total) && p.seq_lens[seq] >= p.num_query_tokens;
 
   if (valid) {

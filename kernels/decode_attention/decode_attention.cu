@@ -1,5 +1,6 @@
 #include "commvq/cuda/decode_attention.hpp"
 
+#include <climits>
 #include <cmath>
 
 #include "decode_attention/combine.cuh"
@@ -204,7 +205,7 @@ Problem problem_of(const DeviceCodebooks& codebooks, const DecodeAttention& call
   p.exact_slots = call.exact_slots;
   p.exact_begin = call.exact_begin;
   p.window = call.window;
-  p.sliding_window = call.sliding_window;
+  p.sliding_window = call.sliding_window > 0 ? call.sliding_window : INT_MAX;
   const float scale =
       call.scale != 0 ? call.scale : 1 / std::sqrt(static_cast<float>(p.head_dim));
   p.score_scale = scale * kLog2E;
@@ -237,10 +238,8 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
     const KeySlice& slice = view.slices[i];
     const int exact_blocks = i == 0 ? p.batch * p.num_query_tokens : 0;
     const dim3 grid(p.num_kv_heads, p.num_key_parts + exact_blocks, row_blocks);
-    const int extra = slice.width == 64 ? key_scores::Shared<64>::kBytes
-                                        : key_scores::Shared<32>::kBytes;
-    const int shared_bytes = std::max(static_cast<int>(slice.row_bytes) + extra,
-                                      exact_tokens::Shared::bytes(p.head_dim, p.group));
+    const int shared_bytes =
+        std::max(key_scores::shared_bytes(slice), exact_tokens::Shared::bytes(p.head_dim, p.group));
     const key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices)};
     const cudaError_t error = launcher_of(p.layout, slice)(arguments, grid, shared_bytes, stream);
     if (error != cudaSuccess) return error;

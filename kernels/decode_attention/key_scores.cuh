@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/barrier.cuh"
 #include "common/memory.cuh"
 #include "common/mma.cuh"
 #include "common/rope.cuh"
@@ -17,6 +18,9 @@
 ///      token of the step;
 ///   4. scores become weights relative to the maximum of 16 tokens, with the scale of the token's
 ///      value included, which is all that adding up values needs.
+///
+/// Reading rows keeps shared memory busy, the rest keeps the arithmetic units busy; so warps do not
+/// wait for each other but for the turned queries, which a few of them make two steps ahead.
 namespace commvq::cuda::key_scores {
 
 using Config = KeyScoresConfig;
@@ -30,35 +34,57 @@ struct Arguments {
   Turn turn;
 };
 
-/// Shared memory behind the rows. Tile t of the turned queries is [width / 16][32 lanes] of 16 bytes,
-/// as mma fragments.
+/// What lies in shared memory before the rows. A tile of turned queries, for eight rows, is
+/// [width / 16][32 lanes] of 16 bytes, as mma fragments.
 template <int kWidth>
 struct Shared {
   static constexpr int kTileVectors = kWidth / 16 * 32;
-  static constexpr int kBuffer = Config::kMaxRows / 8 * kTileVectors;
+  static constexpr int kBufferVectors = Config::kMaxRows / 8 * kTileVectors;
 
-  std::uint8_t* rows;
-  uint4* queries;  ///< [2][tiles][kTileVectors], of this step and of the next
-  float2* unit_queries;  ///< [kMaxRows][kWidth]: times the pairs' units, brought to about 1
-  float* factors;        ///< [kMaxRows]: from sums of products to scores
+  uint4 queries[Config::kBuffers][kBufferVectors];  ///< turned to the first token of a step
+  float2 unit_queries[Config::kMaxRows][kWidth];    ///< times the pairs' units, brought to about 1
+  uint2 zero_points[kWidth / 8 * 4];
+  float factors[Config::kMaxRows];  ///< from sums of products to scores
+  int lags[Config::kMaxRows];       ///< how far a row's position is from the last one
+  std::uint64_t full[Config::kBuffers];
+  std::uint64_t empty[Config::kBuffers];
+};
 
-  __device__ Shared(std::uint8_t* memory, Index row_bytes) : rows(memory) {
-    queries = reinterpret_cast<uint4*>(memory + row_bytes);
-    unit_queries = reinterpret_cast<float2*>(queries + 2 * kBuffer);
-    factors = reinterpret_cast<float*>(unit_queries + Config::kMaxRows * kWidth);
-  }
-  static constexpr int kBytes = 2 * kBuffer * 16 + Config::kMaxRows * (kWidth * 8 + 4);
+/// Dynamic shared memory begins behind what the system reserves, at least so many bytes.
+constexpr int kReservedBytes = 1024;
+
+/// Shared memory of a launch, wherever it begins.
+inline int shared_bytes(const KeySlice& slice) {
+  const int before = slice.width == 64 ? sizeof(Shared<64>) : sizeof(Shared<32>);
+  const int rows_at = (before + kReservedBytes + Config::kRowAlignment - 1) /
+                      Config::kRowAlignment * Config::kRowAlignment;
+  return rows_at - kReservedBytes + static_cast<int>(slice.row_bytes);
+}
+
+/// Where the rows begin.
+template <int kWidth>
+__device__ std::uint32_t rows_address(const std::uint8_t* memory) {
+  const auto begin = static_cast<std::uint32_t>(__cvta_generic_to_shared(memory));
+  return (begin + static_cast<std::uint32_t>(sizeof(Shared<kWidth>)) + Config::kRowAlignment - 1) /
+         Config::kRowAlignment * Config::kRowAlignment;
+}
+
+/// What a thread block works on.
+struct Place {
+  int head;
+  int first_row;  ///< of the head's
+  int rows;
 };
 
 /// Reads the queries of a sequence: one warp a row.
 template <int kWidth>
-__device__ void load_queries(const Arguments& a, const Shared<kWidth>& shared, int seq, int head,
-                             int first_row, int rows) {
+__device__ void load_queries(const Arguments& a, Shared<kWidth>& shared, int seq,
+                             const Place& place) {
   const Problem& p = a.problem;
   const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < rows; row += Config::kWarps) {
-    const int query_token = (first_row + row) / p.group;
-    const int q_head = head * p.group + (first_row + row) % p.group;
+  for (int row = threadIdx.x / 32; row < place.rows; row += Config::kWarps) {
+    const int query_token = (place.first_row + row) / p.group;
+    const int q_head = place.head * p.group + (place.first_row + row) % p.group;
     const Index base =
         ((Index{seq} * p.num_query_tokens + query_token) * p.num_kv_heads * p.group + q_head) *
         p.head_dim;
@@ -68,7 +94,7 @@ __device__ void load_queries(const Arguments& a, const Shared<kWidth>& shared, i
       const int pair = lane + 32 * i;
       query[i] = make_float2(0, 0);
       if (pair < a.slice.num_pairs) {
-        const float unit = a.slice.units[head * kWidth + pair];
+        const float unit = a.slice.units[place.head * kWidth + pair];
         const std::uint16_t* const channel = p.channels + a.slice.first_pair + pair;
         query[i].x = load_float(p.queries, p.type, base + channel[0]) * unit;
         query[i].y = load_float(p.queries, p.type, base + channel[p.head_dim / 2]) * unit;
@@ -80,72 +106,71 @@ __device__ void load_queries(const Arguments& a, const Shared<kWidth>& shared, i
     // NaN and infinity pass through: such queries give NaN.
     const float factor = largest > 0 ? 1 / largest : 1.0f;
     for (int i = 0; i < kWidth / 32; ++i)
-      shared.unit_queries[row * kWidth + lane + 32 * i] =
+      shared.unit_queries[row][lane + 32 * i] =
           make_float2(query[i].x * factor, query[i].y * factor);
-    if (lane == 0) shared.factors[row] = p.score_scale / factor;
+    if (lane == 0) {
+      shared.factors[row] = p.score_scale / factor;
+      shared.lags[row] = p.num_query_tokens - 1 - query_token;
+    }
   }
 }
 
 /// Turns the queries to token `base` and lays them out as fragments: lane 4g + q of tile t holds
-/// query 8t + g, pairs 8k + 2q and 8k + 2q + 1: real parts in b0, imaginary parts in b1.
+/// query 8t + g, pairs 8k + 2q and 8k + 2q + 1: real parts in b0, imaginary parts in b1. `thread`
+/// is one of kTurningWarps * 32.
 template <int kWidth>
-__device__ void turn_queries(const Arguments& a, const Shared<kWidth>& shared, uint4* fragments,
-                             int length, int base, int first_row, int rows) {
-  const Problem& p = a.problem;
+__device__ void turn_queries(const Arguments& a, Shared<kWidth>& shared, uint4* fragments,
+                             int distance, int rows, int thread) {
   constexpr int kWords = kWidth / 8;
-  for (int item = threadIdx.x; item < rows * kWords * 4; item += Config::kThreads) {
+  const std::uint64_t* const turns = a.problem.turns + a.slice.first_pair;
+  for (int item = thread; item < rows * kWords * 4; item += Config::kTurningWarps * 32) {
     const int q = item % 4;
     const int k = item / 4 % kWords;
     const int row = item / (4 * kWords);
-    const int position = length - p.num_query_tokens + (first_row + row) / p.group;
-    const Index distance = Index{position} - base;
-    __half2 real, imag;
-    float values[2][2];
+    const Index row_distance = distance - shared.lags[row];
+    float real[2], imag[2];
+#pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int pair = 8 * k + 2 * q + e;
-      const float2 query = shared.unit_queries[row * kWidth + pair];
-      const float2 turn = pair < a.slice.num_pairs
-                              ? rotation_of(distance, a.problem.turns[a.slice.first_pair + pair])
-                              : make_float2(1, 0);
-      values[0][e] = query.x * turn.x - query.y * turn.y;
-      values[1][e] = query.x * turn.y + query.y * turn.x;
+      const float2 query = shared.unit_queries[row][pair];
+      const float2 turn = pair < a.slice.num_pairs ? rotation_of(row_distance, turns[pair])
+                                                   : make_float2(1, 0);
+      real[e] = query.x * turn.x - query.y * turn.y;
+      imag[e] = query.x * turn.y + query.y * turn.x;
     }
-    real = __floats2half2_rn(values[0][0], values[0][1]);
-    imag = __floats2half2_rn(values[1][0], values[1][1]);
     uint2* const target = reinterpret_cast<uint2*>(
         fragments + row / 8 * Shared<kWidth>::kTileVectors + k / 2 * 32 + row % 8 * 4 + q);
-    target[k % 2] = make_uint2(as_bits(real), as_bits(imag));
+    target[k % 2] = make_uint2(as_bits(__floats2half2_rn(real[0], real[1])),
+                               as_bits(__floats2half2_rn(imag[0], imag[1])));
   }
 }
 
-/// One warp's sixteen tokens: lane 4g + q decodes tokens g and g + 16 of a half block with three
-/// other lanes.
+/// Adds up the rows of a lane's two tokens: lane 4g + q decodes tokens g and g + 16 of a half block
+/// with three other lanes.
 template <int kWidth, class Reader>
-__device__ __forceinline__ void sum_rows(const std::uint8_t* rows, const Reader (&readers)[2],
+__device__ __forceinline__ void sum_rows(std::uint32_t rows, const Reader (&readers)[2],
                                          std::uint32_t (&sums)[2][kWidth / 8]) {
   const int lane = threadIdx.x % 32;
   const int q = lane % 4;
   const bool odd = lane / 4 % 2 != 0;
-  constexpr std::uint32_t kBias = 0x80808080u;
 #pragma unroll
   for (int t = 0; t < 2; ++t)
 #pragma unroll
-    for (int i = 0; i < kWidth / 8; ++i) sums[t][i] = kBias;
+    for (int i = 0; i < kWidth / 8; ++i) sums[t][i] = 0x80808080u;
 
   if constexpr (kWidth == 64) {
     // Odd tokens read the halves of a row in the other order: eight lanes then meet all 32 banks.
-    const std::uint32_t part = q * 16 + (odd ? 64 : 0);
-    Reader::for_each_book([&](auto book) {
+    const std::uint32_t part = rows + q * 16 + (odd ? 64 : 0);
+    readers[0].for_each_book([&](auto book) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const std::uint32_t line = readers[t].line(book);
-        const std::uint8_t* const base = rows + readers[t].book_offset(book);
-        const uint4 x = *reinterpret_cast<const uint4*>(base + (line | part));
-        const uint4 y = *reinterpret_cast<const uint4*>(base + (line | (part ^ 64)));
+        const std::uint32_t address = readers[t].row_address(book, part);
+        const uint4 x = Reader::load(book, address);
+        const uint4 y = Reader::load(book, address ^ 64);
         sums[t][0] += x.x, sums[t][1] += x.y, sums[t][2] += x.z, sums[t][3] += x.w;
         sums[t][4] += y.x, sums[t][5] += y.y, sums[t][6] += y.z, sums[t][7] += y.w;
       }
-    }, readers[0]);
+    });
 #pragma unroll
     for (int t = 0; t < 2; ++t)
 #pragma unroll
@@ -156,19 +181,18 @@ __device__ __forceinline__ void sum_rows(const std::uint8_t* rows, const Reader 
       }
   } else {
     // A line holds the rows of two books; odd tokens read the second one first.
-    const std::uint32_t part = q * 16;
-    Reader::for_each_pair([&](auto book) {
+    const std::uint32_t part = rows + q * 16;
+    readers[0].for_each_pair([&](auto book) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const std::uint32_t even_line = readers[t].line(book);
-        const std::uint32_t odd_line = readers[t].next_line(book) + 64;
-        const std::uint8_t* const base = rows + readers[t].book_offset(book) / 2 + part;
-        const uint4 x = *reinterpret_cast<const uint4*>(base + (odd ? odd_line : even_line));
-        const uint4 y = *reinterpret_cast<const uint4*>(base + (odd ? even_line : odd_line));
+        const std::uint32_t even = readers[t].pair_address(book, 0, part);
+        const std::uint32_t next = readers[t].pair_address(book, 1, part + 64);
+        const uint4 x = load_shared_16<0>(odd ? next : even);
+        const uint4 y = load_shared_16<0>(odd ? even : next);
         sums[t][0] += x.x + y.x, sums[t][1] += x.y + y.y;
         sums[t][2] += x.z + y.z, sums[t][3] += x.w + y.w;
       }
-    }, readers[0]);
+    });
   }
 }
 
@@ -224,180 +248,222 @@ __device__ __forceinline__ void turn_keys(const std::uint32_t (&sums)[2][kWidth 
 using NormAndScale = std::uint32_t;
 
 __device__ __forceinline__ float norm_of(NormAndScale bits) { return __uint_as_float(bits << 16); }
-/// log2 of the scale; minus infinity for 0 (and below 2^-100).
-__device__ __forceinline__ float log_scale(NormAndScale bits) {
-  const float scale = __uint_as_float(bits & 0xffff0000u);
-  // NaN stays NaN: what could not be coded shows.
-  return scale < 0x1p-100f ? -INFINITY : __log2f(scale);
+__device__ __forceinline__ float scale_of(NormAndScale bits) {
+  return __uint_as_float(bits & 0xffff0000u);
 }
 
+/// Where the weights of a lane's two tokens belong.
+struct Target {
+  Index block;  ///< in the workspace
+  int half;
+  int token;  ///< the first, in the sequence
+};
+
 /// Scores of two tokens and rows 2q, 2q + 1 of a tile to weights and their sums in the workspace.
-__device__ __forceinline__ void store_weights(const Problem& p, const Sequence& sequence,
-                                              int first_token, const NormAndScale (&data)[2],
-                                              const float (&scores)[4], Index block, int half,
-                                              int head, int first_row, int rows, int tile) {
+/// Value scales below 2^-100 count as zero.
+__device__ __forceinline__ void store_weights(const Problem& p, const Place& place,
+                                              const Sequence& sequence, const Target& target,
+                                              const NormAndScale (&data)[2], const int* lags,
+                                              const float (&scores)[4], int tile) {
   const int lane = threadIdx.x % 32;
+  constexpr float kLeastLog = -100.0f;
+  float logs[2];
+#pragma unroll
+  for (int t = 0; t < 2; ++t) logs[t] = __log2f(scale_of(data[t]));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = tile * 8 + lane % 4 * 2 + i;
-    const int position = sequence.position(p, (first_row + row) / p.group);
+    const int position = sequence.length - 1 - lags[min(row, place.rows - 1)];
     const int begin = sequence.coded_begin(p, position);
     const int end = sequence.coded_end(p, position);
-    float score[2], scaled[2];
+    float score[2];
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      float x = scores[2 * t + i];
-      if (p.soft_cap > 0) x = p.soft_cap * tanhf(x / p.soft_cap);
-      const int token = first_token + 16 * t;
-      const bool visible = token >= begin && token < end;
-      score[t] = visible ? x : -INFINITY;
-      scaled[t] = score[t] + (visible ? log_scale(data[t]) : 0.0f);
+      score[t] = scores[2 * t + i];
+      if (p.soft_cap > 0) score[t] = p.soft_cap * tanhf(score[t] / p.soft_cap);
+      const int token = target.token + 16 * t;
+      if (token < begin || token >= end) score[t] = -INFINITY;
     }
-    float largest = fmaxf(scaled[0], scaled[1]);
-    float largest_score = fmaxf(score[0], score[1]);
+    float largest = fmaxf(score[0] + fmaxf(logs[0], kLeastLog), score[1] + fmaxf(logs[1], kLeastLog));
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
+    for (int step = 4; step < 32; step *= 2)
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-      largest_score = fmaxf(largest_score, __shfl_xor_sync(~0u, largest_score, step));
-    }
-    // Where every value is zero, any maximum will do.
-    if (largest == -INFINITY) largest = largest_score;
     const float reference = largest == -INFINITY ? 0.0f : largest;
-    float sum = exp2f(score[0] - reference) + exp2f(score[1] - reference);
+    score[0] -= reference;
+    score[1] -= reference;
+    float sum = exp2_approx(score[0]) + exp2_approx(score[1]);
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (row >= rows) continue;
-    const Index call_row = Index{head} * p.rows_per_head + first_row + row;
+    if (row >= place.rows) continue;
+    const Index call_row = place.head * p.rows_per_head + place.first_row + row;
+    // A scale that is NaN, of a token that could not be coded, shows.
     const __half2 weights =
-        __floats2half2_rn(exp2f(scaled[0] - reference), exp2f(scaled[1] - reference));
-    p.weights[(block * p.row_stride + call_row) * 16 + half * 8 + lane / 4] = as_bits(weights);
+        __floats2half2_rn(exp2_approx(score[0] + (logs[0] < kLeastLog ? -INFINITY : logs[0])),
+                          exp2_approx(score[1] + (logs[1] < kLeastLog ? -INFINITY : logs[1])));
+    p.weights[(target.block * p.row_stride + call_row) * 16 + target.half * 8 + lane / 4] =
+        as_bits(weights);
     if (lane < 4)
-      p.block_sums[(block * kHalves + half) * p.row_stride + call_row] = {largest, sum};
+      p.block_sums[(target.block * kHalves + target.half) * p.row_stride + call_row] = {largest,
+                                                                                      sum};
   }
 }
 
+/// Adds what other slices found to the scores of two tokens and rows 2q, 2q + 1 of a tile.
+__device__ inline void add_slices(const Problem& p, Turn turn, const Place& place,
+                                  const Target& target, int tile, float (&scores)[4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = tile * 8 + lane % 4 * 2 + i % 2;
+    if (row >= place.rows) continue;
+    const Index call_row = place.head * p.rows_per_head + place.first_row + row;
+    float* const raw = p.raw_scores + (target.block * p.row_stride + call_row) * kBlockTokens +
+                       target.half * 8 + lane / 4 + i / 2 * 16;
+    if (turn != Turn::kFirst) scores[i] += *raw;
+    if (turn != Turn::kLast) *raw = scores[i];
+  }
+}
+
+/// Products of a warp's sixteen keys with eight queries.
+template <int kWidth>
+__device__ __forceinline__ void multiply(const std::uint32_t (&keys)[kWidth / 8][4],
+                                         const uint4* queries, float (&scores)[4]) {
+#pragma unroll
+  for (int k = 0; k < kWidth / 8; k += 2) {
+    const uint4 q = queries[k / 2 * 32];
+    mma_16x8x16(scores, keys[k][0], keys[k][1], keys[k][2], keys[k][3], q.x, q.y);
+    mma_16x8x16(scores, keys[k + 1][0], keys[k + 1][1], keys[k + 1][2], keys[k + 1][3], q.z, q.w);
+  }
+}
+
+/// A sequence's blocks in one part, in steps of kStepBlocks.
 template <int kWidth, class Reader>
-__device__ void run(const Arguments& a, std::uint8_t* memory) {
+__device__ void run_segment(const Arguments& a, Shared<kWidth>& shared, std::uint32_t rows,
+                            const TokenTurns<kWidth>& token_turns, const Place& place,
+                            const Cursor& cursor, int offset, int& steps_done) {
   const Problem& p = a.problem;
   const KeyPlane& plane = p.layout.planes[a.slice.plane];
-  const Shared<kWidth> shared(memory, a.slice.row_bytes);
-  const int head = blockIdx.x;
-  const int first_row = blockIdx.z * Config::kMaxRows;
-  const int rows = min(Config::kMaxRows, p.rows_per_head - first_row);
-  const int tiles = (rows + 7) / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int half = warp % 2;
-  const int offset = warp / 2 * kBlockTokens + half * 8 + lane / 4;  // of token 0 in a step
-
-  const std::int8_t* const image = a.slice.rows + head * a.slice.row_bytes;
-  for (Index at = threadIdx.x * 16; at < a.slice.row_bytes; at += Config::kThreads * 16)
-    copy_async_16(shared.rows + at, image + at);
-  for (int i = threadIdx.x; i < 2 * Shared<kWidth>::kBuffer; i += Config::kThreads)
-    shared.queries[i] = make_uint4(0, 0, 0, 0);
-
-  const Index total = total_blocks(p);
-  if (!fits(p, total)) return;
-  Cursor cursor = cursor_at(p, part_begin(total, blockIdx.y, p.num_key_parts),
-                            part_begin(total, blockIdx.y + 1, p.num_key_parts));
-  const TokenTurns<kWidth> token_turns(a, offset);
-  const auto* const zero_points =
-      reinterpret_cast<const uint2*>(a.slice.zero_points + head * kWidth);
+  const int count = cursor.count(INT_MAX);
+  const int num_steps = (count + Config::kStepBlocks - 1) / Config::kStepBlocks;
+  const Sequence sequence(p, cursor.seq);
+  const int last_token = sequence.coded_end(p, sequence.length - 1) - 1;
+  const int first_token = cursor.block * kBlockTokens;
+  constexpr int kStepTokens = Config::kStepBlocks * kBlockTokens;
 
   // What a lane reads of its two tokens, a step ahead of their use.
   Reader readers[2];
   NormAndScale fetched[2];
-  const auto fetch = [&](const Cursor& at) {
-    const Sequence sequence(p, at.seq);
-    const int last = sequence.coded_end(p, sequence.length - 1) - 1;
+  const std::int32_t* const table = p.block_table + Index{cursor.seq} * p.max_blocks;
+  const auto fetch = [&](int step) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       // Beyond the last token there may be no page.
-      const int token = min(at.block * kBlockTokens + offset + 16 * t, last);
-      const std::uint8_t* const page = page_of(p, at.seq, token);
+      const int token = min(first_token + step * kStepTokens + offset + 16 * t, last_token);
+      const std::uint8_t* const page = p.pages + table[token >> p.page_shift] * p.page_stride;
       const int slot = token & (p.layout.page_size - 1);
-      readers[t].fetch(p.layout, plane, page, head, slot);
+      readers[t].fetch(p.layout, plane, page, place.head, slot);
       const std::uint32_t norm =
-          *reinterpret_cast<const std::uint16_t*>(page + p.layout.key_norm(head, slot));
+          *reinterpret_cast<const std::uint16_t*>(page + p.layout.key_norm(place.head, slot));
       const std::uint32_t scale =
           *reinterpret_cast<const std::uint16_t*>(page + p.layout.value_scale(slot));
       fetched[t] = norm | scale << 16;
     }
   };
+  const auto turn_for = [&](int step) {
+    const int number = steps_done + step;
+    const int buffer = number % Config::kBuffers;
+    const int group = number % (Config::kWarps / Config::kTurningWarps);
+    if (step >= num_steps || warp / Config::kTurningWarps != group) return;
+    const int round = number / Config::kBuffers;
+    if (round > 0) WarpBarrier(&shared.empty[buffer]).wait((round - 1) % 2);
+    turn_queries<kWidth>(a, shared, shared.queries[buffer],
+                         sequence.length - 1 - first_token - step * kStepTokens, place.rows,
+                         threadIdx.x % (Config::kTurningWarps * 32));
+    WarpBarrier(&shared.full[buffer]).arrive();
+  };
 
-  int buffer = 0;
-  if (!cursor.done()) {
-    load_queries<kWidth>(a, shared, cursor.seq, head, first_row, rows);
-    fetch(cursor);
-  }
-  wait_for_copies();
-  __syncthreads();
-  if (!cursor.done())
-    turn_queries<kWidth>(a, shared, shared.queries, p.seq_lens[cursor.seq],
-                         cursor.block * kBlockTokens, first_row, rows);
-  while (!cursor.done()) {
-    __syncthreads();
-    const int count = cursor.count(Config::kStepBlocks);
-    Cursor next = cursor;
-    next.advance(p, count);
-
+  turn_for(0);
+  turn_for(1);
+  fetch(0);
+  for (int step = 0; step < num_steps; ++step) {
     const Reader current[2] = {readers[0], readers[1]};
     const NormAndScale data[2] = {fetched[0], fetched[1]};
-    if (!next.done()) {
-      fetch(next);
-      if (next.seq == cursor.seq)
-        turn_queries<kWidth>(a, shared, shared.queries + (buffer ^ 1) * Shared<kWidth>::kBuffer, p.seq_lens[next.seq],
-                             next.block * kBlockTokens, first_row, rows);
-    }
+    if (step + 1 < num_steps) fetch(step + 1);
+    turn_for(step + 2);
 
-    if (warp / 2 < count) {
-      std::uint32_t keys[kWidth / 8][4];
-      {
-        std::uint32_t sums[2][kWidth / 8];
-        sum_rows<kWidth>(shared.rows, current, sums);
-        turn_keys<kWidth>(sums, zero_points, token_turns, keys);
-      }
-      const Sequence sequence(p, cursor.seq);
-      const Index block = cursor.index + warp / 2;
-      for (int tile = 0; tile < tiles; ++tile) {
+    const int block = step * Config::kStepBlocks + warp / 2;
+    const int number = steps_done + step;
+    const int buffer = number % Config::kBuffers;
+    const bool active = block < count;
+    std::uint32_t keys[kWidth / 8][4];
+    if (active) {
+      std::uint32_t sums[2][kWidth / 8];
+      sum_rows<kWidth>(rows, current, sums);
+      turn_keys<kWidth>(sums, shared.zero_points, token_turns, keys);
+    }
+    WarpBarrier(&shared.full[buffer]).wait(number / Config::kBuffers % 2);
+    if (active) {
+      const Target target{Index{cursor.index} + block, warp % 2,
+                          first_token + step * kStepTokens + offset};
+      for (int tile = 0; tile * 8 < place.rows; ++tile) {
         float scores[4] = {};
-        const uint4* const queries =
-            shared.queries + buffer * Shared<kWidth>::kBuffer + tile * Shared<kWidth>::kTileVectors + lane;
-#pragma unroll
-        for (int k = 0; k < kWidth / 8; k += 2) {
-          const uint4 q = queries[k / 2 * 32];
-          mma_16x8x16(scores, keys[k][0], keys[k][1], keys[k][2], keys[k][3], q.x, q.y);
-          mma_16x8x16(scores, keys[k + 1][0], keys[k + 1][1], keys[k + 1][2], keys[k + 1][3], q.z,
-                      q.w);
-        }
+        multiply<kWidth>(keys, shared.queries[buffer] + tile * Shared<kWidth>::kTileVectors + lane,
+                         scores);
         const int row = tile * 8 + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          scores[i] *= norm_of(data[i / 2]) * shared.factors[min(row + i % 2, rows - 1)];
+          scores[i] *= norm_of(data[i / 2]) * shared.factors[min(row + i % 2, place.rows - 1)];
         if (a.turn != Turn::kOnly) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (row + i % 2 >= rows) continue;
-            const Index call_row = Index{head} * p.rows_per_head + first_row + row + i % 2;
-            float* const raw = p.raw_scores + (block * p.row_stride + call_row) * kBlockTokens +
-                               half * 8 + lane / 4 + i / 2 * 16;
-            if (a.turn != Turn::kFirst) scores[i] += *raw;
-            if (a.turn != Turn::kLast) *raw = scores[i];
-          }
+          add_slices(p, a.turn, place, target, tile, scores);
           if (a.turn != Turn::kLast) continue;
         }
-        store_weights(p, sequence, cursor.block * kBlockTokens + offset, data, scores, block, half, head, first_row, rows, tile);
+        store_weights(p, place, sequence, target, data, shared.lags, scores, tile);
       }
     }
+    WarpBarrier(&shared.empty[buffer]).arrive();
+  }
+  steps_done += num_steps;
+}
 
-    if (!next.done() && next.seq != cursor.seq) {
-      __syncthreads();
-      load_queries<kWidth>(a, shared, next.seq, head, first_row, rows);
-      __syncthreads();
-      turn_queries<kWidth>(a, shared, shared.queries + (buffer ^ 1) * Shared<kWidth>::kBuffer, p.seq_lens[next.seq],
-                           next.block * kBlockTokens, first_row, rows);
+template <int kWidth, class Reader>
+__device__ void run(const Arguments& a, std::uint8_t* memory) {
+  const Problem& p = a.problem;
+  Shared<kWidth>& shared = *reinterpret_cast<Shared<kWidth>*>(memory);
+  const std::uint32_t rows = rows_address<kWidth>(memory);
+  Place place{static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.z) * Config::kMaxRows, 0};
+  place.rows = min(Config::kMaxRows, p.rows_per_head - place.first_row);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  const int total = total_blocks(p);
+  Cursor cursor = cursor_at(p, part_begin(total, blockIdx.y, p.num_key_parts),
+                            part_begin(total, blockIdx.y + 1, p.num_key_parts));
+  if (!fits(p, total) || cursor.done()) return;
+
+  const std::int8_t* const image = a.slice.rows + place.head * a.slice.row_bytes;
+  for (int at = threadIdx.x * 16; at < a.slice.row_bytes; at += Config::kThreads * 16)
+    copy_async_16(rows + at, image + at);
+  for (int i = threadIdx.x; i < Config::kBuffers * Shared<kWidth>::kBufferVectors;
+       i += Config::kThreads)
+    shared.queries[0][i] = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < kWidth / 2; i += Config::kThreads)
+    shared.zero_points[i] =
+        reinterpret_cast<const uint2*>(a.slice.zero_points + place.head * kWidth)[i];
+  if (threadIdx.x == 0)
+    for (int i = 0; i < Config::kBuffers; ++i) {
+      WarpBarrier(&shared.full[i]).init(Config::kTurningWarps);
+      WarpBarrier(&shared.empty[i]).init(Config::kWarps);
     }
-    cursor = next;
-    buffer ^= 1;
+  // Of a step's tokens, a lane decodes this one and the sixteenth after it.
+  const int offset = warp / 2 * kBlockTokens + warp % 2 * 8 + lane / 4;
+  const TokenTurns<kWidth> token_turns(a, offset);
+  int steps_done = 0;
+  for (; !cursor.done(); cursor.advance(p, cursor.count(INT_MAX))) {
+    __syncthreads();  // nobody needs the last sequence's queries any more
+    load_queries<kWidth>(a, shared, cursor.seq, place);
+    wait_for_copies();
+    __syncthreads();
+    run_segment<kWidth, Reader>(a, shared, rows, token_turns, place, cursor, offset, steps_done);
   }
 }
 

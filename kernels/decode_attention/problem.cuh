@@ -1,5 +1,6 @@
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "commvq/cuda/decode_attention.hpp"
@@ -11,6 +12,8 @@ constexpr int kBlockTokens = 32;
 /// Of a block's tokens, those with token % 16 in [8 i, 8 i + 8) are its half i: one warp scores them
 /// and their weights have a maximum of their own.
 constexpr int kHalves = 2;
+/// Fewest blocks of a part of the values, but for the last sequence's end.
+constexpr int kLeastValueBlocks = 4;
 
 /// The largest score of a row over some tokens, in powers of two and with the value's scale
 /// included where there is one, and the sum of the exponentials relative to it.
@@ -36,7 +39,7 @@ struct Problem {
   const std::int32_t* exact_slots;
   const std::int32_t* exact_begin;
   int window;
-  int sliding_window;
+  int sliding_window;  ///< INT_MAX: none
   float score_scale;  ///< times log2(e)
   float soft_cap;     ///< times log2(e); 0: none
 
@@ -73,24 +76,24 @@ struct Problem {
 /// Tokens of one sequence that queries see, by query position. All are bounds of half-open ranges.
 struct Sequence {
   int length;
-  int first_exact_copy;
+  int first_exact;  ///< tokens below have no exact copy any more, sinks apart
 
   __device__ Sequence(const Problem& problem, int seq) : length(problem.seq_lens[seq]) {
-    first_exact_copy = problem.exact_begin != nullptr ? problem.exact_begin[seq]
-                                                      : max(0, length - problem.exact.capacity);
+    first_exact = problem.exact_begin != nullptr ? problem.exact_begin[seq]
+                                                 : length - problem.exact.capacity;
+    first_exact = max(first_exact, problem.exact.sinks);
+    if (problem.exact.capacity == 0) first_exact = INT_MAX;
   }
   __device__ int position(const Problem& problem, int query_token) const {
     return length - problem.num_query_tokens + query_token;
   }
   /// Oldest token that the sliding window shows.
   __device__ static int oldest(const Problem& problem, int position) {
-    return problem.sliding_window > 0 ? max(0, position + 1 - problem.sliding_window) : 0;
+    return max(0, position + 1 - problem.sliding_window);
   }
   /// First token after the sinks that is read exactly, up to position + 1.
   __device__ int exact_begin(const Problem& problem, int position) const {
-    if (problem.exact.capacity == 0) return position + 1;
-    const int begin = max(max(position + 1 - problem.window, first_exact_copy), problem.exact.sinks);
-    return min(begin, position + 1);
+    return min(max(position + 1 - problem.window, first_exact), position + 1);
   }
   __device__ int coded_begin(const Problem& problem, int position) const {
     return max(oldest(problem, position), min(problem.exact.sinks, position + 1));
@@ -116,13 +119,13 @@ struct BlockRange {
   }
 };
 
-/// Blocks of all sequences together. Called by whole warps.
-__device__ inline Index total_blocks(const Problem& problem) {
+/// Blocks of all sequences together, at most INT_MAX. Called by whole warps.
+__device__ inline int total_blocks(const Problem& problem) {
   Index total = 0;
   const int lane = threadIdx.x % 32;
   for (int seq = lane; seq < problem.batch; seq += 32) total += BlockRange(problem, seq).count;
   for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
-  return total;
+  return static_cast<int>(min(total, Index{INT_MAX}));
 }
 
 /// A place in the blocks of all sequences, one after the other.
@@ -177,13 +180,24 @@ __device__ inline Cursor cursor_at(const Problem& problem, int index, int stop) 
   return cursor;
 }
 
-/// First block of part `part` of `parts`.
-__device__ inline int part_begin(Index total, int part, int parts) {
-  return static_cast<int>(total * part / parts);
+/// Parts into which values are really cut: every one of them has some blocks.
+__device__ inline int value_parts(const Problem& problem, int total) {
+  return min(problem.num_value_parts, (total + kLeastValueBlocks - 1) / kLeastValueBlocks);
+}
+
+/// First block of part `part` of `parts`: the first parts have one block more than the others.
+__device__ inline int part_begin(int total, int part, int parts) {
+  return part * (total / parts) + min(part, total % parts);
+}
+/// The part that holds a block; there are no empty parts.
+__device__ inline int part_of(int total, int block, int parts) {
+  const int least = total / parts, longer = total % parts;
+  const int in_longer = longer * (least + 1);
+  return block < in_longer ? block / (least + 1) : longer + (block - in_longer) / least;
 }
 
 /// True if the workspace holds all blocks; otherwise the output becomes NaN.
-__device__ inline bool fits(const Problem& problem, Index total) {
+__device__ inline bool fits(const Problem& problem, int total) {
   return total <= problem.max_workspace_blocks;
 }
 

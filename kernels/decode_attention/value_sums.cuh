@@ -20,35 +20,40 @@ constexpr int kRowTiles = Config::kRows / 8;
 /// What a sum is to be multiplied by: 2^21.
 constexpr float kSumScale = 2097152.0f;
 
+/// Adds `other` to `total`.
+__device__ __forceinline__ void merge(RowSum& total, RowSum other) {
+  const float largest = fmaxf(total.max, other.max);
+  if (largest == -INFINITY) return;
+  total.sum = total.sum * exp2_approx(total.max - largest) +
+              other.sum * exp2_approx(other.max - largest);
+  total.max = largest;
+}
+
 /// Largest score of each row over the blocks `[first, first + count)` and what they sum to.
 /// Leaves the maxima in `maxima`, shared, `[kRows]`.
 __device__ inline RowSum merge_blocks(const Problem& p, Index first, int count, int first_row,
                                       int rows, RowSum* scratch, float* maxima) {
-  // Thread t: row t % 32, every eighth half block from t / 32 on.
+  // Thread t: row t % 32, every eighth half block from t / 32 on, some of them at once.
   const int row = threadIdx.x % Config::kRows;
-  const int lane = threadIdx.x / Config::kRows;
   constexpr int kLanes = Config::kThreads / Config::kRows;
+  constexpr int kAtOnce = 8;
   RowSum total = {-INFINITY, 0};
   if (row < rows) {
     const RowSum* const sums = p.block_sums + first * kHalves * p.row_stride + first_row + row;
-    for (int i = lane; i < count * kHalves; i += kLanes)
-      total.max = fmaxf(total.max, sums[Index{i} * p.row_stride].max);
-    if (total.max > -INFINITY || total.max != total.max)
-      for (int i = lane; i < count * kHalves; i += kLanes) {
-        const RowSum sum = sums[Index{i} * p.row_stride];
-        total.sum += sum.sum * exp2f(sum.max - total.max);
-      }
+    for (int i = threadIdx.x / Config::kRows; i < count * kHalves; i += kLanes * kAtOnce) {
+      RowSum some[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        some[j] = i + j * kLanes < count * kHalves ? sums[Index{i + j * kLanes} * p.row_stride]
+                                                   : RowSum{-INFINITY, 0};
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) merge(total, some[j]);
+    }
   }
   scratch[threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.x < Config::kRows) {
-    total = {-INFINITY, 0};
-    for (int i = 0; i < kLanes; ++i)
-      total.max = fmaxf(total.max, scratch[i * Config::kRows + row].max);
-    for (int i = 0; i < kLanes; ++i) {
-      const RowSum sum = scratch[i * Config::kRows + row];
-      if (sum.max > -INFINITY) total.sum += sum.sum * exp2f(sum.max - total.max);
-    }
+    for (int i = 1; i < kLanes; ++i) merge(total, scratch[i * Config::kRows + row]);
     maxima[row] = total.max == -INFINITY ? 0.0f : total.max;
   }
   __syncthreads();
@@ -63,8 +68,24 @@ struct Operands {
   float maxima[kRowTiles];
 };
 
-__device__ __forceinline__ void load(const Problem& p, int seq, int block, Index index, int bit,
-                                     int first_row, Operands& operands) {
+/// Pages of a block's two halves of sixteen tokens.
+struct Pages {
+  const std::uint8_t* data[2];
+};
+
+__device__ __forceinline__ Pages pages_of(const Problem& p, int seq, int block) {
+  const std::int32_t* const table = p.block_table + Index{seq} * p.max_blocks;
+  const int token = block * kBlockTokens;
+  const int first = table[token >> p.page_shift];
+  int second = first;
+  // The second half may lie beyond the last page; its weights are zero, so any bits will do.
+  if (p.layout.page_size < kBlockTokens && token + 16 < p.seq_lens[seq])
+    second = table[(token + 16) >> p.page_shift];
+  return {{p.pages + first * p.page_stride, p.pages + second * p.page_stride}};
+}
+
+__device__ __forceinline__ void load(const Problem& p, const Pages& pages, int block, Index index,
+                                     int bit, int first_row, Operands& operands) {
   const int lane = threadIdx.x % 32;
   const int g = lane / 4, q = lane % 4;
 #pragma unroll
@@ -75,21 +96,12 @@ __device__ __forceinline__ void load(const Problem& p, int seq, int block, Index
     operands.maxima[t] = p.block_sums[(index * kHalves + q / 2) * p.row_stride + row].max;
   }
   const int token = block * kBlockTokens;
-  // The second half may lie beyond the last page; its weights are zero, so any bits will do.
-  const int page = p.block_table[Index{seq} * p.max_blocks + (token >> p.page_shift)];
-  int second = page;
-  if (p.layout.page_size < kBlockTokens) {
-    const int last = (token + 16) >> p.page_shift;
-    if (last * p.layout.page_size < p.seq_lens[seq])
-      second = p.block_table[Index{seq} * p.max_blocks + last];
-  }
+  const bool inside = bit + 16 * g < p.layout.num_code_bits;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const std::uint8_t* const data = p.pages + (half == 0 ? page : second) * p.page_stride;
     const int slot = (token + 16 * half) & (p.layout.page_size - 1);
-    const bool inside = bit + 16 * g < p.layout.num_code_bits;
     const auto* const words = reinterpret_cast<const uint4*>(
-        data + p.layout.value_codes(slot) + 2 * (inside ? bit + 16 * g : 0));
+        pages.data[half] + p.layout.value_codes(slot) + 2 * (inside ? bit + 16 * g : 0));
     operands.bits[half][0] = words[0];
     operands.bits[half][1] = words[1];
   }
@@ -101,7 +113,7 @@ __device__ __forceinline__ void scale_weights(const Operands& operands,
                                               std::uint32_t (&weights)[kRowTiles][4]) {
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t) {
-    const float factor = exp2f(operands.maxima[t] - maxima[t]);
+    const float factor = exp2_approx(operands.maxima[t] - maxima[t]);
     const std::uint32_t raw[4] = {operands.weights[t].x, operands.weights[t].y,
                                   operands.weights[t].z, operands.weights[t].w};
 #pragma unroll
@@ -186,10 +198,11 @@ __device__ inline void run(const Problem& p, float* scratch) {
   const int first_bit = blockIdx.y * Config::kChunkBits;
   const int first_row = blockIdx.z * Config::kRows;
   const int rows = min(Config::kRows, p.num_rows - first_row);
-  const Index total = total_blocks(p);
-  if (!fits(p, total)) return;
-  Cursor cursor = cursor_at(p, part_begin(total, blockIdx.x, p.num_value_parts),
-                            part_begin(total, blockIdx.x + 1, p.num_value_parts));
+  const int total = total_blocks(p);
+  const int parts = value_parts(p, total);
+  if (!fits(p, total) || blockIdx.x >= parts) return;
+  Cursor cursor = cursor_at(p, part_begin(total, blockIdx.x, parts),
+                            part_begin(total, blockIdx.x + 1, parts));
   while (!cursor.done()) {
     const int count = cursor.count(1 << 30);
     const Index slot = Index{blockIdx.x} + cursor.seq;
@@ -203,15 +216,22 @@ __device__ inline void run(const Problem& p, float* scratch) {
 
     float sums[kTiles][kRowTiles][4] = {};
     const int bit = first_bit + bit_group * Config::kWarpBits;
+    // Operands are read one block ahead of their use, and pages two.
     Operands next;
-    if (token_group < count)
-      load(p, cursor.seq, cursor.block + token_group, cursor.index + token_group, bit, first_row,
-           next);
+    Pages pages;
+    const auto block_of = [&](int i) { return cursor.block + min(i, count - 1); };
+    if (token_group < count) {
+      load(p, pages_of(p, cursor.seq, block_of(token_group)), block_of(token_group),
+           cursor.index + token_group, bit, first_row, next);
+      pages = pages_of(p, cursor.seq, block_of(token_group + Config::kTokenGroups));
+    }
     for (int i = token_group; i < count; i += Config::kTokenGroups) {
       const Operands operands = next;
       const int ahead = i + Config::kTokenGroups;
-      if (ahead < count)
-        load(p, cursor.seq, cursor.block + ahead, cursor.index + ahead, bit, first_row, next);
+      if (ahead < count) {
+        load(p, pages, cursor.block + ahead, cursor.index + ahead, bit, first_row, next);
+        pages = pages_of(p, cursor.seq, block_of(ahead + Config::kTokenGroups));
+      }
       std::uint32_t weights[kRowTiles][4];
       scale_weights(operands, maxima, weights);
       multiply(operands, weights, sums);
