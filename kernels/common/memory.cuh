@@ -18,6 +18,22 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;\n" ::: "memory");
 }
 
+/// Ends a group of copies that `wait_for_copies_but` counts.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n"); }
+/// Waits for all of this thread's groups but the newest `kGroups`.
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies_but() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroups) : "memory");
+}
+/// A barrier of `threads` threads, by number; 0 is that of __syncthreads.
+__device__ __forceinline__ void sync_warps(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
 /// 16 bytes at a shared-memory address plus a constant.
 template <int kOffset>
 __device__ __forceinline__ uint4 load_shared_16(std::uint32_t address) {

@@ -3,26 +3,33 @@
 #include <cstdint>
 
 #include "common/memory.cuh"
-#include "commvq/cuda/page_layout.hpp"
 
 namespace commvq::cuda {
 
+/// Where the codes of one plane lie in a page: what the kernel needs of `KeyPlane`.
+struct KeyCodes {
+  int num_books;
+  int code_bits;
+  int codebook_size;
+  int num_words;
+  int tail_bits;
+  int words;  ///< bytes from the page's start
+  int tails;  ///< bytes from the page's start
+};
+
 /// A compile-time book number.
 template <int kBook>
-struct Book {
-  static constexpr int value = kBook;
-  __device__ constexpr operator int() const { return kBook; }
-};
+struct Book {};
 
 /// The codes of one token and plane whose shape is known at compile time: a few registers, from
 /// which every code is one shift and one mask.
 template <int kCodeBits, int kNumBooks>
 class FixedCodes {
  public:
-  __device__ __forceinline__ void fetch(const DevicePageLayout& layout, const KeyPlane& plane,
-                                        const std::uint8_t* page, int head, int slot) {
-    const auto* const words =
-        reinterpret_cast<const std::uint32_t*>(page + layout.key_words(plane, head, slot));
+  /// `index` is head * page_size + slot.
+  __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
+                                        int index) {
+    const std::uint8_t* const words = page + (codes.words + index * (kWords * 4));
     if constexpr (kWords == 4) {
       const uint4 v = *reinterpret_cast<const uint4*>(words);
       words_[0] = v.x, words_[1] = v.y, words_[2] = v.z, words_[3] = v.w;
@@ -31,14 +38,16 @@ class FixedCodes {
       words_[0] = v.x, words_[1] = v.y;
     } else {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) words_[i] = words[i];
+      for (int i = 0; i < kWords; ++i)
+        words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
     }
     if constexpr (kTail > 0) {
-      const int bit = layout.key_tail_bit(plane, head, slot);
-      const auto* const tail = reinterpret_cast<const std::uint32_t*>(page) + bit / 32;
+      const int bit = index * kTail;
+      const auto* const tail =
+          reinterpret_cast<const std::uint32_t*>(page + (codes.tails + bit / 32 * 4));
       // The next word belongs to the page as well: norms follow the tails.
       const std::uint32_t next = 32 % kTail == 0 ? 0 : tail[1];
-      words_[kWords] = __funnelshift_r(tail[0], next, static_cast<std::uint32_t>(bit % 32));
+      words_[kWords] = __funnelshift_r(tail[0], next, static_cast<std::uint32_t>(bit));
     }
   }
 
@@ -89,59 +98,54 @@ class FixedCodes {
 /// Codes of any shape: each is read from the page when it is used.
 class AnyCodes {
  public:
-  __device__ __forceinline__ void fetch(const DevicePageLayout& layout, const KeyPlane& plane,
-                                        const std::uint8_t* page, int head, int slot) {
-    words_ = reinterpret_cast<const std::uint32_t*>(page + layout.key_words(plane, head, slot));
-    num_words_ = plane.num_words;
-    num_books_ = plane.num_books;
-    code_bits_ = layout.code_bits;
-    codebook_size_ = layout.codebook_size;
+  __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
+                                        int index) {
+    codes_ = &codes;
+    words_ = reinterpret_cast<const std::uint32_t*>(page + codes.words) + index * codes.num_words;
     tail_ = 0;
-    if (plane.tail_bits > 0) {
-      const int bit = layout.key_tail_bit(plane, head, slot);
-      const auto* const tail = reinterpret_cast<const std::uint32_t*>(page) + bit / 32;
-      tail_ = __funnelshift_r(tail[0], tail[1], static_cast<std::uint32_t>(bit % 32));
-    }
+    if (codes.tail_bits == 0) return;
+    const int bit = index * codes.tail_bits;
+    const auto* const tail = reinterpret_cast<const std::uint32_t*>(page + codes.tails) + bit / 32;
+    tail_ = __funnelshift_r(tail[0], tail[1], static_cast<std::uint32_t>(bit));
   }
 
   __device__ __forceinline__ static uint4 load(int, std::uint32_t address) {
     return load_shared_16<0>(address);
   }
   __device__ __forceinline__ std::uint32_t row_address(int book, std::uint32_t part) const {
-    return part + (book * codebook_size_ + code(book)) * 128;
+    return part + (book * codes_->codebook_size + code(book)) * 128;
   }
   /// Address of the row of book `book + which`, where two books share lines and `book` is even.
   __device__ __forceinline__ std::uint32_t pair_address(int book, int which,
                                                         std::uint32_t part) const {
     // Zeros fill the last lines of an odd number of books.
-    const std::uint32_t row = book + which < num_books_ ? code(book + which) : 0;
-    return part + (book / 2 * codebook_size_ + row) * 128;
+    const std::uint32_t row = book + which < codes_->num_books ? code(book + which) : 0;
+    return part + (book / 2 * codes_->codebook_size + row) * 128;
   }
 
   template <class Function>
   __device__ __forceinline__ void for_each_book(Function function) const {
-    for (int book = 0; book < num_books_; ++book) function(book);
+#pragma unroll 2
+    for (int book = 0; book < codes_->num_books; ++book) function(book);
   }
   template <class Function>
   __device__ __forceinline__ void for_each_pair(Function function) const {
-    for (int book = 0; book < num_books_; book += 2) function(book);
+#pragma unroll 1
+    for (int book = 0; book < codes_->num_books; book += 2) function(book);
   }
 
  private:
   __device__ __forceinline__ std::uint32_t code(int book) const {
-    const int bit = book * code_bits_;
+    const int bit = book * codes_->code_bits;
     const int word = bit / 32;
-    const std::uint32_t low = word < num_words_ ? words_[word] : tail_;
-    const std::uint32_t high = word + 1 < num_words_ ? words_[word + 1] : tail_;
-    return __funnelshift_r(low, high, static_cast<std::uint32_t>(bit % 32)) &
-           ((1u << code_bits_) - 1);
+    const std::uint32_t low = word < codes_->num_words ? words_[word] : tail_;
+    const std::uint32_t high = word + 1 < codes_->num_words ? words_[word + 1] : tail_;
+    return __funnelshift_r(low, high, static_cast<std::uint32_t>(bit)) &
+           ((1u << codes_->code_bits) - 1);
   }
 
+  const KeyCodes* codes_;
   const std::uint32_t* words_;
-  int num_words_;
-  int num_books_;
-  int code_bits_;
-  int codebook_size_;
   std::uint32_t tail_;
 };
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/launch.cuh"
 #include "common/memory.cuh"
 #include "decode_attention/config.hpp"
 #include "decode_attention/problem.cuh"
@@ -34,7 +35,7 @@ __device__ inline PartRange parts_of(const Problem& p, int total, int seq) {
 }
 
 struct Shared {
-  float sums[Config::kRows][Config::kChunkBits];
+  alignas(16) float sums[Config::kChunkBits][Config::kRows];
   float halves[Config::kRows][kMaxDim];
   float exact_weights[Config::kRows];
   RowSum totals[Config::kRows];
@@ -71,54 +72,89 @@ __device__ inline void weigh_parts(const Problem& p, PartRange parts, int seq, i
   }
 }
 
-/// Sums of code bits over all parts.
+/// Sums of code bits over all parts, some parts at once.
 __device__ inline void merge_parts(const Problem& p, PartRange parts, int seq, int first_row,
                                    int rows, int first_bit, const float* factors, Shared& shared) {
   const int num_parts = parts.last - parts.first + 1;
   const int bit = threadIdx.x % Config::kChunkBits;
   constexpr int kRowLanes = Config::kThreads / Config::kChunkBits;
+  constexpr int kAtOnce = 12;
+  const Index stride = Index{p.row_stride} * p.page.num_code_bits;
+#pragma unroll 1
   for (int row = threadIdx.x / Config::kChunkBits; row < rows; row += kRowLanes) {
+    const float* const source =
+        p.value_sums +
+        ((Index{parts.first} + seq) * p.row_stride + first_row + row) * p.page.num_code_bits +
+        first_bit + bit;
     float sum = 0;
-    if (first_bit + bit < p.layout.num_code_bits) {
-      const float* const source =
-          p.value_sums +
-          ((Index{parts.first} + seq) * p.row_stride + first_row + row) * p.layout.num_code_bits +
-          first_bit + bit;
-      const Index stride = Index{p.row_stride} * p.layout.num_code_bits;
-#pragma unroll 12
-      for (int i = 0; i < num_parts; ++i) sum += factors[row * num_parts + i] * source[i * stride];
+#pragma unroll 1
+    for (int i = 0; i < num_parts; i += kAtOnce) {
+      float some[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        some[j] = i + j < num_parts ? source[(i + j) * stride] * factors[row * num_parts + i + j] : 0;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) sum += some[j];
     }
-    shared.sums[row][bit] = sum * value_sums::kSumScale;
+    shared.sums[bit][row] = sum * value_sums::kSumScale;
   }
 }
 
-/// The chunk's share of the output: sums times its rows of the decoder.
-__device__ inline void decode_chunk(const Problem& p, const float* decoder, int head, int rows,
-                                    int first_bit, Shared& shared, float* outputs, Index stride) {
-  const int dim = p.head_dim;
-  const int channels = p.num_kv_heads * dim;
-  // Threads share the bits of a channel among `lanes` of them.
-  const int lanes = Config::kThreads / dim;
-  const int d = threadIdx.x % dim, lane = threadIdx.x / dim;
-  const int bits = min(Config::kChunkBits, p.layout.num_code_bits - first_bit);
-  float sums[Config::kRows] = {};
-  const float* const column = decoder + Index{first_bit} * channels + head * dim + d;
-#pragma unroll 16
-  for (int bit = lane; bit < bits; bit += lanes) {
-    const float entry = column[Index{bit} * channels];
+/// A thread's share of the value decoder: channel threadIdx.x % dim of the head; the bits of the
+/// chunk are shared out among the threads of a channel, and read some at a time.
+struct DecoderColumn {
+  static constexpr int kAtOnce = 16;
+  const float* column;  ///< of the thread's first bit
+  Index stride;         ///< to its next bit
+  int lanes;            ///< threads of a channel
+  int lane;
+  int channel;
+
+  __device__ DecoderColumn(const Problem& p, const float* decoder, int head, int first_bit)
+      : lanes(Config::kThreads / p.head_dim),
+        lane(threadIdx.x / p.head_dim),
+        channel(threadIdx.x % p.head_dim) {
+    const int channels = p.num_kv_heads * p.head_dim;
+    column = decoder + Index{first_bit + lane} * channels + head * p.head_dim + channel;
+    stride = Index{lanes} * channels;
+  }
+  __device__ void load(int first, float (&entries)[kAtOnce]) const {
 #pragma unroll
-    for (int row = 0; row < Config::kRows; ++row) sums[row] += shared.sums[row][bit] * entry;
+    for (int i = 0; i < kAtOnce; ++i)
+      entries[i] = lane + (first + i) * lanes < Config::kChunkBits ? column[(first + i) * stride] : 0;
   }
-  for (int other = 1; other < lanes; ++other) {
-    if (lane == other)
-      for (int row = 0; row < Config::kRows; ++row) shared.halves[row][d] = sums[row];
+};
+
+/// The chunk's share of the output: sums times its rows of the decoder, of which `entries` are the
+/// first.
+__device__ inline void decode_chunk(const Problem& p, const DecoderColumn& decoder,
+                                    float (&entries)[DecoderColumn::kAtOnce], int rows,
+                                    Shared& shared, float* outputs, Index stride) {
+  float sums[Config::kRows] = {};
+#pragma unroll 1
+  for (int first = 0; decoder.lane + first * decoder.lanes < Config::kChunkBits;
+       first += DecoderColumn::kAtOnce) {
+    if (first > 0) decoder.load(first, entries);
+#pragma unroll
+    for (int i = 0; i < DecoderColumn::kAtOnce; ++i) {
+      const int bit = min(decoder.lane + (first + i) * decoder.lanes, Config::kChunkBits - 1);
+#pragma unroll
+      for (int row = 0; row < Config::kRows; ++row) sums[row] += shared.sums[bit][row] * entries[i];
+    }
+  }
+#pragma unroll 1
+  for (int other = 1; other < decoder.lanes; ++other) {
+    if (decoder.lane == other)
+      for (int row = 0; row < Config::kRows; ++row) shared.halves[row][decoder.channel] = sums[row];
     __syncthreads();
-    if (lane == 0)
-      for (int row = 0; row < Config::kRows; ++row) sums[row] += shared.halves[row][d];
+    if (decoder.lane == 0)
+      for (int row = 0; row < Config::kRows; ++row) sums[row] += shared.halves[row][decoder.channel];
     __syncthreads();
   }
-  if (lane == 0)
-    for (int row = 0; row < rows; ++row) outputs[row * stride + d] = sums[row];
+  if (decoder.lane == 0)
+#pragma unroll
+    for (int row = 0; row < Config::kRows; ++row)
+      if (row < rows) outputs[row * stride + decoder.channel] = sums[row];
 }
 
 /// Adds up the chunks and the exact tokens, divides, and writes the rows.
@@ -131,7 +167,7 @@ __device__ inline void finish(const Problem& p, bool valid, int seq, int head, i
     const int head_row = first_head_row + row;
     const Index call_row = Index{seq} * p.num_rows + Index{head} * p.rows_per_head + head_row;
     float sum = shared.exact_weights[row] * p.exact_outputs[call_row * dim + d];
-#pragma unroll 16
+#pragma unroll 8
     for (int chunk = 0; chunk < num_chunks; ++chunk)
       sum += __ldcg(p.chunk_outputs + (call_row * num_chunks + chunk) * dim + d);
     const Index target = (Index{seq} * p.num_query_tokens + head_row / p.group) * num_q_heads +
@@ -152,13 +188,17 @@ __device__ inline void run(const Problem& p, const float* decoder, float* factor
   const int rows = min(Config::kRows, p.rows_per_head - first_head_row);
   const int first_row = head * p.rows_per_head + first_head_row;
   const int first_bit = blockIdx.x * Config::kChunkBits;
+  const DecoderColumn column(p, decoder, head, first_bit);
+  float entries[DecoderColumn::kAtOnce];
+  column.load(0, entries);  // while the previous kernel ends
+  wait_for_previous_kernel();
   const int total = total_blocks(p);
   const bool valid = fits(p, total) && p.seq_lens[seq] >= p.num_query_tokens;
 
   if (valid) {
     const PartRange parts = parts_of(p, total, seq);
     for (int i = threadIdx.x; i < Config::kRows * Config::kChunkBits; i += Config::kThreads)
-      (&shared.sums[0][0])[i] = 0;
+      shared.sums[i / Config::kRows][i % Config::kRows] = 0;
     weigh_parts(p, parts, seq, first_row, rows, factors, shared);
     __syncthreads();
     merge_parts(p, parts, seq, first_row, rows, first_bit, factors, shared);
@@ -166,8 +206,7 @@ __device__ inline void run(const Problem& p, const float* decoder, float* factor
     float* const outputs =
         p.chunk_outputs +
         ((Index{seq} * p.num_rows + first_row) * gridDim.x + blockIdx.x) * p.head_dim;
-    decode_chunk(p, decoder, head, rows, first_bit, shared, outputs,
-                 Index{gridDim.x} * p.head_dim);
+    decode_chunk(p, column, entries, rows, shared, outputs, Index{gridDim.x} * p.head_dim);
     __threadfence();
     __syncthreads();
   }

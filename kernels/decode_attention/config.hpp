@@ -32,7 +32,7 @@ struct ValueSumsConfig {
 
 /// Tuning values of the kernel that merges parts and applies the value decoder.
 struct CombineConfig {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 512;
   static constexpr int kChunkBits = 64;
   static constexpr int kRows = 8;
 };

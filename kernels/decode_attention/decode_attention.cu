@@ -1,8 +1,11 @@
 #include "commvq/cuda/decode_attention.hpp"
 
+#include <algorithm>
+#include <bit>
 #include <climits>
 #include <cmath>
 
+#include "common/launch.cuh"
 #include "decode_attention/combine.cuh"
 #include "decode_attention/exact_tokens.cuh"
 #include "decode_attention/kernels.cuh"
@@ -15,11 +18,11 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 __global__ void __launch_bounds__(ValueSumsConfig::kThreads, 1)
     value_sums_kernel(const __grid_constant__ Problem problem) {
-  extern __shared__ float scratch[];
-  value_sums::run(problem, scratch);
+  extern __shared__ __align__(128) std::uint8_t memory[];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  value_sums::run(problem, memory);
 }
-constexpr int kValueSumsSharedBytes = 2 * ValueSumsConfig::kBitGroups * value_sums::kTiles *
-                                      value_sums::kRowTiles * 4 * 32 * sizeof(float);
 
 __global__ void __launch_bounds__(CombineConfig::kThreads)
     combine_kernel(const __grid_constant__ Problem problem, const float* decoder) {
@@ -32,10 +35,13 @@ int divide_up(int value, int unit) { return (value + unit - 1) / unit; }
 /// Fills in what depends on shapes alone.
 Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   Problem p{};
-  p.layout = view.layout;
   p.turns = view.turns;
   p.channels = view.channels;
-  for (int size = view.layout.page_size; size > 1; size /= 2) ++p.page_shift;
+  const DevicePageLayout& layout = view.layout;
+  p.page = {layout.page_size,           static_cast<int>(std::bit_width(static_cast<unsigned>(layout.page_size))) - 1,
+            layout.num_code_bits,       layout.value_codes_offset,
+            layout.key_norms_offset,    layout.value_scales_offset,
+            layout.norms_per_token > 1 ? 2 * layout.page_size : 0};
   p.batch = limits.batch;
   p.num_query_tokens = limits.num_query_tokens;
   p.num_kv_heads = view.layout.num_kv_heads;
@@ -49,7 +55,7 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
                            Index{2} * limits.batch;
   const int row_blocks = divide_up(p.rows_per_head, KeyScoresConfig::kMaxRows);
   p.num_key_parts = std::max(1, view.num_multiprocessors / (p.num_kv_heads * row_blocks));
-  const int chunks = divide_up(p.layout.num_code_bits, ValueSumsConfig::kChunkBits);
+  const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
   p.num_counters =
@@ -58,7 +64,7 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
 }
 
 int num_combine_chunks(const Problem& p) {
-  return divide_up(p.layout.num_code_bits, CombineConfig::kChunkBits);
+  return divide_up(p.page.num_code_bits, CombineConfig::kChunkBits);
 }
 
 /// Hands out pieces of the workspace, each on 256 bytes; without memory it only counts.
@@ -87,7 +93,7 @@ std::size_t place(Problem& p, int num_slices, void* memory) {
   p.weights = workspace.take<std::uint32_t>(blocks * p.row_stride * 16);
   p.block_sums = workspace.take<RowSum>(blocks * kHalves * p.row_stride);
   p.raw_scores = workspace.take<float>(num_slices > 1 ? blocks * p.row_stride * kBlockTokens : 0);
-  p.value_sums = workspace.take<float>(parts * p.row_stride * p.layout.num_code_bits);
+  p.value_sums = workspace.take<float>(parts * p.row_stride * p.page.num_code_bits);
   p.part_sums = workspace.take<RowSum>(parts * p.row_stride);
   p.exact_outputs = workspace.take<float>(batch_rows * p.head_dim);
   p.exact_sums = workspace.take<RowSum>(batch_rows);
@@ -240,8 +246,12 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
     const dim3 grid(p.num_kv_heads, p.num_key_parts + exact_blocks, row_blocks);
     const int shared_bytes =
         std::max(key_scores::shared_bytes(slice), exact_tokens::Shared::bytes(p.head_dim, p.group));
-    const key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices)};
-    const cudaError_t error = launcher_of(p.layout, slice)(arguments, grid, shared_bytes, stream);
+    const KeyPlane& plane = view.layout.planes[slice.plane];
+    const key_scores::Arguments arguments{
+        p, slice, turn_of(i, view.num_slices),
+        KeyCodes{plane.num_books, view.layout.code_bits, view.layout.codebook_size,
+                 plane.num_words, plane.tail_bits, plane.words_offset, plane.tails_offset}};
+    const cudaError_t error = launcher_of(view.layout, slice)(arguments, grid, shared_bytes, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -250,22 +260,22 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
 cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(value_sums_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           kValueSumsSharedBytes);
+                           value_sums::kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(p.num_value_parts,
-                  divide_up(p.layout.num_code_bits, ValueSumsConfig::kChunkBits),
+                  divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits),
                   divide_up(p.num_rows, ValueSumsConfig::kRows));
-  value_sums_kernel<<<grid, ValueSumsConfig::kThreads, kValueSumsSharedBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch_early(value_sums_kernel, grid, ValueSumsConfig::kThreads, value_sums::kSharedBytes,
+                      stream, p);
 }
 
 cudaError_t combine_parts(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
   const dim3 grid(num_combine_chunks(p), p.num_kv_heads,
                   p.batch * divide_up(p.rows_per_head, CombineConfig::kRows));
-  const std::size_t shared_bytes =
-      sizeof(float) * CombineConfig::kRows * static_cast<std::size_t>(p.num_value_parts);
-  combine_kernel<<<grid, CombineConfig::kThreads, shared_bytes, stream>>>(p, view.decoder);
-  return cudaGetLastError();
+  const int shared_bytes =
+      static_cast<int>(sizeof(float)) * CombineConfig::kRows * p.num_value_parts;
+  return launch_early(combine_kernel, grid, CombineConfig::kThreads, shared_bytes, stream, p,
+                      view.decoder);
 }
 
 }  // namespace

@@ -42,6 +42,7 @@ __device__ void load_turned(const Problem& p, const void* data,
                             FloatType type, int count, int stride, float* heads, RowOf row_of,
                             PositionOf position_of) {
   const int pairs = p.head_dim / 2;
+#pragma unroll 1
   for (int item = threadIdx.x; item < count * pairs; item += Config::kThreads) {
     const int i = item / pairs, pair = item % pairs;
     const Index row = row_of(i);
@@ -54,13 +55,15 @@ __device__ void load_turned(const Problem& p, const void* data,
 }
 
 /// Scores of one chunk and their weights: a warp a query head, a lane a token.
-__device__ inline void weigh(const Problem& p, const Shared& shared, int count) {
+__device__ __forceinline__ void weigh(const Problem& p, const Shared& shared, int count) {
   const int lane = threadIdx.x % 32;
   const int dim = p.head_dim;
+#pragma unroll 1
   for (int row = threadIdx.x / 32; row < p.group; row += Config::kThreads / 32) {
     float score = -INFINITY;
     if (lane < count) {
       score = 0;
+#pragma unroll 8
       for (int d = 0; d < dim; ++d)
         score += shared.queries[row * dim + d] * shared.keys[lane * (dim + 1) + d];
       score *= p.score_scale;
@@ -82,11 +85,13 @@ __device__ inline void weigh(const Problem& p, const Shared& shared, int count) 
   }
 }
 
-__device__ inline void add_values(const Problem& p, const Shared& shared, int count) {
+__device__ __forceinline__ void add_values(const Problem& p, const Shared& shared, int count) {
   const int dim = p.head_dim;
+#pragma unroll 1
   for (int item = threadIdx.x; item < p.group * dim; item += Config::kThreads) {
     const int row = item / dim, d = item % dim;
     float sum = shared.outputs[item];
+#pragma unroll 8
     for (int t = 0; t < count; ++t)
       sum += shared.weights[row * Config::kChunkTokens + t] * shared.values[t * dim + d];
     shared.outputs[item] = sum;
@@ -94,17 +99,19 @@ __device__ inline void add_values(const Problem& p, const Shared& shared, int co
 }
 
 /// Tokens `[begin, end)` of a sequence.
-__device__ inline void add_tokens(const Problem& p,
+__device__ __forceinline__ void add_tokens(const Problem& p,
                                   const Shared& shared, int slot, int head, int begin, int end) {
   const int dim = p.head_dim;
   const auto row_of = [&](int token) {
     return (p.exact.row(slot, token) * p.num_kv_heads + head) * dim;
   };
+#pragma unroll 1
   for (int first = begin; first < end; first += Config::kChunkTokens) {
     const int count = min(Config::kChunkTokens, end - first);
     load_turned(
         p, p.exact.keys, p.exact.type, count, dim + 1, shared.keys,
         [&](int i) { return row_of(first + i); }, [&](int i) { return first + i; });
+#pragma unroll 1
     for (int item = threadIdx.x; item < count * dim; item += Config::kThreads)
       shared.values[item] =
           load_float(p.exact.values, p.exact.type, row_of(first + item / dim) + item % dim);
@@ -117,7 +124,7 @@ __device__ inline void add_tokens(const Problem& p,
 }
 
 /// `item` is sequence * num_query_tokens + query token.
-__device__ inline void run(const Problem& p, int item, int head,
+__device__ __forceinline__ void run(const Problem& p, int item, int head,
                            std::uint8_t* memory) {
   const int seq = item / p.num_query_tokens, query_token = item % p.num_query_tokens;
   const int dim = p.head_dim;
@@ -136,9 +143,11 @@ __device__ inline void run(const Problem& p, int item, int head,
     __syncthreads();
     const int oldest = Sequence::oldest(p, position);
     const int slot = p.exact_slots[seq];
-    add_tokens(p, shared, slot, head, oldest, min(p.exact.sinks, position + 1));
-    add_tokens(p, shared, slot, head,
-               max(oldest, sequence.exact_begin(p, position)), position + 1);
+#pragma unroll 1
+    for (const bool sinks : {true, false})
+      add_tokens(p, shared, slot, head,
+                 sinks ? oldest : max(oldest, sequence.exact_begin(p, position)),
+                 sinks ? min(p.exact.sinks, position + 1) : position + 1);
   }
   __syncthreads();
   const Index first_row =

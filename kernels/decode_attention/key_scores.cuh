@@ -32,6 +32,7 @@ struct Arguments {
   Problem problem;
   KeySlice slice;
   Turn turn;
+  KeyCodes codes;
 };
 
 /// What lies in shared memory before the rows. A tile of turned queries, for eight rows, is
@@ -44,7 +45,7 @@ struct Shared {
   uint4 queries[Config::kBuffers][kBufferVectors];  ///< turned to the first token of a step
   float2 unit_queries[Config::kMaxRows][kWidth];    ///< times the pairs' units, brought to about 1
   uint2 zero_points[kWidth / 8 * 4];
-  float factors[Config::kMaxRows];  ///< from sums of products to scores
+  alignas(8) float factors[Config::kMaxRows];  ///< from sums of products to scores
   int lags[Config::kMaxRows];       ///< how far a row's position is from the last one
   std::uint64_t full[Config::kBuffers];
   std::uint64_t empty[Config::kBuffers];
@@ -82,6 +83,7 @@ __device__ void load_queries(const Arguments& a, Shared<kWidth>& shared, int seq
                              const Place& place) {
   const Problem& p = a.problem;
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int row = threadIdx.x / 32; row < place.rows; row += Config::kWarps) {
     const int query_token = (place.first_row + row) / p.group;
     const int q_head = place.head * p.group + (place.first_row + row) % p.group;
@@ -123,6 +125,7 @@ __device__ void turn_queries(const Arguments& a, Shared<kWidth>& shared, uint4* 
                              int distance, int rows, int thread) {
   constexpr int kWords = kWidth / 8;
   const std::uint64_t* const turns = a.problem.turns + a.slice.first_pair;
+#pragma unroll 1
   for (int item = thread; item < rows * kWords * 4; item += Config::kTurningWarps * 32) {
     const int q = item % 4;
     const int k = item / 4 % kWords;
@@ -202,21 +205,16 @@ struct TokenTurns {
   __half2 cosine[2][kWidth / 8];
   __half2 sine[2][kWidth / 8];
 
-  __device__ TokenTurns(const Arguments& a, int offset) {
-    const int q = threadIdx.x % 4;
+  /// `offset` is the first token's place in the step.
+  __device__ TokenTurns(const KeySlice& slice, int offset) {
+    const auto* const table = reinterpret_cast<const uint2*>(slice.token_turns);
 #pragma unroll
     for (int t = 0; t < 2; ++t)
 #pragma unroll
       for (int k = 0; k < kWidth / 8; ++k) {
-        float2 turn[2];
-        for (int e = 0; e < 2; ++e) {
-          const int pair = 8 * k + 2 * q + e;
-          turn[e] = pair < a.slice.num_pairs
-                        ? rotation_of(offset + 16 * t, a.problem.turns[a.slice.first_pair + pair])
-                        : make_float2(1, 0);
-        }
-        cosine[t][k] = __floats2half2_rn(turn[0].x, turn[1].x);
-        sine[t][k] = __floats2half2_rn(turn[0].y, turn[1].y);
+        const uint2 turn = table[((offset + 16 * t) * (kWidth / 8) + k) * 4 + threadIdx.x % 4];
+        cosine[t][k] = as_half2(turn.x);
+        sine[t][k] = as_half2(turn.y);
       }
   }
 };
@@ -252,73 +250,80 @@ __device__ __forceinline__ float scale_of(NormAndScale bits) {
   return __uint_as_float(bits & 0xffff0000u);
 }
 
-/// Where the weights of a lane's two tokens belong.
-struct Target {
-  Index block;  ///< in the workspace
-  int half;
-  int token;  ///< the first, in the sequence
+/// cap * tanh(score / cap).
+__device__ __forceinline__ float capped(float score, float cap) {
+  const float grown = exp2_approx(__fdividef(score, cap) * 2.88539008177792681f);
+  return cap - __fdividef(2 * cap, 1 + grown);
+}
+
+/// A warp's sixteen tokens.
+struct Half {
+  int block;          ///< in the workspace
+  int which;          ///< half of the block
+  int token;          ///< a lane's first token, in the sequence
+  bool wholly_seen;   ///< every query sees all of them
 };
 
 /// Scores of two tokens and rows 2q, 2q + 1 of a tile to weights and their sums in the workspace.
-/// Value scales below 2^-100 count as zero.
+/// Value scales below 2^-100 count as zero. `logs` are log2 of the scales.
 __device__ __forceinline__ void store_weights(const Problem& p, const Place& place,
-                                              const Sequence& sequence, const Target& target,
-                                              const NormAndScale (&data)[2], const int* lags,
-                                              const float (&scores)[4], int tile) {
+                                              const Sequence& sequence, const Half& half,
+                                              const float (&logs)[2], const int* lags,
+                                              float (&scores)[4], int tile) {
   const int lane = threadIdx.x % 32;
   constexpr float kLeastLog = -100.0f;
-  float logs[2];
+  if (p.soft_cap > 0)
 #pragma unroll
-  for (int t = 0; t < 2; ++t) logs[t] = __log2f(scale_of(data[t]));
+    for (float& score : scores) score = capped(score, p.soft_cap);
+  if (!half.wholly_seen) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = min(tile * 8 + lane % 4 * 2 + i % 2, place.rows - 1);
+      const int position = sequence.length - 1 - lags[row];
+      const int token = half.token + i / 2 * 16;
+      if (token < sequence.coded_begin(p, position) || token >= sequence.coded_end(p, position))
+        scores[i] = -INFINITY;
+    }
+  }
+  // Rows of the call before the tile's, and the lane's first row.
+  const int call_row = place.head * p.rows_per_head + place.first_row + tile * 8 + lane % 4 * 2;
+  const Index at = Index{half.block} * p.row_stride + call_row;
+  std::uint32_t* const weights = p.weights + at * 16 + half.which * 8 + lane / 4;
+  RowSum* const block_sums =
+      p.block_sums + (Index{half.block} * kHalves + half.which) * p.row_stride + call_row;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = tile * 8 + lane % 4 * 2 + i;
-    const int position = sequence.length - 1 - lags[min(row, place.rows - 1)];
-    const int begin = sequence.coded_begin(p, position);
-    const int end = sequence.coded_end(p, position);
-    float score[2];
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      score[t] = scores[2 * t + i];
-      if (p.soft_cap > 0) score[t] = p.soft_cap * tanhf(score[t] / p.soft_cap);
-      const int token = target.token + 16 * t;
-      if (token < begin || token >= end) score[t] = -INFINITY;
-    }
-    float largest = fmaxf(score[0] + fmaxf(logs[0], kLeastLog), score[1] + fmaxf(logs[1], kLeastLog));
+    float first = scores[i], second = scores[2 + i];
+    float largest = fmaxf(first + fmaxf(logs[0], kLeastLog), second + fmaxf(logs[1], kLeastLog));
 #pragma unroll
     for (int step = 4; step < 32; step *= 2)
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    const float reference = largest == -INFINITY ? 0.0f : largest;
-    score[0] -= reference;
-    score[1] -= reference;
-    float sum = exp2_approx(score[0]) + exp2_approx(score[1]);
+    const float reference = fmaxf(largest, -1e30f);
+    first -= reference;
+    second -= reference;
+    float sum = exp2_approx(first) + exp2_approx(second);
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (row >= place.rows) continue;
-    const Index call_row = place.head * p.rows_per_head + place.first_row + row;
+    if (tile * 8 + lane % 4 * 2 + i >= place.rows) continue;
     // A scale that is NaN, of a token that could not be coded, shows.
-    const __half2 weights =
-        __floats2half2_rn(exp2_approx(score[0] + (logs[0] < kLeastLog ? -INFINITY : logs[0])),
-                          exp2_approx(score[1] + (logs[1] < kLeastLog ? -INFINITY : logs[1])));
-    p.weights[(target.block * p.row_stride + call_row) * 16 + target.half * 8 + lane / 4] =
-        as_bits(weights);
-    if (lane < 4)
-      p.block_sums[(target.block * kHalves + target.half) * p.row_stride + call_row] = {largest,
-                                                                                      sum};
+    const float w0 = logs[0] < kLeastLog ? 0.0f : exp2_approx(first + logs[0]);
+    const float w1 = logs[1] < kLeastLog ? 0.0f : exp2_approx(second + logs[1]);
+    weights[i * 16] = as_bits(__floats2half2_rn(w0, w1));
+    if (lane < 4) block_sums[i] = {largest, sum};
   }
 }
 
 /// Adds what other slices found to the scores of two tokens and rows 2q, 2q + 1 of a tile.
 __device__ inline void add_slices(const Problem& p, Turn turn, const Place& place,
-                                  const Target& target, int tile, float (&scores)[4]) {
+                                  const Half& half, int tile, float (&scores)[4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = tile * 8 + lane % 4 * 2 + i % 2;
     if (row >= place.rows) continue;
     const Index call_row = place.head * p.rows_per_head + place.first_row + row;
-    float* const raw = p.raw_scores + (target.block * p.row_stride + call_row) * kBlockTokens +
-                       target.half * 8 + lane / 4 + i / 2 * 16;
+    float* const raw = p.raw_scores + (half.block * p.row_stride + call_row) * kBlockTokens +
+                       half.which * 8 + lane / 4 + i / 2 * 16;
     if (turn != Turn::kFirst) scores[i] += *raw;
     if (turn != Turn::kLast) *raw = scores[i];
   }
@@ -336,61 +341,74 @@ __device__ __forceinline__ void multiply(const std::uint32_t (&keys)[kWidth / 8]
   }
 }
 
-/// A sequence's blocks in one part, in steps of kStepBlocks.
+/// What a lane reads of its two tokens: codes, key norms and value scales.
+template <class Reader>
+struct TokenPair {
+  Reader readers[2];
+  NormAndScale norms_and_scales[2];
+
+  /// Of tokens `token` and `token + 16`, but none after `last`, beyond which there may be no page.
+  __device__ __forceinline__ void fetch(const Problem& p, const KeyCodes& codes,
+                                        const std::int32_t* table, int head, int token, int last) {
+    const std::uint8_t* page = nullptr;
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const int at = min(token + 16 * t, last);
+      if (t == 0 || p.page.shift < 5) page = p.pages + table[at >> p.page.shift] * p.page_stride;
+      const int slot = at & (p.page.size - 1);
+      readers[t].fetch(codes, page, head * p.page.size + slot);
+      const std::uint32_t norm = *reinterpret_cast<const std::uint16_t*>(
+          page + (p.page.key_norms + head * p.page.norm_stride + 2 * slot));
+      const std::uint32_t scale =
+          *reinterpret_cast<const std::uint16_t*>(page + (p.page.value_scales + 2 * slot));
+      norms_and_scales[t] = norm | scale << 16;
+    }
+  }
+};
+
+/// A sequence's blocks in one part, in steps of kStepBlocks. `steps_done` counts the steps of all
+/// segments.
 template <int kWidth, class Reader>
-__device__ void run_segment(const Arguments& a, Shared<kWidth>& shared, std::uint32_t rows,
-                            const TokenTurns<kWidth>& token_turns, const Place& place,
-                            const Cursor& cursor, int offset, int& steps_done) {
+__device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& shared,
+                                            std::uint32_t rows,
+                                            const TokenTurns<kWidth>& token_turns,
+                                            const Place& place, const Cursor& cursor, int offset,
+                                            int& steps_done) {
   const Problem& p = a.problem;
-  const KeyPlane& plane = p.layout.planes[a.slice.plane];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int count = cursor.count(INT_MAX);
   const int num_steps = (count + Config::kStepBlocks - 1) / Config::kStepBlocks;
   const Sequence sequence(p, cursor.seq);
-  const int last_token = sequence.coded_end(p, sequence.length - 1) - 1;
+  const int first_position = sequence.position(p, 0), last_position = sequence.length - 1;
+  const int last_token = sequence.coded_end(p, last_position) - 1;
+  // Tokens that every query sees.
+  const int seen_begin = sequence.coded_begin(p, last_position);
+  const int seen_end = sequence.coded_end(p, first_position);
   const int first_token = cursor.block * kBlockTokens;
   constexpr int kStepTokens = Config::kStepBlocks * kBlockTokens;
-
-  // What a lane reads of its two tokens, a step ahead of their use.
-  Reader readers[2];
-  NormAndScale fetched[2];
   const std::int32_t* const table = p.block_table + Index{cursor.seq} * p.max_blocks;
-  const auto fetch = [&](int step) {
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      // Beyond the last token there may be no page.
-      const int token = min(first_token + step * kStepTokens + offset + 16 * t, last_token);
-      const std::uint8_t* const page = p.pages + table[token >> p.page_shift] * p.page_stride;
-      const int slot = token & (p.layout.page_size - 1);
-      readers[t].fetch(p.layout, plane, page, place.head, slot);
-      const std::uint32_t norm =
-          *reinterpret_cast<const std::uint16_t*>(page + p.layout.key_norm(place.head, slot));
-      const std::uint32_t scale =
-          *reinterpret_cast<const std::uint16_t*>(page + p.layout.value_scale(slot));
-      fetched[t] = norm | scale << 16;
-    }
-  };
-  const auto turn_for = [&](int step) {
-    const int number = steps_done + step;
-    const int buffer = number % Config::kBuffers;
-    const int group = number % (Config::kWarps / Config::kTurningWarps);
-    if (step >= num_steps || warp / Config::kTurningWarps != group) return;
-    const int round = number / Config::kBuffers;
-    if (round > 0) WarpBarrier(&shared.empty[buffer]).wait((round - 1) % 2);
-    turn_queries<kWidth>(a, shared, shared.queries[buffer],
-                         sequence.length - 1 - first_token - step * kStepTokens, place.rows,
-                         threadIdx.x % (Config::kTurningWarps * 32));
-    WarpBarrier(&shared.full[buffer]).arrive();
-  };
 
-  turn_for(0);
-  turn_for(1);
-  fetch(0);
-  for (int step = 0; step < num_steps; ++step) {
-    const Reader current[2] = {readers[0], readers[1]};
-    const NormAndScale data[2] = {fetched[0], fetched[1]};
-    if (step + 1 < num_steps) fetch(step + 1);
-    turn_for(step + 2);
+  // Queries are turned two steps ahead, codes read one step ahead.
+  TokenPair<Reader> next;
+#pragma unroll 1
+  for (int step = -2; step < num_steps; ++step) {
+    const TokenPair<Reader> current = next;
+    if (step >= -1 && step + 1 < num_steps)
+      next.fetch(p, a.codes, table, place.head, first_token + (step + 1) * kStepTokens + offset,
+                 last_token);
+    if (step + 2 < num_steps) {
+      const int number = steps_done + step + 2;
+      const int buffer = number % Config::kBuffers;
+      if (warp / Config::kTurningWarps == number % (Config::kWarps / Config::kTurningWarps)) {
+        const int round = number / Config::kBuffers;
+        if (round > 0) WarpBarrier(&shared.empty[buffer]).wait((round - 1) % 2);
+        turn_queries<kWidth>(a, shared, shared.queries[buffer],
+                             last_position - first_token - (step + 2) * kStepTokens, place.rows,
+                             threadIdx.x % (Config::kTurningWarps * 32));
+        WarpBarrier(&shared.full[buffer]).arrive();
+      }
+    }
+    if (step < 0) continue;
 
     const int block = step * Config::kStepBlocks + warp / 2;
     const int number = steps_done + step;
@@ -399,26 +417,32 @@ __device__ void run_segment(const Arguments& a, Shared<kWidth>& shared, std::uin
     std::uint32_t keys[kWidth / 8][4];
     if (active) {
       std::uint32_t sums[2][kWidth / 8];
-      sum_rows<kWidth>(rows, current, sums);
+      sum_rows<kWidth>(rows, current.readers, sums);
       turn_keys<kWidth>(sums, shared.zero_points, token_turns, keys);
     }
     WarpBarrier(&shared.full[buffer]).wait(number / Config::kBuffers % 2);
     if (active) {
-      const Target target{Index{cursor.index} + block, warp % 2,
-                          first_token + step * kStepTokens + offset};
+      const int block_token = first_token + block * kBlockTokens;
+      const Half half{cursor.index + block, warp % 2, first_token + step * kStepTokens + offset,
+                      block_token >= seen_begin && block_token + kBlockTokens <= seen_end};
+      const NormAndScale(&data)[2] = current.norms_and_scales;
+      const float logs[2] = {__log2f(scale_of(data[0])), __log2f(scale_of(data[1]))};
+#pragma unroll 1
       for (int tile = 0; tile * 8 < place.rows; ++tile) {
         float scores[4] = {};
         multiply<kWidth>(keys, shared.queries[buffer] + tile * Shared<kWidth>::kTileVectors + lane,
                          scores);
-        const int row = tile * 8 + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          scores[i] *= norm_of(data[i / 2]) * shared.factors[min(row + i % 2, place.rows - 1)];
+        const float2 factors =
+            *reinterpret_cast<const float2*>(&shared.factors[tile * 8 + lane % 4 * 2]);
+        scores[0] *= norm_of(data[0]) * factors.x;
+        scores[1] *= norm_of(data[0]) * factors.y;
+        scores[2] *= norm_of(data[1]) * factors.x;
+        scores[3] *= norm_of(data[1]) * factors.y;
         if (a.turn != Turn::kOnly) {
-          add_slices(p, a.turn, place, target, tile, scores);
+          add_slices(p, a.turn, place, half, tile, scores);
           if (a.turn != Turn::kLast) continue;
         }
-        store_weights(p, place, sequence, target, data, shared.lags, scores, tile);
+        store_weights(p, place, sequence, half, logs, shared.lags, scores, tile);
       }
     }
     WarpBarrier(&shared.empty[buffer]).arrive();
@@ -427,7 +451,7 @@ __device__ void run_segment(const Arguments& a, Shared<kWidth>& shared, std::uin
 }
 
 template <int kWidth, class Reader>
-__device__ void run(const Arguments& a, std::uint8_t* memory) {
+__device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   const Problem& p = a.problem;
   Shared<kWidth>& shared = *reinterpret_cast<Shared<kWidth>*>(memory);
   const std::uint32_t rows = rows_address<kWidth>(memory);
@@ -435,29 +459,34 @@ __device__ void run(const Arguments& a, std::uint8_t* memory) {
   place.rows = min(Config::kMaxRows, p.rows_per_head - place.first_row);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  const int total = total_blocks(p);
-  Cursor cursor = cursor_at(p, part_begin(total, blockIdx.y, p.num_key_parts),
-                            part_begin(total, blockIdx.y + 1, p.num_key_parts));
-  if (!fits(p, total) || cursor.done()) return;
-
   const std::int8_t* const image = a.slice.rows + place.head * a.slice.row_bytes;
+#pragma unroll 4
   for (int at = threadIdx.x * 16; at < a.slice.row_bytes; at += Config::kThreads * 16)
     copy_async_16(rows + at, image + at);
+  // Of a step's tokens, a lane decodes this one and the sixteenth after it.
+  const int offset = warp / 2 * kBlockTokens + warp % 2 * 8 + lane / 4;
+  const TokenTurns<kWidth> token_turns(a.slice, offset);
+#pragma unroll 1
   for (int i = threadIdx.x; i < Config::kBuffers * Shared<kWidth>::kBufferVectors;
        i += Config::kThreads)
     shared.queries[0][i] = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
   for (int i = threadIdx.x; i < kWidth / 2; i += Config::kThreads)
     shared.zero_points[i] =
         reinterpret_cast<const uint2*>(a.slice.zero_points + place.head * kWidth)[i];
+  if (threadIdx.x < Config::kMaxRows) shared.factors[threadIdx.x] = 0;
   if (threadIdx.x == 0)
     for (int i = 0; i < Config::kBuffers; ++i) {
       WarpBarrier(&shared.full[i]).init(Config::kTurningWarps);
       WarpBarrier(&shared.empty[i]).init(Config::kWarps);
     }
-  // Of a step's tokens, a lane decodes this one and the sixteenth after it.
-  const int offset = warp / 2 * kBlockTokens + warp % 2 * 8 + lane / 4;
-  const TokenTurns<kWidth> token_turns(a, offset);
+
+  const int total = total_blocks(p);
+  Cursor cursor = cursor_at(p, part_begin(total, blockIdx.y, p.num_key_parts),
+                            part_begin(total, blockIdx.y + 1, p.num_key_parts));
+  if (!fits(p, total)) cursor.stop = cursor.index;
   int steps_done = 0;
+#pragma unroll 1
   for (; !cursor.done(); cursor.advance(p, cursor.count(INT_MAX))) {
     __syncthreads();  // nobody needs the last sequence's queries any more
     load_queries<kWidth>(a, shared, cursor.seq, place);
@@ -465,6 +494,7 @@ __device__ void run(const Arguments& a, std::uint8_t* memory) {
     __syncthreads();
     run_segment<kWidth, Reader>(a, shared, rows, token_turns, place, cursor, offset, steps_done);
   }
+  wait_for_copies();
 }
 
 }  // namespace commvq::cuda::key_scores

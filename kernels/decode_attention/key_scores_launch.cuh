@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/launch.cuh"
 #include "decode_attention/exact_tokens.cuh"
 #include "decode_attention/kernels.cuh"
 
@@ -12,6 +13,7 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     key_scores_kernel(const __grid_constant__ key_scores::Arguments arguments) {
   extern __shared__ __align__(128) std::uint8_t shared_memory[];
   const Problem& problem = arguments.problem;
+  let_next_kernel_start();
   const int part = static_cast<int>(blockIdx.y);
   const bool first_slice =
       arguments.turn == key_scores::Turn::kOnly || arguments.turn == key_scores::Turn::kFirst;

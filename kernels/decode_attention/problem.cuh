@@ -22,6 +22,17 @@ struct RowSum {
   float sum;
 };
 
+/// What the kernels need of a `DevicePageLayout` beside one plane.
+struct PageShape {
+  int size;            ///< tokens
+  int shift;           ///< log2 of it
+  int num_code_bits;
+  int value_codes;     ///< offsets in bytes
+  int key_norms;
+  int value_scales;
+  int norm_stride;     ///< bytes from one head's norms to the next one's; 0: all heads share them
+};
+
 /// One call, as all its kernels see it. Rows are (query token, query head of a KV head); a row of
 /// the whole call is head * rows_per_head + row.
 struct Problem {
@@ -31,7 +42,6 @@ struct Problem {
   FloatType type;
   const std::uint8_t* pages;
   Index page_stride;
-  int page_shift;  ///< log2 of the page size
   const std::int32_t* block_table;
   int max_blocks;
   const std::int32_t* seq_lens;
@@ -70,7 +80,7 @@ struct Problem {
 
   const std::uint64_t* turns;     ///< see `CodebooksView`
   const std::uint16_t* channels;  ///< likewise
-  DevicePageLayout layout;
+  PageShape page;
 };
 
 /// Tokens of one sequence that queries see, by query position. All are bounds of half-open ranges.
@@ -199,13 +209,6 @@ __device__ inline int part_of(int total, int block, int parts) {
 /// True if the workspace holds all blocks; otherwise the output becomes NaN.
 __device__ inline bool fits(const Problem& problem, int total) {
   return total <= problem.max_workspace_blocks;
-}
-
-/// The page that holds a token of a sequence.
-__device__ inline const std::uint8_t* page_of(const Problem& problem, int seq, int token) {
-  const int page =
-      problem.block_table[Index{seq} * problem.max_blocks + (token >> problem.page_shift)];
-  return problem.pages + page * problem.page_stride;
 }
 
 }  // namespace commvq::cuda

@@ -60,62 +60,57 @@ __device__ inline RowSum merge_blocks(const Problem& p, Index first, int count, 
   return total;
 }
 
-/// What a lane multiplies for one block: lane 4g + q holds bits 16 g to 16 g + 15 of its warp and
-/// tokens 4 q to 4 q + 3 of either half, and the weights of rows g, 8 + g, ...
-struct Operands {
-  uint4 bits[2][2];  ///< of tokens 0-15 and 16-31: sixteen 16-bit words
-  uint4 weights[kRowTiles];
-  float maxima[kRowTiles];
+/// What the two warps of a token group multiply for one block, as it lies in shared memory.
+struct Stage {
+  uint4 bits[2][Config::kBitGroups][Config::kWarpBits / 8];  ///< [half of the block]: 16-bit words
+  uint4 weights[Config::kRows][4];                           ///< sixteen pairs of fp16
+  RowSum sums[kHalves][Config::kRows];
 };
+constexpr int kStages = 6;
 
-/// Pages of a block's two halves of sixteen tokens.
-struct Pages {
-  const std::uint8_t* data[2];
-};
-
-__device__ __forceinline__ Pages pages_of(const Problem& p, int seq, int block) {
-  const std::int32_t* const table = p.block_table + Index{seq} * p.max_blocks;
-  const int token = block * kBlockTokens;
-  const int first = table[token >> p.page_shift];
-  int second = first;
-  // The second half may lie beyond the last page; its weights are zero, so any bits will do.
-  if (p.layout.page_size < kBlockTokens && token + 16 < p.seq_lens[seq])
-    second = table[(token + 16) >> p.page_shift];
-  return {{p.pages + first * p.page_stride, p.pages + second * p.page_stride}};
-}
-
-__device__ __forceinline__ void load(const Problem& p, const Pages& pages, int block, Index index,
-                                     int bit, int first_row, Operands& operands) {
+/// Starts copying block `i` of a segment: this warp's bits, and half of the group's weights.
+__device__ __forceinline__ void copy_block(const Problem& p, const Cursor& cursor, int i, int bit,
+                                           int first_row, Stage& stage) {
   const int lane = threadIdx.x % 32;
-  const int g = lane / 4, q = lane % 4;
+  const int bit_group = threadIdx.x / 32 % Config::kBitGroups;
+  const std::int32_t* const table = p.block_table + Index{cursor.seq} * p.max_blocks;
+  const int half = lane / 16;
+  int token = (cursor.block + i) * kBlockTokens + 16 * half;
+  // The second half may lie beyond the last page; its weights are zero, so any bits will do.
+  if (token >= p.seq_lens[cursor.seq]) token -= 16;
+  const std::uint8_t* const page = p.pages + table[token >> p.page.shift] * p.page_stride;
+  const int slot = token & (p.page.size - 1);
+  const int first_bit = bit + lane % 16 * 8;
+  const int offset =
+      p.page.value_codes + 2 * (slot / 16 * p.page.num_code_bits +
+                                (first_bit < p.page.num_code_bits ? first_bit : 0));
+  copy_async_16(shared_address(&stage.bits[half][bit_group][lane % 16]), page + offset);
+
+  const Index row = Index{cursor.index + i} * p.row_stride + first_row;
+  const int rows_left = p.row_stride - first_row;
 #pragma unroll
-  for (int t = 0; t < kRowTiles; ++t) {
-    const int row = min(first_row + 8 * t + g, p.row_stride - 1);
-    operands.weights[t] = *reinterpret_cast<const uint4*>(
-        p.weights + (index * p.row_stride + row) * 16 + 4 * q);
-    operands.maxima[t] = p.block_sums[(index * kHalves + q / 2) * p.row_stride + row].max;
+  for (int part = 0; part < 2; ++part) {
+    const int vector = (2 * bit_group + part) * 32 + lane;
+    if (vector / 4 < rows_left)
+      copy_async_16(shared_address(&stage.weights[vector / 4][vector % 4]),
+                    p.weights + (row + vector / 4) * 16 + vector % 4 * 4);
   }
-  const int token = block * kBlockTokens;
-  const bool inside = bit + 16 * g < p.layout.num_code_bits;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int slot = (token + 16 * half) & (p.layout.page_size - 1);
-    const auto* const words = reinterpret_cast<const uint4*>(
-        pages.data[half] + p.layout.value_codes(slot) + 2 * (inside ? bit + 16 * g : 0));
-    operands.bits[half][0] = words[0];
-    operands.bits[half][1] = words[1];
-  }
+  const Index sums =
+      (Index{cursor.index + i} * kHalves + bit_group) * p.row_stride + first_row;
+  if (lane < 16 && lane * 2 < rows_left)
+    copy_async_16(shared_address(&stage.sums[bit_group][lane * 2]), p.block_sums + sums + lane * 2);
 }
 
-/// Row tile t's weights relative to `maxima`, with the bits' powers of two.
-__device__ __forceinline__ void scale_weights(const Operands& operands,
-                                              const float (&maxima)[kRowTiles],
-                                              std::uint32_t (&weights)[kRowTiles][4]) {
+/// Weights of rows g, 8 + g, ... relative to `maxima`, with the bits' powers of two: lane 4g + q
+/// holds tokens 4q to 4q + 3 of either half.
+__device__ __forceinline__ void load_weights(const Stage& stage, const float (&maxima)[kRowTiles],
+                                             std::uint32_t (&weights)[kRowTiles][4]) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t) {
-    const float factor = exp2_approx(operands.maxima[t] - maxima[t]);
-    const std::uint32_t raw[4] = {operands.weights[t].x, operands.weights[t].y,
-                                  operands.weights[t].z, operands.weights[t].w};
+    const float factor = exp2_approx(stage.sums[q / 2][8 * t + g].max - maxima[t]);
+    const uint4 v = stage.weights[8 * t + g][q];
+    const std::uint32_t raw[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       weights[t][i] =
@@ -123,29 +118,36 @@ __device__ __forceinline__ void scale_weights(const Operands& operands,
   }
 }
 
-__device__ __forceinline__ void multiply(const Operands& operands,
+/// Lane 4g + q holds bits 16 g to 16 g + 15 of its warp.
+__device__ __forceinline__ void multiply(const Stage& stage,
                                          const std::uint32_t (&weights)[kRowTiles][4],
                                          float (&sums)[kTiles][kRowTiles][4]) {
-  const int shift = threadIdx.x % 4 * 4;
+  const int g = threadIdx.x % 32 / 4, shift = threadIdx.x % 4 * 4;
+  const int bit_group = threadIdx.x / 32 % Config::kBitGroups;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    // Bits 2 tile (rows 0-7 of the fragment) and 2 tile + 1 (rows 8-15) of the lane's sixteen.
-    const auto word = [&](int half) {
-      const uint4& v = operands.bits[half][tile / 4];
-      const int i = tile % 4;
-      return (i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w) >> shift;
-    };
-    const std::uint32_t low = word(0), high = word(1);
-    const std::uint32_t first = __byte_perm(low, high, 0x5410);
-    const std::uint32_t second = __byte_perm(low, high, 0x7632);
+  for (int vector = 0; vector < 2; ++vector) {
+    const uint4 v[2] = {stage.bits[0][bit_group][2 * g + vector],
+                        stage.bits[1][bit_group][2 * g + vector]};
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      const std::uint32_t mask = 0x00010001u << (2 * step);
-      const std::uint32_t a0 = first & mask, a1 = second & mask;
-      const std::uint32_t a2 = first & mask << 1, a3 = second & mask << 1;
+    for (int i = 0; i < 4; ++i) {
+      // Bits 2 tile (rows 0-7 of the fragment) and 2 tile + 1 (rows 8-15) of the lane's sixteen.
+      const int tile = 4 * vector + i;
+      const auto word = [&](const uint4& w) {
+        return (i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w) >> shift;
+      };
+      const std::uint32_t low = word(v[0]), high = word(v[1]);
+      const std::uint32_t first = __byte_perm(low, high, 0x5410);
+      const std::uint32_t second = __byte_perm(low, high, 0x7632);
 #pragma unroll
-      for (int t = 0; t < kRowTiles; ++t)
-        mma_16x8x16(sums[tile][t], a0, a1, a2, a3, weights[t][2 * step], weights[t][2 * step + 1]);
+      for (int step = 0; step < 2; ++step) {
+        const std::uint32_t mask = 0x00010001u << (2 * step);
+        const std::uint32_t a0 = first & mask, a1 = second & mask;
+        const std::uint32_t a2 = first & mask << 1, a3 = second & mask << 1;
+#pragma unroll
+        for (int t = 0; t < kRowTiles; ++t)
+          mma_16x8x16(sums[tile][t], a0, a1, a2, a3, weights[t][2 * step],
+                      weights[t][2 * step + 1]);
+      }
     }
   }
 }
@@ -174,7 +176,7 @@ __device__ inline void store(const Problem& p, Index slot, int first_bit, int fi
   if (token_group != 0) return;
   const int g = lane / 4, q = lane % 4;
   const int bit = first_bit + bit_group * Config::kWarpBits + 16 * g;
-  if (bit >= p.layout.num_code_bits) return;
+  if (bit >= p.page.num_code_bits) return;
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t)
 #pragma unroll
@@ -182,7 +184,7 @@ __device__ inline void store(const Problem& p, Index slot, int first_bit, int fi
       const int row = 8 * t + 2 * q + e;
       if (row >= rows) continue;
       float* const target = p.value_sums +
-                            (slot * p.row_stride + first_row + row) * p.layout.num_code_bits + bit;
+                            (slot * p.row_stride + first_row + row) * p.page.num_code_bits + bit;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
         *reinterpret_cast<float2*>(target + 2 * tile) =
@@ -190,11 +192,40 @@ __device__ inline void store(const Problem& p, Index slot, int first_bit, int fi
     }
 }
 
-__device__ inline void run(const Problem& p, float* scratch) {
+/// A sequence's blocks in one part: every token group takes each fourth of them.
+__device__ __forceinline__ void add_segment(const Problem& p, const Cursor& cursor, int count,
+                                            int first_bit, int first_row,
+                                            const float (&maxima)[kRowTiles], Stage* stages,
+                                            float (&sums)[kTiles][kRowTiles][4]) {
+  const int warp = threadIdx.x / 32;
+  const int bit = first_bit + warp % Config::kBitGroups * Config::kWarpBits;
+  const int group = warp / Config::kBitGroups;
+  const auto copy = [&](int turn) {
+    const int i = group + turn * Config::kTokenGroups;
+    if (i < count) copy_block(p, cursor, i, bit, first_row, stages[turn % kStages]);
+    commit_copies();
+  };
+#pragma unroll 1
+  for (int turn = 0; turn < kStages - 1; ++turn) copy(turn);
+#pragma unroll 1
+  for (int turn = 0; group + turn * Config::kTokenGroups < count; ++turn) {
+    wait_for_copies_but<kStages - 2>();
+    sync_warps(1 + group, 32 * Config::kBitGroups);
+    copy(turn + kStages - 1);
+    const Stage& stage = stages[turn % kStages];
+    std::uint32_t weights[kRowTiles][4];
+    load_weights(stage, maxima, weights);
+    multiply(stage, weights, sums);
+  }
+  wait_for_copies();
+}
+
+/// `memory` is shared: `kSharedBytes`.
+__device__ inline void run(const Problem& p, std::uint8_t* memory) {
   __shared__ RowSum merge_scratch[Config::kThreads];
   __shared__ float shared_maxima[Config::kRows];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int bit_group = warp % Config::kBitGroups, token_group = warp / Config::kBitGroups;
+  Stage* const stages = reinterpret_cast<Stage*>(memory) + warp / Config::kBitGroups * kStages;
   const int first_bit = blockIdx.y * Config::kChunkBits;
   const int first_row = blockIdx.z * Config::kRows;
   const int rows = min(Config::kRows, p.num_rows - first_row);
@@ -203,8 +234,9 @@ __device__ inline void run(const Problem& p, float* scratch) {
   if (!fits(p, total) || blockIdx.x >= parts) return;
   Cursor cursor = cursor_at(p, part_begin(total, blockIdx.x, parts),
                             part_begin(total, blockIdx.x + 1, parts));
+#pragma unroll 1
   while (!cursor.done()) {
-    const int count = cursor.count(1 << 30);
+    const int count = cursor.count(INT_MAX);
     const Index slot = Index{blockIdx.x} + cursor.seq;
     const RowSum total_sum = merge_blocks(p, cursor.index, count, first_row, rows, merge_scratch,
                                           shared_maxima);
@@ -213,32 +245,17 @@ __device__ inline void run(const Problem& p, float* scratch) {
     float maxima[kRowTiles];
 #pragma unroll
     for (int t = 0; t < kRowTiles; ++t) maxima[t] = shared_maxima[8 * t + lane / 4];
-
     float sums[kTiles][kRowTiles][4] = {};
-    const int bit = first_bit + bit_group * Config::kWarpBits;
-    // Operands are read one block ahead of their use, and pages two.
-    Operands next;
-    Pages pages;
-    const auto block_of = [&](int i) { return cursor.block + min(i, count - 1); };
-    if (token_group < count) {
-      load(p, pages_of(p, cursor.seq, block_of(token_group)), block_of(token_group),
-           cursor.index + token_group, bit, first_row, next);
-      pages = pages_of(p, cursor.seq, block_of(token_group + Config::kTokenGroups));
-    }
-    for (int i = token_group; i < count; i += Config::kTokenGroups) {
-      const Operands operands = next;
-      const int ahead = i + Config::kTokenGroups;
-      if (ahead < count) {
-        load(p, pages, cursor.block + ahead, cursor.index + ahead, bit, first_row, next);
-        pages = pages_of(p, cursor.seq, block_of(ahead + Config::kTokenGroups));
-      }
-      std::uint32_t weights[kRowTiles][4];
-      scale_weights(operands, maxima, weights);
-      multiply(operands, weights, sums);
-    }
-    store(p, slot, first_bit, first_row, rows, sums, scratch);
+    add_segment(p, cursor, count, first_bit, first_row, maxima, stages, sums);
+    __syncthreads();  // the stages' memory serves the sums now
+    store(p, slot, first_bit, first_row, rows, sums, reinterpret_cast<float*>(memory));
     cursor.advance(p, count);
   }
 }
+
+/// The sums of two token groups take turns with the stages in shared memory.
+constexpr int kScratchBytes = 2 * Config::kBitGroups * kTiles * kRowTiles * 4 * 32 * 4;
+constexpr int kStageBytes = Config::kTokenGroups * kStages * static_cast<int>(sizeof(Stage));
+constexpr int kSharedBytes = kScratchBytes > kStageBytes ? kScratchBytes : kStageBytes;
 
 }  // namespace commvq::cuda::value_sums

@@ -22,6 +22,11 @@ struct KeySlice {
   const std::int8_t* rows;            ///< device, [num_kv_heads][row_bytes]
   const float* units;                 ///< device, [num_kv_heads][width]
   const std::uint32_t* zero_points;   ///< device, [num_kv_heads][width] pairs of fp16
+  /// device, [kTurnTokens][width / 8][4 threads][cosines, sines] pairs of fp16: RoPE by 0, 1, ...
+  /// tokens of a thread's pairs, in the order of the rows' words
+  const std::uint32_t* token_turns;
+
+  static constexpr int kTurnTokens = 256;
 };
 
 /// What the decode kernels read of a layer's codecs. Plain data; the memory belongs to the
