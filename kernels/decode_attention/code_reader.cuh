@@ -26,29 +26,23 @@ struct Book {};
 template <int kCodeBits, int kNumBooks>
 class FixedCodes {
  public:
+  /// Any bits are codes: none can lead beyond a book.
+  static constexpr bool kAnyBitsAreCodes = true;
+
   /// `index` is head * page_size + slot.
   __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
                                         int index) {
+    fetch_at(page + (codes.words + index * (kWords * 4)),
+             page + (codes.tails + index * kTail / 32 * 4), index * kTail);
+  }
+  /// The codes of a token and of the sixteenth after it, on the same page.
+  __device__ __forceinline__ static void fetch_two(const KeyCodes& codes, const std::uint8_t* page,
+                                                   int index, FixedCodes (&two)[2]) {
+    static_assert(kTail % 2 == 0);
     const std::uint8_t* const words = page + (codes.words + index * (kWords * 4));
-    if constexpr (kWords == 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(words);
-      words_[0] = v.x, words_[1] = v.y, words_[2] = v.z, words_[3] = v.w;
-    } else if constexpr (kWords == 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(words);
-      words_[0] = v.x, words_[1] = v.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i)
-        words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
-    }
-    if constexpr (kTail > 0) {
-      const int bit = index * kTail;
-      const auto* const tail =
-          reinterpret_cast<const std::uint32_t*>(page + (codes.tails + bit / 32 * 4));
-      // The next word belongs to the page as well: norms follow the tails.
-      const std::uint32_t next = 32 % kTail == 0 ? 0 : tail[1];
-      words_[kWords] = __funnelshift_r(tail[0], next, static_cast<std::uint32_t>(bit));
-    }
+    const std::uint8_t* const tail = page + (codes.tails + index * kTail / 32 * 4);
+    two[0].fetch_at(words, tail, index * kTail);
+    two[1].fetch_at(words + 16 * kWords * 4, tail + 16 * kTail / 8, index * kTail);
   }
 
   /// Sixteen bytes at `address` as `row_address` gives it.
@@ -84,6 +78,27 @@ class FixedCodes {
   static constexpr int kWords = kNumBooks * kCodeBits / 32;
   static constexpr int kTail = kNumBooks * kCodeBits % 32;
 
+  __device__ __forceinline__ void fetch_at(const std::uint8_t* words, const std::uint8_t* tail,
+                                           int tail_bit) {
+    if constexpr (kWords == 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(words);
+      words_[0] = v.x, words_[1] = v.y, words_[2] = v.z, words_[3] = v.w;
+    } else if constexpr (kWords == 2) {
+      const uint2 v = *reinterpret_cast<const uint2*>(words);
+      words_[0] = v.x, words_[1] = v.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
+    }
+    if constexpr (kTail > 0) {
+      const auto* const two = reinterpret_cast<const std::uint32_t*>(tail);
+      // The next word belongs to the page as well: norms follow the tails.
+      const std::uint32_t next = 32 % kTail == 0 ? 0 : two[1];
+      words_[kWords] = __funnelshift_r(two[0], next, static_cast<std::uint32_t>(tail_bit));
+    }
+  }
+
   template <int kBook, class Function>
   __device__ __forceinline__ static void visit(Function function) {
     if constexpr (kBook < kNumBooks) {
@@ -98,6 +113,8 @@ class FixedCodes {
 /// Codes of any shape: each is read from the page when it is used.
 class AnyCodes {
  public:
+  static constexpr bool kAnyBitsAreCodes = false;
+
   __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
                                         int index) {
     codes_ = &codes;

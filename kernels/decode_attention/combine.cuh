@@ -21,7 +21,7 @@ struct PartRange {
   int last = -1;
 };
 
-__device__ inline PartRange parts_of(const Problem& p, int total, int seq) {
+__device__ __forceinline__ PartRange parts_of(const Problem& p, int total, int seq) {
   PartRange range;
   const int count = BlockRange(p, seq).count;
   if (count == 0) return range;
@@ -43,7 +43,7 @@ struct Shared {
 };
 
 /// Factors that bring every part's sums to the row's maximum: `[kRows][parts]`, and the row's total.
-__device__ inline void weigh_parts(const Problem& p, PartRange parts, int seq, int first_row,
+__device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, int seq, int first_row,
                                    int rows, float* factors, Shared& shared) {
   const int lane = threadIdx.x % 32;
   const int num_parts = parts.last - parts.first + 1;
@@ -73,7 +73,7 @@ __device__ inline void weigh_parts(const Problem& p, PartRange parts, int seq, i
 }
 
 /// Sums of code bits over all parts, some parts at once.
-__device__ inline void merge_parts(const Problem& p, PartRange parts, int seq, int first_row,
+__device__ __forceinline__ void merge_parts(const Problem& p, PartRange parts, int seq, int first_row,
                                    int rows, int first_bit, const float* factors, Shared& shared) {
   const int num_parts = parts.last - parts.first + 1;
   const int bit = threadIdx.x % Config::kChunkBits;
@@ -127,7 +127,7 @@ struct DecoderColumn {
 
 /// The chunk's share of the output: sums times its rows of the decoder, of which `entries` are the
 /// first.
-__device__ inline void decode_chunk(const Problem& p, const DecoderColumn& decoder,
+__device__ __forceinline__ void decode_chunk(const Problem& p, const DecoderColumn& decoder,
                                     float (&entries)[DecoderColumn::kAtOnce], int rows,
                                     Shared& shared, float* outputs, Index stride) {
   float sums[Config::kRows] = {};
@@ -158,7 +158,7 @@ __device__ inline void decode_chunk(const Problem& p, const DecoderColumn& decod
 }
 
 /// Adds up the chunks and the exact tokens, divides, and writes the rows.
-__device__ inline void finish(const Problem& p, bool valid, int seq, int head, int first_head_row,
+__device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, int head, int first_head_row,
                               int rows, int num_chunks, const Shared& shared) {
   const int dim = p.head_dim;
   const int num_q_heads = p.num_kv_heads * p.group;
@@ -179,7 +179,7 @@ __device__ inline void finish(const Problem& p, bool valid, int seq, int head, i
   }
 }
 
-__device__ inline void run(const Problem& p, const float* decoder, float* factors) {
+__device__ __forceinline__ void run(const Problem& p, const float* decoder, float* factors) {
   __shared__ Shared shared;
   const int head = blockIdx.y;
   const int row_blocks = (p.rows_per_head + Config::kRows - 1) / Config::kRows;

@@ -4,12 +4,15 @@ namespace commvq::cuda {
 
 /// Tuning values of the key kernel.
 struct KeyScoresConfig {
-  static constexpr int kThreads = 384;
+  static constexpr int kThreads = 512;
   static constexpr int kWarps = kThreads / 32;
   /// Blocks that its warps score between two barriers: two warps a block.
   static constexpr int kStepBlocks = kWarps / 2;
   /// Rows (query tokens times query heads of a KV head) that share the decoded keys.
   static constexpr int kMaxRows = 16;
+  /// Rows of a tile: the eight columns of a matrix product are these for a warp's first eight tokens
+  /// and again for its last eight.
+  static constexpr int kTileRows = 4;
   /// Steps for which turned queries are kept: warps may be so many steps apart, less two.
   static constexpr int kBuffers = 4;
   /// Warps that turn the queries of one step; they take turns.
@@ -20,11 +23,11 @@ struct KeyScoresConfig {
 };
 
 /// Tuning values of the value kernel: a thread block adds up kChunkBits code bits for kRows rows;
-/// its warps are two groups of kWarpBits bits times four that take turns at the blocks of tokens.
+/// its warps are four groups of kWarpBits bits times four that take turns at the blocks of tokens.
 struct ValueSumsConfig {
-  static constexpr int kThreads = 256;
-  static constexpr int kWarpBits = 128;
-  static constexpr int kBitGroups = 2;
+  static constexpr int kThreads = 512;
+  static constexpr int kWarpBits = 64;
+  static constexpr int kBitGroups = 4;
   static constexpr int kTokenGroups = 4;
   static constexpr int kChunkBits = kWarpBits * kBitGroups;
   static constexpr int kRows = 32;
@@ -37,11 +40,15 @@ struct CombineConfig {
   static constexpr int kRows = 8;
 };
 
-/// Tuning values of the exact tokens' attention, which runs beside the key kernel.
+/// Tuning values of the exact tokens' attention, which runs in the first key kernel.
 struct ExactConfig {
   static constexpr int kThreads = KeyScoresConfig::kThreads;
-  static constexpr int kChunkTokens = 32;
-  static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
+  static constexpr int kChunkTokens = 64;
+  static constexpr int kTokenGroups = 4;  ///< of threads that share a channel's tokens
+  static constexpr int kMaxGroup = 32;    ///< query heads of a KV head
+  static constexpr int kMaxDim = 256;
+  /// Coded tokens that a thread block scores in the time that one exact token takes.
+  static constexpr int kCostInCodedTokens = 6;
 };
 
 }  // namespace commvq::cuda

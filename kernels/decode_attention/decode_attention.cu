@@ -55,6 +55,8 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
                            Index{2} * limits.batch;
   const int row_blocks = divide_up(p.rows_per_head, KeyScoresConfig::kMaxRows);
   p.num_key_parts = std::max(1, view.num_multiprocessors / (p.num_kv_heads * row_blocks));
+  p.num_exact_blocks =
+      std::max(0, view.num_multiprocessors - p.num_kv_heads * p.num_key_parts * row_blocks);
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
@@ -124,11 +126,10 @@ Status check_limits(const CodebooksView& view, const DecodeLimits& limits) {
     return invalid("total_tokens", limits.total_tokens, "it must be in [1, 2^35]");
   const int rows = limits.num_q_heads * limits.num_query_tokens;
   const int row_blocks = divide_up(rows / heads, CombineConfig::kRows);
-  if (Index{limits.batch} * std::max(row_blocks, limits.num_query_tokens) > 32768)
+  if (Index{limits.batch} * row_blocks > 65535)
     return {StatusCode::kUnsupported,
-            "batch %d with %d query tokens and %d query heads a KV head: batch times query tokens, "
-            "and batch times rows / 8, must not exceed 32768", limits.batch,
-            limits.num_query_tokens, limits.num_q_heads / heads};
+            "batch %d with %d query tokens and %d query heads a KV head: batch times rows / 8 must "
+            "not exceed 65535", limits.batch, limits.num_query_tokens, limits.num_q_heads / heads};
   return {};
 }
 
@@ -242,8 +243,8 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
   const int row_blocks = divide_up(p.rows_per_head, KeyScoresConfig::kMaxRows);
   for (int i = 0; i < view.num_slices; ++i) {
     const KeySlice& slice = view.slices[i];
-    const int exact_blocks = i == 0 ? p.batch * p.num_query_tokens : 0;
-    const dim3 grid(p.num_kv_heads, p.num_key_parts + exact_blocks, row_blocks);
+    const dim3 grid(p.num_kv_heads * p.num_key_parts + (i == 0 ? p.num_exact_blocks : 0),
+                    row_blocks);
     const int shared_bytes =
         std::max(key_scores::shared_bytes(slice), exact_tokens::Shared::bytes(p.head_dim, p.group));
     const KeyPlane& plane = view.layout.planes[slice.plane];

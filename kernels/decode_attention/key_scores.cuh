@@ -35,15 +35,17 @@ struct Arguments {
   KeyCodes codes;
 };
 
-/// What lies in shared memory before the rows. A tile of turned queries, for eight rows, is
-/// [width / 16][32 lanes] of 16 bytes, as mma fragments.
+/// What lies in shared memory before the rows. A tile of turned queries, for four rows, is
+/// [width / 16][32 lanes] of 16 bytes, as mma fragments: columns 0 to 3 are the rows for tokens g of
+/// a warp, 4 to 7 for tokens g + 16, so that both may be turned alike.
 template <int kWidth>
 struct Shared {
   static constexpr int kTileVectors = kWidth / 16 * 32;
-  static constexpr int kBufferVectors = Config::kMaxRows / 8 * kTileVectors;
+  static constexpr int kBufferVectors = Config::kMaxRows / Config::kTileRows * kTileVectors;
 
   uint4 queries[Config::kBuffers][kBufferVectors];  ///< turned to the first token of a step
   float2 unit_queries[Config::kMaxRows][kWidth];    ///< times the pairs' units, brought to about 1
+  float2 sixteen_turns[kWidth];                     ///< RoPE by 16 tokens
   uint2 zero_points[kWidth / 8 * 4];
   alignas(8) float factors[Config::kMaxRows];  ///< from sums of products to scores
   int lags[Config::kMaxRows];       ///< how far a row's position is from the last one
@@ -117,12 +119,13 @@ __device__ void load_queries(const Arguments& a, Shared<kWidth>& shared, int seq
   }
 }
 
-/// Turns the queries to token `base` and lays them out as fragments: lane 4g + q of tile t holds
-/// query 8t + g, pairs 8k + 2q and 8k + 2q + 1: real parts in b0, imaginary parts in b1. `thread`
-/// is one of kTurningWarps * 32.
+/// Turns the queries to the step's first token, `distance` before the last position, and to the
+/// sixteenth after it, and lays them out as fragments: lane 4g + q of a tile holds column g, pairs
+/// 8k + 2q and 8k + 2q + 1: real parts in b0, imaginary parts in b1. `thread` is one of
+/// kTurningWarps * 32.
 template <int kWidth>
-__device__ void turn_queries(const Arguments& a, Shared<kWidth>& shared, uint4* fragments,
-                             int distance, int rows, int thread) {
+__device__ __forceinline__ void turn_queries(const Arguments& a, Shared<kWidth>& shared,
+                                             uint4* fragments, int distance, int rows, int thread) {
   constexpr int kWords = kWidth / 8;
   const std::uint64_t* const turns = a.problem.turns + a.slice.first_pair;
 #pragma unroll 1
@@ -131,20 +134,30 @@ __device__ void turn_queries(const Arguments& a, Shared<kWidth>& shared, uint4* 
     const int k = item / 4 % kWords;
     const int row = item / (4 * kWords);
     const Index row_distance = distance - shared.lags[row];
-    float real[2], imag[2];
+    float real[2][2], imag[2][2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int pair = 8 * k + 2 * q + e;
       const float2 query = shared.unit_queries[row][pair];
       const float2 turn = pair < a.slice.num_pairs ? rotation_of(row_distance, turns[pair])
                                                    : make_float2(1, 0);
-      real[e] = query.x * turn.x - query.y * turn.y;
-      imag[e] = query.x * turn.y + query.y * turn.x;
+      const float2 back = shared.sixteen_turns[pair];
+      const float re = query.x * turn.x - query.y * turn.y;
+      const float im = query.x * turn.y + query.y * turn.x;
+      real[0][e] = re;
+      imag[0][e] = im;
+      real[1][e] = re * back.x + im * back.y;
+      imag[1][e] = im * back.x - re * back.y;
     }
-    uint2* const target = reinterpret_cast<uint2*>(
-        fragments + row / 8 * Shared<kWidth>::kTileVectors + k / 2 * 32 + row % 8 * 4 + q);
-    target[k % 2] = make_uint2(as_bits(__floats2half2_rn(real[0], real[1])),
-                               as_bits(__floats2half2_rn(imag[0], imag[1])));
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const int column = 4 * t + row % Config::kTileRows;
+      uint2* const target = reinterpret_cast<uint2*>(
+          fragments + row / Config::kTileRows * Shared<kWidth>::kTileVectors + k / 2 * 32 +
+          column * 4 + q);
+      target[k % 2] = make_uint2(as_bits(__floats2half2_rn(real[t][0], real[t][1])),
+                                 as_bits(__floats2half2_rn(imag[t][0], imag[t][1])));
+    }
   }
 }
 
@@ -199,35 +212,35 @@ __device__ __forceinline__ void sum_rows(std::uint32_t rows, const Reader (&read
   }
 }
 
-/// Cosines and sines of a thread's pairs for its two tokens of a step.
+/// Cosines and sines of a thread's pairs for its first token of a step.
 template <int kWidth>
 struct TokenTurns {
-  __half2 cosine[2][kWidth / 8];
-  __half2 sine[2][kWidth / 8];
+  __half2 cosine[kWidth / 8];
+  __half2 sine[kWidth / 8];
 
-  /// `offset` is the first token's place in the step.
-  __device__ TokenTurns(const KeySlice& slice, int offset) {
+  /// `offset` is the token's place in the step.
+  __device__ __forceinline__ TokenTurns(const KeySlice& slice, int offset) {
     const auto* const table = reinterpret_cast<const uint2*>(slice.token_turns);
 #pragma unroll
-    for (int t = 0; t < 2; ++t)
-#pragma unroll
-      for (int k = 0; k < kWidth / 8; ++k) {
-        const uint2 turn = table[((offset + 16 * t) * (kWidth / 8) + k) * 4 + threadIdx.x % 4];
-        cosine[t][k] = as_half2(turn.x);
-        sine[t][k] = as_half2(turn.y);
-      }
+    for (int k = 0; k < kWidth / 8; ++k) {
+      const uint2 turn = table[(offset * (kWidth / 8) + k) * 4 + threadIdx.x % 4];
+      cosine[k] = as_half2(turn.x);
+      sine[k] = as_half2(turn.y);
+    }
   }
 };
 
-/// Sums of rows to fp16 keys, turned: fragments a0 to a3 of each k.
+/// Products of a warp's sixteen keys with the queries of a tile: the sums of rows become fp16 and
+/// are turned, 16 channels at a time.
 template <int kWidth>
-__device__ __forceinline__ void turn_keys(const std::uint32_t (&sums)[2][kWidth / 8],
-                                          const uint2* zero_points, const TokenTurns<kWidth>& turns,
-                                          std::uint32_t (&keys)[kWidth / 8][4]) {
+__device__ __forceinline__ void multiply(const std::uint32_t (&sums)[2][kWidth / 8],
+                                         const uint2* zero_points, const TokenTurns<kWidth>& turns,
+                                         const uint4* queries, float (&scores)[4]) {
   const int q = threadIdx.x % 4;
 #pragma unroll
   for (int k = 0; k < kWidth / 8; ++k) {
     const uint2 zero = zero_points[k * 4 + q];
+    std::uint32_t keys[4];
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       // A byte under 0x64 is the fp16 number 1024 + byte.
@@ -235,10 +248,12 @@ __device__ __forceinline__ void turn_keys(const std::uint32_t (&sums)[2][kWidth 
           __hsub2(as_half2(__byte_perm(sums[t][k], 0x64646464u, 0x4140)), as_half2(zero.x));
       const __half2 imag =
           __hsub2(as_half2(__byte_perm(sums[t][k], 0x64646464u, 0x4342)), as_half2(zero.y));
-      const __half2 c = turns.cosine[t][k], s = turns.sine[t][k];
-      keys[k][t] = as_bits(__hfma2(real, c, __hneg2(__hmul2(imag, s))));
-      keys[k][2 + t] = as_bits(__hfma2(real, s, __hmul2(imag, c)));
+      const __half2 c = turns.cosine[k], s = turns.sine[k];
+      keys[t] = as_bits(__hfma2(real, c, __hneg2(__hmul2(imag, s))));
+      keys[2 + t] = as_bits(__hfma2(real, s, __hmul2(imag, c)));
     }
+    const uint2 query = reinterpret_cast<const uint2*>(queries + k / 2 * 32)[k % 2];
+    mma_16x8x16(scores, keys[0], keys[1], keys[2], keys[3], query.x, query.y);
   }
 }
 
@@ -258,87 +273,68 @@ __device__ __forceinline__ float capped(float score, float cap) {
 
 /// A warp's sixteen tokens.
 struct Half {
+  int seq;
   int block;          ///< in the workspace
   int which;          ///< half of the block
   int token;          ///< a lane's first token, in the sequence
   bool wholly_seen;   ///< every query sees all of them
 };
 
-/// Scores of two tokens and rows 2q, 2q + 1 of a tile to weights and their sums in the workspace.
-/// Value scales below 2^-100 count as zero. `logs` are log2 of the scales.
-__device__ __forceinline__ void store_weights(const Problem& p, const Place& place,
-                                              const Sequence& sequence, const Half& half,
-                                              const float (&logs)[2], const int* lags,
-                                              float (&scores)[4], int tile) {
-  const int lane = threadIdx.x % 32;
+/// Row of a tile whose scores for tokens g and g + 16 lane 4g + q gathers: products leave it with
+/// rows 2 (q % 2) and the next for one token.
+__device__ __forceinline__ int tile_row() {
+  const int q = threadIdx.x % 4;
+  return q % 2 * 2 + q / 2;
+}
+
+/// Scores of a lane's two tokens and one row to weights and their sums in the workspace. Value
+/// scales below 2^-100 count as zero. `row` is the head's, `call_row` the call's.
+__device__ __forceinline__ void store_weights(const Problem& p, const Half& half,
+                                              const NormAndScale (&data)[2], float first,
+                                              float second, int lag, int call_row, bool is_row) {
+  const int g = threadIdx.x % 32 / 4;
   constexpr float kLeastLog = -100.0f;
-  if (p.soft_cap > 0)
-#pragma unroll
-    for (float& score : scores) score = capped(score, p.soft_cap);
+  float first_log = __log2f(scale_of(data[0])), second_log = __log2f(scale_of(data[1]));
+  if (p.soft_cap > 0) {
+    first = capped(first, p.soft_cap);
+    second = capped(second, p.soft_cap);
+  }
   if (!half.wholly_seen) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = min(tile * 8 + lane % 4 * 2 + i % 2, place.rows - 1);
-      const int position = sequence.length - 1 - lags[row];
-      const int token = half.token + i / 2 * 16;
-      if (token < sequence.coded_begin(p, position) || token >= sequence.coded_end(p, position))
-        scores[i] = -INFINITY;
-    }
+    const Sequence sequence(p, half.seq);
+    const int position = sequence.length - 1 - lag;
+    const int begin = sequence.coded_begin(p, position), end = sequence.coded_end(p, position);
+    // What was read of tokens that nobody sees may be anything.
+    if (half.token < begin || half.token >= end) first = -INFINITY, first_log = 0;
+    if (half.token + 16 < begin || half.token + 16 >= end) second = -INFINITY, second_log = 0;
   }
-  // Rows of the call before the tile's, and the lane's first row.
-  const int call_row = place.head * p.rows_per_head + place.first_row + tile * 8 + lane % 4 * 2;
-  const Index at = Index{half.block} * p.row_stride + call_row;
-  std::uint32_t* const weights = p.weights + at * 16 + half.which * 8 + lane / 4;
-  RowSum* const block_sums =
-      p.block_sums + (Index{half.block} * kHalves + half.which) * p.row_stride + call_row;
+  float largest = fmaxf(first + fmaxf(first_log, kLeastLog), second + fmaxf(second_log, kLeastLog));
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float first = scores[i], second = scores[2 + i];
-    float largest = fmaxf(first + fmaxf(logs[0], kLeastLog), second + fmaxf(logs[1], kLeastLog));
+  for (int step = 4; step < 32; step *= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  const float reference = fmaxf(largest, -1e30f);
+  first -= reference;
+  second -= reference;
+  float sum = exp2_approx(first) + exp2_approx(second);
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    const float reference = fmaxf(largest, -1e30f);
-    first -= reference;
-    second -= reference;
-    float sum = exp2_approx(first) + exp2_approx(second);
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (tile * 8 + lane % 4 * 2 + i >= place.rows) continue;
-    // A scale that is NaN, of a token that could not be coded, shows.
-    const float w0 = logs[0] < kLeastLog ? 0.0f : exp2_approx(first + logs[0]);
-    const float w1 = logs[1] < kLeastLog ? 0.0f : exp2_approx(second + logs[1]);
-    weights[i * 16] = as_bits(__floats2half2_rn(w0, w1));
-    if (lane < 4) block_sums[i] = {largest, sum};
-  }
+  for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (!is_row) return;
+  // A scale that is NaN, of a token that could not be coded, shows.
+  const float w0 = first_log < kLeastLog ? 0.0f : exp2_approx(first + first_log);
+  const float w1 = second_log < kLeastLog ? 0.0f : exp2_approx(second + second_log);
+  p.weights[(Index{half.block} * p.row_stride + call_row) * 16 + half.which * 8 + g] =
+      as_bits(__floats2half2_rn(w0, w1));
+  if (g == 0)
+    p.block_sums[(Index{half.block} * kHalves + half.which) * p.row_stride + call_row] = {largest,
+                                                                                       sum};
 }
 
-/// Adds what other slices found to the scores of two tokens and rows 2q, 2q + 1 of a tile.
-__device__ inline void add_slices(const Problem& p, Turn turn, const Place& place,
-                                  const Half& half, int tile, float (&scores)[4]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = tile * 8 + lane % 4 * 2 + i % 2;
-    if (row >= place.rows) continue;
-    const Index call_row = place.head * p.rows_per_head + place.first_row + row;
-    float* const raw = p.raw_scores + (half.block * p.row_stride + call_row) * kBlockTokens +
-                       half.which * 8 + lane / 4 + i / 2 * 16;
-    if (turn != Turn::kFirst) scores[i] += *raw;
-    if (turn != Turn::kLast) *raw = scores[i];
-  }
-}
-
-/// Products of a warp's sixteen keys with eight queries.
-template <int kWidth>
-__device__ __forceinline__ void multiply(const std::uint32_t (&keys)[kWidth / 8][4],
-                                         const uint4* queries, float (&scores)[4]) {
-#pragma unroll
-  for (int k = 0; k < kWidth / 8; k += 2) {
-    const uint4 q = queries[k / 2 * 32];
-    mma_16x8x16(scores, keys[k][0], keys[k][1], keys[k][2], keys[k][3], q.x, q.y);
-    mma_16x8x16(scores, keys[k + 1][0], keys[k + 1][1], keys[k + 1][2], keys[k + 1][3], q.z, q.w);
-  }
+/// Adds what other slices found to the scores of a lane's two tokens.
+__device__ __forceinline__ void add_slices(const Problem& p, Turn turn, const Half& half,
+                                           int call_row, float& first, float& second) {
+  float* const raw = p.raw_scores + (Index{half.block} * p.row_stride + call_row) * kBlockTokens +
+                     half.which * 8 + threadIdx.x % 32 / 4;
+  if (turn != Turn::kFirst) first += raw[0], second += raw[16];
+  if (turn != Turn::kLast) raw[0] = first, raw[16] = second;
 }
 
 /// What a lane reads of its two tokens: codes, key norms and value scales.
@@ -347,22 +343,41 @@ struct TokenPair {
   Reader readers[2];
   NormAndScale norms_and_scales[2];
 
-  /// Of tokens `token` and `token + 16`, but none after `last`, beyond which there may be no page.
+  /// Of the tokens `place` and `place + 16` of the block that begins at `token`. `last` is the last
+  /// token that has codes.
   __device__ __forceinline__ void fetch(const Problem& p, const KeyCodes& codes,
-                                        const std::int32_t* table, int head, int token, int last) {
-    const std::uint8_t* page = nullptr;
+                                        int seq, int head, int token, int place,
+                                        int last) {
+    const std::int32_t* const table = p.block_table + Index{seq} * p.max_blocks;
+    if (Reader::kAnyBitsAreCodes && p.page.size >= kBlockTokens) {
+      const std::uint8_t* const page = p.pages + table[token >> p.page.shift] * p.page_stride;
+      const int slot = (token & (p.page.size - 1)) + place;
+      if constexpr (Reader::kAnyBitsAreCodes)
+        Reader::fetch_two(codes, page, head * p.page.size + slot, readers);
+      const std::uint8_t* const norms =
+          page + (p.page.key_norms + head * p.page.norm_stride + 2 * slot);
+      const std::uint8_t* const scales = page + (p.page.value_scales + 2 * slot);
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+        norms_and_scales[t] = pack(norms + 32 * t, scales + 32 * t);
+      return;
+    }
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      const int at = min(token + 16 * t, last);
-      if (t == 0 || p.page.shift < 5) page = p.pages + table[at >> p.page.shift] * p.page_stride;
+      const int at = min(token + place + 16 * t, last);  // beyond it there may be no page
+      const std::uint8_t* const page = p.pages + table[at >> p.page.shift] * p.page_stride;
       const int slot = at & (p.page.size - 1);
       readers[t].fetch(codes, page, head * p.page.size + slot);
-      const std::uint32_t norm = *reinterpret_cast<const std::uint16_t*>(
-          page + (p.page.key_norms + head * p.page.norm_stride + 2 * slot));
-      const std::uint32_t scale =
-          *reinterpret_cast<const std::uint16_t*>(page + (p.page.value_scales + 2 * slot));
-      norms_and_scales[t] = norm | scale << 16;
+      norms_and_scales[t] = pack(page + (p.page.key_norms + head * p.page.norm_stride + 2 * slot),
+                                 page + (p.page.value_scales + 2 * slot));
     }
+  }
+
+ private:
+  __device__ __forceinline__ static NormAndScale pack(const std::uint8_t* norm,
+                                                      const std::uint8_t* scale) {
+    return *reinterpret_cast<const std::uint16_t*>(norm) |
+           static_cast<std::uint32_t>(*reinterpret_cast<const std::uint16_t*>(scale)) << 16;
   }
 };
 
@@ -386,7 +401,6 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
   const int seen_end = sequence.coded_end(p, first_position);
   const int first_token = cursor.block * kBlockTokens;
   constexpr int kStepTokens = Config::kStepBlocks * kBlockTokens;
-  const std::int32_t* const table = p.block_table + Index{cursor.seq} * p.max_blocks;
 
   // Queries are turned two steps ahead, codes read one step ahead.
   TokenPair<Reader> next;
@@ -394,8 +408,10 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
   for (int step = -2; step < num_steps; ++step) {
     const TokenPair<Reader> current = next;
     if (step >= -1 && step + 1 < num_steps)
-      next.fetch(p, a.codes, table, place.head, first_token + (step + 1) * kStepTokens + offset,
-                 last_token);
+      next.fetch(p, a.codes, cursor.seq, place.head,
+                 first_token + min((step + 1) * Config::kStepBlocks + warp / 2, count - 1) *
+                                   kBlockTokens,
+                 warp % 2 * 8 + lane / 4, last_token);
     if (step + 2 < num_steps) {
       const int number = steps_done + step + 2;
       const int buffer = number % Config::kBuffers;
@@ -414,35 +430,36 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     const int number = steps_done + step;
     const int buffer = number % Config::kBuffers;
     const bool active = block < count;
-    std::uint32_t keys[kWidth / 8][4];
-    if (active) {
-      std::uint32_t sums[2][kWidth / 8];
-      sum_rows<kWidth>(rows, current.readers, sums);
-      turn_keys<kWidth>(sums, shared.zero_points, token_turns, keys);
-    }
+    std::uint32_t sums[2][kWidth / 8];
+    if (active) sum_rows<kWidth>(rows, current.readers, sums);
     WarpBarrier(&shared.full[buffer]).wait(number / Config::kBuffers % 2);
     if (active) {
       const int block_token = first_token + block * kBlockTokens;
-      const Half half{cursor.index + block, warp % 2, first_token + step * kStepTokens + offset,
+      const Half half{cursor.seq, cursor.index + block, warp % 2,
+                      first_token + step * kStepTokens + offset,
                       block_token >= seen_begin && block_token + kBlockTokens <= seen_end};
       const NormAndScale(&data)[2] = current.norms_and_scales;
-      const float logs[2] = {__log2f(scale_of(data[0])), __log2f(scale_of(data[1]))};
 #pragma unroll 1
-      for (int tile = 0; tile * 8 < place.rows; ++tile) {
-        float scores[4] = {};
-        multiply<kWidth>(keys, shared.queries[buffer] + tile * Shared<kWidth>::kTileVectors + lane,
-                         scores);
-        const float2 factors =
-            *reinterpret_cast<const float2*>(&shared.factors[tile * 8 + lane % 4 * 2]);
-        scores[0] *= norm_of(data[0]) * factors.x;
-        scores[1] *= norm_of(data[0]) * factors.y;
-        scores[2] *= norm_of(data[1]) * factors.x;
-        scores[3] *= norm_of(data[1]) * factors.y;
+      for (int tile = 0; tile * Config::kTileRows < place.rows; ++tile) {
+        float products[4] = {};
+        multiply<kWidth>(sums, shared.zero_points, token_turns,
+                         shared.queries[buffer] + tile * Shared<kWidth>::kTileVectors + lane,
+                         products);
+        // Two rows and one token of a lane against one row and both tokens.
+        const bool is_second = lane % 4 >= 2;
+        const float kept = is_second ? products[3] : products[0];
+        const float other = __shfl_xor_sync(~0u, is_second ? products[2] : products[1], 2);
+        const int row = tile * Config::kTileRows + tile_row();
+        const bool is_row = row < place.rows;
+        const float factor = shared.factors[row];
+        float first = (is_second ? other : kept) * (norm_of(data[0]) * factor);
+        float second = (is_second ? kept : other) * (norm_of(data[1]) * factor);
+        const int call_row = place.head * p.rows_per_head + place.first_row + row;
         if (a.turn != Turn::kOnly) {
-          add_slices(p, a.turn, place, half, tile, scores);
+          if (is_row) add_slices(p, a.turn, half, call_row, first, second);
           if (a.turn != Turn::kLast) continue;
         }
-        store_weights(p, place, sequence, half, logs, shared.lags, scores, tile);
+        store_weights(p, half, data, first, second, shared.lags[row], call_row, is_row);
       }
     }
     WarpBarrier(&shared.empty[buffer]).arrive();
@@ -455,7 +472,9 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   const Problem& p = a.problem;
   Shared<kWidth>& shared = *reinterpret_cast<Shared<kWidth>*>(memory);
   const std::uint32_t rows = rows_address<kWidth>(memory);
-  Place place{static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.z) * Config::kMaxRows, 0};
+  const int part = blockIdx.x / p.num_kv_heads;
+  Place place{static_cast<int>(blockIdx.x) % p.num_kv_heads,
+              static_cast<int>(blockIdx.y) * Config::kMaxRows, 0};
   place.rows = min(Config::kMaxRows, p.rows_per_head - place.first_row);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -474,7 +493,12 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   for (int i = threadIdx.x; i < kWidth / 2; i += Config::kThreads)
     shared.zero_points[i] =
         reinterpret_cast<const uint2*>(a.slice.zero_points + place.head * kWidth)[i];
-  if (threadIdx.x < Config::kMaxRows) shared.factors[threadIdx.x] = 0;
+  if (threadIdx.x < Config::kMaxRows) shared.factors[threadIdx.x] = 0, shared.lags[threadIdx.x] = 0;
+  if (threadIdx.x < kWidth)
+    shared.sixteen_turns[threadIdx.x] =
+        static_cast<int>(threadIdx.x) < a.slice.num_pairs
+            ? rotation_of(16, p.turns[a.slice.first_pair + threadIdx.x])
+            : make_float2(1, 0);
   if (threadIdx.x == 0)
     for (int i = 0; i < Config::kBuffers; ++i) {
       WarpBarrier(&shared.full[i]).init(Config::kTurningWarps);
@@ -482,8 +506,8 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     }
 
   const int total = total_blocks(p);
-  Cursor cursor = cursor_at(p, part_begin(total, blockIdx.y, p.num_key_parts),
-                            part_begin(total, blockIdx.y + 1, p.num_key_parts));
+  Cursor cursor = cursor_at(p, part_begin(total, part, p.num_key_parts),
+                            part_begin(total, part + 1, p.num_key_parts));
   if (!fits(p, total)) cursor.stop = cursor.index;
   int steps_done = 0;
 #pragma unroll 1

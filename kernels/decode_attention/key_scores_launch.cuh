@@ -6,25 +6,46 @@
 
 namespace commvq::cuda {
 
-/// Thread blocks (head, part, block of rows) score coded keys; those with part >= num_key_parts
-/// attend over the exact tokens of a query token.
+/// The exact items, a query token and KV head each, of thread block `block` of this launch. The
+/// blocks that score no keys take what they can in the time that the others need for theirs; the
+/// rest is shared out evenly.
+__device__ inline void run_exact_items(const Problem& p, int block, std::uint8_t* memory) {
+  const int scoring = p.num_kv_heads * p.num_key_parts;
+  const int items = p.num_kv_heads * p.batch * p.num_query_tokens;
+  const int coded_tokens = total_blocks(p) / p.num_key_parts * kBlockTokens;
+  const int exact_tokens = p.window + p.exact.sinks;
+  const int free_items = coded_tokens / (ExactConfig::kCostInCodedTokens * exact_tokens + 1) + 1;
+  const int taken = min(items, p.num_exact_blocks * free_items);
+  const bool scores_keys = block < scoring;
+  const int first = scores_keys ? taken + block : block - scoring;
+  const int end = scores_keys ? items : taken;
+  const int stride = scores_keys ? scoring : p.num_exact_blocks;
+#pragma unroll 1
+  for (int item = first; item < end; item += stride) {
+    __syncthreads();  // shared memory served something else before
+    const int token = item / p.num_kv_heads;
+    exact_tokens::run(
+        p, {token / p.num_query_tokens, token % p.num_query_tokens, item % p.num_kv_heads}, memory);
+  }
+}
+
+/// Thread blocks (part and head, block of rows) score coded keys; in the first slice they and
+/// num_exact_blocks others also attend over the exact tokens.
 template <int kWidth, class Reader>
 __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     key_scores_kernel(const __grid_constant__ key_scores::Arguments arguments) {
   extern __shared__ __align__(128) std::uint8_t shared_memory[];
   const Problem& problem = arguments.problem;
   let_next_kernel_start();
-  const int part = static_cast<int>(blockIdx.y);
+  const int block = static_cast<int>(blockIdx.x);
   const bool first_slice =
       arguments.turn == key_scores::Turn::kOnly || arguments.turn == key_scores::Turn::kFirst;
-  if (first_slice && blockIdx.x == 0 && part == 0 && blockIdx.z == 0)
+  if (first_slice && block == 0 && blockIdx.y == 0)
     for (int i = threadIdx.x; i < problem.num_counters; i += KeyScoresConfig::kThreads)
       problem.counters[i] = 0;
-  if (part < problem.num_key_parts) {
+  if (block < problem.num_kv_heads * problem.num_key_parts)
     key_scores::run<kWidth, Reader>(arguments, shared_memory);
-  } else if (blockIdx.z == 0) {
-    exact_tokens::run(problem, part - problem.num_key_parts, blockIdx.x, shared_memory);
-  }
+  if (first_slice && blockIdx.y == 0) run_exact_items(problem, block, shared_memory);
 }
 
 template <int kWidth, class Reader>

@@ -64,6 +64,7 @@ struct Problem {
   Index max_workspace_blocks;
 
   int num_key_parts;    ///< into which the blocks are cut for scoring keys
+  int num_exact_blocks; ///< thread blocks of the first key kernel that do exact tokens alone
   int num_value_parts;  ///< likewise for adding up values
 
   // Workspace.

@@ -16,6 +16,7 @@ namespace commvq::cuda::value_sums {
 using Config = ValueSumsConfig;
 
 constexpr int kTiles = Config::kWarpBits / 16;  ///< of bits
+constexpr int kLaneBits = Config::kWarpBits / 8;
 constexpr int kRowTiles = Config::kRows / 8;
 /// What a sum is to be multiplied by: 2^21.
 constexpr float kSumScale = 2097152.0f;
@@ -68,37 +69,43 @@ struct Stage {
 };
 constexpr int kStages = 6;
 
-/// Starts copying block `i` of a segment: this warp's bits, and half of the group's weights.
+/// Starts copying block `i` of a segment: this warp's bits, and its share of the group's weights.
 __device__ __forceinline__ void copy_block(const Problem& p, const Cursor& cursor, int i, int bit,
                                            int first_row, Stage& stage) {
   const int lane = threadIdx.x % 32;
   const int bit_group = threadIdx.x / 32 % Config::kBitGroups;
-  const std::int32_t* const table = p.block_table + Index{cursor.seq} * p.max_blocks;
-  const int half = lane / 16;
-  int token = (cursor.block + i) * kBlockTokens + 16 * half;
-  // The second half may lie beyond the last page; its weights are zero, so any bits will do.
-  if (token >= p.seq_lens[cursor.seq]) token -= 16;
-  const std::uint8_t* const page = p.pages + table[token >> p.page.shift] * p.page_stride;
-  const int slot = token & (p.page.size - 1);
-  const int first_bit = bit + lane % 16 * 8;
-  const int offset =
-      p.page.value_codes + 2 * (slot / 16 * p.page.num_code_bits +
-                                (first_bit < p.page.num_code_bits ? first_bit : 0));
-  copy_async_16(shared_address(&stage.bits[half][bit_group][lane % 16]), page + offset);
-
-  const Index row = Index{cursor.index + i} * p.row_stride + first_row;
-  const int rows_left = p.row_stride - first_row;
-#pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const int vector = (2 * bit_group + part) * 32 + lane;
-    if (vector / 4 < rows_left)
-      copy_async_16(shared_address(&stage.weights[vector / 4][vector % 4]),
-                    p.weights + (row + vector / 4) * 16 + vector % 4 * 4);
+  constexpr int kVectors = Config::kWarpBits / 8;  // of 16 bytes, for sixteen tokens
+  if (lane < 2 * kVectors) {
+    const std::int32_t* const table = p.block_table + Index{cursor.seq} * p.max_blocks;
+    const int half = lane / kVectors;
+    int token = (cursor.block + i) * kBlockTokens + 16 * half;
+    // The second half may lie beyond the last page; its weights are zero, so any bits will do.
+    if (token >= p.seq_lens[cursor.seq]) token -= 16;
+    const std::uint8_t* const page = p.pages + table[token >> p.page.shift] * p.page_stride;
+    const int slot = token & (p.page.size - 1);
+    const int first_bit = bit + lane % kVectors * 8;
+    const int offset =
+        p.page.value_codes + 2 * (slot / 16 * p.page.num_code_bits +
+                                  (first_bit < p.page.num_code_bits ? first_bit : 0));
+    copy_async_16(shared_address(&stage.bits[half][bit_group][lane % kVectors]), page + offset);
   }
-  const Index sums =
-      (Index{cursor.index + i} * kHalves + bit_group) * p.row_stride + first_row;
-  if (lane < 16 && lane * 2 < rows_left)
-    copy_async_16(shared_address(&stage.sums[bit_group][lane * 2]), p.block_sums + sums + lane * 2);
+
+  const int rows_left = p.row_stride - first_row;
+  constexpr int kParts = Config::kRows * 4 / (32 * Config::kBitGroups);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const int vector = (kParts * bit_group + part) * 32 + lane;
+    if (vector / 4 < rows_left)
+      copy_async_16(
+          shared_address(&stage.weights[vector / 4][vector % 4]),
+          p.weights +
+              (Index{cursor.index + i} * p.row_stride + first_row + vector / 4) * 16 +
+              vector % 4 * 4);
+  }
+  if (bit_group < kHalves && lane < Config::kRows / 2 && lane * 2 < rows_left)
+    copy_async_16(shared_address(&stage.sums[bit_group][lane * 2]),
+                  p.block_sums + (Index{cursor.index + i} * kHalves + bit_group) * p.row_stride +
+                      first_row + lane * 2);
 }
 
 /// Weights of rows g, 8 + g, ... relative to `maxima`, with the bits' powers of two: lane 4g + q
@@ -118,37 +125,37 @@ __device__ __forceinline__ void load_weights(const Stage& stage, const float (&m
   }
 }
 
-/// Lane 4g + q holds bits 16 g to 16 g + 15 of its warp.
+/// Lane 4g + q holds bits kLaneBits g and those after it of its warp.
 __device__ __forceinline__ void multiply(const Stage& stage,
                                          const std::uint32_t (&weights)[kRowTiles][4],
                                          float (&sums)[kTiles][kRowTiles][4]) {
   const int g = threadIdx.x % 32 / 4, shift = threadIdx.x % 4 * 4;
   const int bit_group = threadIdx.x / 32 % Config::kBitGroups;
+  // Bits 2 i (rows 0-7 of fragment i) and 2 i + 1 (rows 8-15) of the lane's.
+  std::uint32_t first[kTiles], second[kTiles];
 #pragma unroll
-  for (int vector = 0; vector < 2; ++vector) {
-    const uint4 v[2] = {stage.bits[0][bit_group][2 * g + vector],
-                        stage.bits[1][bit_group][2 * g + vector]};
+  for (int vector = 0; vector < kLaneBits / 8; ++vector) {
+    const uint4 low = stage.bits[0][bit_group][kLaneBits / 8 * g + vector];
+    const uint4 high = stage.bits[1][bit_group][kLaneBits / 8 * g + vector];
+    const std::uint32_t lows[4] = {low.x, low.y, low.z, low.w};
+    const std::uint32_t highs[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // Bits 2 tile (rows 0-7 of the fragment) and 2 tile + 1 (rows 8-15) of the lane's sixteen.
-      const int tile = 4 * vector + i;
-      const auto word = [&](const uint4& w) {
-        return (i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w) >> shift;
-      };
-      const std::uint32_t low = word(v[0]), high = word(v[1]);
-      const std::uint32_t first = __byte_perm(low, high, 0x5410);
-      const std::uint32_t second = __byte_perm(low, high, 0x7632);
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const std::uint32_t mask = 0x00010001u << (2 * step);
-        const std::uint32_t a0 = first & mask, a1 = second & mask;
-        const std::uint32_t a2 = first & mask << 1, a3 = second & mask << 1;
-#pragma unroll
-        for (int t = 0; t < kRowTiles; ++t)
-          mma_16x8x16(sums[tile][t], a0, a1, a2, a3, weights[t][2 * step],
-                      weights[t][2 * step + 1]);
-      }
+      first[4 * vector + i] = __byte_perm(lows[i] >> shift, highs[i] >> shift, 0x5410);
+      second[4 * vector + i] = __byte_perm(lows[i] >> shift, highs[i] >> shift, 0x7632);
     }
+  }
+  // All sums take turns, so that no product waits for the one before it.
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    const std::uint32_t mask = 0x00010001u << (2 * step);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int t = 0; t < kRowTiles; ++t)
+        mma_16x8x16(sums[tile][t], first[tile] & mask, second[tile] & mask,
+                    first[tile] & mask << 1, second[tile] & mask << 1, weights[t][2 * step],
+                    weights[t][2 * step + 1]);
   }
 }
 
@@ -175,7 +182,7 @@ __device__ inline void store(const Problem& p, Index slot, int first_bit, int fi
   }
   if (token_group != 0) return;
   const int g = lane / 4, q = lane % 4;
-  const int bit = first_bit + bit_group * Config::kWarpBits + 16 * g;
+  const int bit = first_bit + bit_group * Config::kWarpBits + kLaneBits * g;
   if (bit >= p.page.num_code_bits) return;
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t)
