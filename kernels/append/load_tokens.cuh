@@ -16,11 +16,13 @@ struct TokenRows {
   int num_channels;
 };
 
-__device__ __forceinline__ float read_float(const void* data, FloatType type, Index i) {
-  if (type == FloatType::kFp32) return static_cast<const float*>(data)[i];
-  const std::uint16_t bits = static_cast<const std::uint16_t*>(data)[i];
+__device__ __forceinline__ float widen(std::uint16_t bits, FloatType type) {
   return type == FloatType::kBf16 ? __uint_as_float(static_cast<std::uint32_t>(bits) << 16)
                                   : append_instructions::from_half(bits);
+}
+__device__ __forceinline__ float read_float(const void* data, FloatType type, Index i) {
+  if (type == FloatType::kFp32) return static_cast<const float*>(data)[i];
+  return widen(static_cast<const std::uint16_t*>(data)[i], type);
 }
 /// Bits of the nearest bf16, ties to even; NaN stays NaN.
 __device__ __forceinline__ std::uint16_t bf16_of(float value) {
@@ -40,8 +42,7 @@ constexpr std::uint16_t kNanBf16 = 0x7fc0;
 __device__ __forceinline__ float read_token(const TokenRows& rows, Index token, int channel) {
   const float value = read_float(rows.data, rows.type, token * rows.num_channels + channel);
   if (!rows.rounds || rows.type == rows.exact_type) return value;
-  const std::uint16_t bits = rounded_bits(value, rows.exact_type);
-  return read_float(&bits, rows.exact_type, 0);
+  return widen(rounded_bits(value, rows.exact_type), rows.exact_type);
 }
 
 template <class T>

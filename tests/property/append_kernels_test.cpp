@@ -1,0 +1,140 @@
+// The kernels of `append` on the host, compared with the host's codecs. What needs a GPU is in
+// tests/cuda.
+#include "simt/simt.hpp"
+
+#include "../../kernels/append/encoder_image.cpp"
+#include "../../kernels/append/key_search.cuh"
+#include "../../kernels/append/load_tokens.cuh"
+#include "../../kernels/append/matrix_product.cuh"
+#include "commvq/cuda/integer_codebook.hpp"
+#include "reference/append_reference.hpp"
+
+#include <gmock/gmock.h>
+
+namespace commvq::cuda {
+namespace {
+
+using testing_support::AppendCase;
+using testing_support::Rng;
+
+/// The launches of `append`.
+class HostAppend {
+ public:
+  HostAppend(const AppendCase& tested, ValuePrecision precision, bool large_tiles)
+      : image_(tested.codec, tested.layout, precision),
+        view_(image_.view_at(image_.bytes().data())),
+        large_tiles_(large_tiles) {}
+
+  void operator()(const AppendCase& tested, std::vector<std::uint8_t>& pages) {
+    const Index tokens = tested.num_tokens;
+    const std::size_t bytes = AppendWorkspace(view_, tokens, nullptr).bytes;
+    std::vector<double> memory(bytes / 8 + 1, std::nan(""));
+    const AppendWorkspace workspace(view_, tokens, memory.data());
+    const PagedCodes paged{pages.data(), tested.layout.page_bytes};
+    const std::int64_t* const places = tested.slot_mapping.data();
+    const auto blocks = [&](Index per_block) {
+      return static_cast<unsigned>((tokens + per_block - 1) / per_block);
+    };
+    TokenRows rows{tested.keys.data(),     FloatType::kFp32, nullptr, FloatType::kBf16, false,
+                   nullptr,                view_.values.num_channels};
+    simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
+      load_keys(view_, rows, tokens, paged, places, workspace.key_norms, workspace.unit_keys);
+    });
+    ASSERT_LE(KeySearchShared(view_.keys).bytes, Index{sizeof shared});
+    const simt::Dim grid{blocks(kKeySearch.num_rows / view_.keys.beam_width),
+                         static_cast<unsigned>(view_.layout.num_kv_heads),
+                         static_cast<unsigned>(view_.layout.num_groups)};
+    simt::launch(grid, kKeySearch.num_threads, [&] {
+      if (view_.keys.beam_width == 1)
+        search_key_codes<true>(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
+      else
+        search_key_codes<false>(view_, tokens, workspace.unit_keys, workspace.key_norms, paged,
+                                places);
+    });
+
+    rows.data = tested.values.data();
+    simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
+      load_values(view_, rows, tokens, workspace.value_norms, workspace.inputs);
+    });
+    const ValueEncoderView& values = view_.values;
+    const int terms = values.num_terms();
+    multiply_by(values.hidden, workspace.inputs, tokens, terms,
+                HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden,
+                               terms > 1 ? workspace.hidden + tokens * values.output.num_inputs
+                                         : nullptr,
+                               values.output.num_inputs});
+    multiply_by(values.output, workspace.hidden, tokens, terms,
+                PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs});
+    multiply_by(values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
+                SquaresEpilogue{workspace.squares});
+    const int tile_cols = large_tiles_ ? kLargeTile.cols : kSmallTile.cols;
+    simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
+      write_values(view_, tokens, workspace.value_norms, workspace.bits, workspace.squares,
+                   values.decoder.num_padded_outputs / tile_cols, paged, places);
+    });
+  }
+
+ private:
+  template <class Epilogue>
+  void multiply_by(const Weights& weights, const std::uint16_t* inputs, Index tokens, int terms,
+                   const Epilogue& epilogue) {
+    const MatrixProduct product{inputs,     inputs + tokens * weights.num_inputs, weights.hi,
+                                weights.lo, tokens, weights.num_inputs, terms};
+    const TileConfig tile = large_tiles_ ? kLargeTile : kSmallTile;
+    const simt::Dim grid{static_cast<unsigned>(weights.num_padded_outputs / tile.cols),
+                         static_cast<unsigned>((tokens + tile.rows - 1) / tile.rows)};
+    simt::launch(grid, static_cast<unsigned>(tile.num_threads()), [&] {
+      if (large_tiles_)
+        multiply<true>(product, epilogue);
+      else
+        multiply<false>(product, epilogue);
+    });
+  }
+
+  EncoderImage image_;
+  EncoderView view_;
+  bool large_tiles_;
+};
+
+void expect_right_codes(const AppendCase& tested, ValuePrecision precision, bool large_tiles) {
+  std::vector<std::uint8_t> pages = tested.noise;
+  HostAppend append(tested, precision, large_tiles);
+  append(tested, pages);
+  EXPECT_EQ(tested.judge(pages, precision == ValuePrecision::kFp32 ? 1e-5 : 1e-2), "");
+}
+
+TEST(AppendKernelsTest, GreedyCodesOfExactInputAreTheHosts) {
+  Rng rng(1);
+  AppendCase tested = AppendCase::exact(rng, {.num_kv_heads = 2, .head_dim = 64, .num_tokens = 70});
+  expect_right_codes(tested, ValuePrecision::kFp32, false);
+}
+
+TEST(AppendKernelsTest, BeamCodesOfExactInputAreTheHosts) {
+  Rng rng(2);
+  for (const int beam_width : {2, 3, 8, 16}) {
+    SCOPED_TRACE(beam_width);
+    AppendCase tested = AppendCase::exact(
+        rng, {.num_kv_heads = 1, .head_dim = 64, .num_tokens = 11, .beam_width = beam_width,
+              .page_size = 16});
+    expect_right_codes(tested, ValuePrecision::kFp32, false);
+  }
+}
+
+TEST(AppendKernelsTest, GroupsOddSizesAndInterleavedPairs) {
+  Rng rng(3);
+  AppendCase tested = AppendCase::exact(
+      rng, {.num_kv_heads = 1, .head_dim = 128, .num_tokens = 9, .group_pairs = 4,
+            .codebook_size = 7, .num_stages = 5, .tied = false, .beam_width = 2,
+            .layout = RopeLayout::kInterleaved, .page_size = 32, .bits = 2});
+  expect_right_codes(tested, ValuePrecision::kFp32, false);
+}
+
+TEST(AppendKernelsTest, LargeTilesGiveTheSameCodes) {
+  Rng rng(4);
+  AppendCase tested = AppendCase::exact(
+      rng, {.num_kv_heads = 1, .head_dim = 64, .num_tokens = 20, .num_stages = 1, .page_size = 128});
+  expect_right_codes(tested, ValuePrecision::kFp16, true);
+}
+
+}  // namespace
+}  // namespace commvq::cuda
