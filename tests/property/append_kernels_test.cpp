@@ -120,13 +120,34 @@ TEST(AppendKernelsTest, BeamCodesOfExactInputAreTheHosts) {
   }
 }
 
-TEST(AppendKernelsTest, GroupsOddSizesAndInterleavedPairs) {
+TEST(AppendKernelsTest, ShapesOfAllKinds) {
   Rng rng(3);
-  AppendCase tested = AppendCase::exact(
-      rng, {.num_kv_heads = 1, .head_dim = 128, .num_tokens = 9, .group_pairs = 4,
-            .codebook_size = 7, .num_stages = 5, .tied = false, .beam_width = 2,
-            .layout = RopeLayout::kInterleaved, .page_size = 32, .bits = 2});
-  expect_right_codes(tested, ValuePrecision::kFp32, false);
+  const testing_support::AppendShape shapes[] = {
+      {.num_kv_heads = 1, .head_dim = 128, .num_tokens = 9, .group_pairs = 4, .codebook_size = 7,
+       .num_stages = 5, .tied = false, .beam_width = 2, .layout = RopeLayout::kInterleaved,
+       .page_size = 32, .bits = 2},
+      {.num_kv_heads = 1, .head_dim = 256, .num_tokens = 5, .group_pairs = 128},
+      {.num_kv_heads = 1, .head_dim = 128, .num_tokens = 10, .num_stages = 7, .page_size = 128,
+       .plane_bytes = 4 * 16 * 128},
+      {.num_kv_heads = 1, .num_tokens = 5, .codebook_size = 200, .num_stages = 2, .tied = false},
+      {.num_kv_heads = 1, .num_tokens = 9, .codebook_size = 2, .beam_width = 16},
+      {.num_kv_heads = 2, .head_dim = 64, .num_tokens = 20, .group_pairs = 2, .codebook_size = 3,
+       .num_stages = 3},
+  };
+  for (const testing_support::AppendShape& shape : shapes) {
+    SCOPED_TRACE(&shape - shapes);
+    expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, false);
+  }
+}
+
+TEST(AppendKernelsTest, RealInput) {
+  Rng rng(5);
+  testing_support::AppendShape shape{.num_kv_heads = 1, .head_dim = 128, .num_tokens = 64,
+                                     .codebook_size = 64, .num_stages = 3};
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp16, false);
+  shape.beam_width = 4;
+  shape.num_tokens = 16;
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, false);
 }
 
 TEST(AppendKernelsTest, LargeTilesGiveTheSameCodes) {
