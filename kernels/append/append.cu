@@ -59,8 +59,13 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
   const dim3 grid(blocks_for(tokens, kKeySearch.num_rows / encoder.keys.beam_width),
                   static_cast<unsigned>(encoder.layout.num_kv_heads),
                   static_cast<unsigned>(encoder.layout.num_groups));
-  const auto kernel =
-      encoder.keys.beam_width == 1 ? search_key_codes<true> : search_key_codes<false>;
+  const auto kernel = [&] {
+    switch (search_kind(encoder.keys)) {
+      case KeySearchKind::kBeam: return search_key_codes<KeySearchKind::kBeam>;
+      case KeySearchKind::kGreedy: return search_key_codes<KeySearchKind::kGreedy>;
+      default: return search_key_codes<KeySearchKind::kScreenedGreedy>;
+    }
+  }();
   const auto bytes = static_cast<std::size_t>(KeySearchShared(encoder.keys).bytes);
   kernel<<<grid, kKeySearch.num_threads, bytes, params.stream>>>(
       encoder, tokens, workspace.unit_keys, workspace.key_norms, params.pages, params.slot_mapping);
@@ -151,8 +156,9 @@ int configure_append_kernels() noexcept {
   const auto allow = [&](auto* kernel) {
     if (error == cudaSuccess) error = allow_shared_memory(kernel, bytes);
   };
-  allow(search_key_codes<true>);
-  allow(search_key_codes<false>);
+  allow(search_key_codes<KeySearchKind::kBeam>);
+  allow(search_key_codes<KeySearchKind::kGreedy>);
+  allow(search_key_codes<KeySearchKind::kScreenedGreedy>);
   allow(multiply<true, HiddenEpilogue>);
   allow(multiply<true, PatternEpilogue>);
   allow(multiply<true, SquaresEpilogue>);

@@ -21,6 +21,10 @@ inline constexpr int kMaxCodebookSize = 1024;
 /// Most tokens of a call: blocks of a grid.
 inline constexpr long long kMaxTokens = 1 << 20;
 
+/// Largest cross term of a stage as a 16-bit integer; a term of b, less the least one, is cut at twice
+/// as much (it cannot win beyond), so that sums stay below 2^15.
+inline constexpr int kLargestCrossTerm = 8191;
+
 /// Tile of a matrix product.
 struct TileConfig {
   int rows;       ///< tokens of a block

@@ -119,7 +119,8 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
                                                               : config.pairs.imag_channel(pair)));
   const int size = keys.codebook_size, row_size = keys.row_size;
   std::vector<float> rows, norms, cross_terms, cross_terms_by_b;
-  std::vector<std::uint32_t> operands;
+  std::vector<std::uint32_t> operands, rounded_cross_terms;
+  std::vector<float> cross_units;
   for (int head = 0; head < codec.num_kv_heads(); ++head)
     for (int group = 0; group < config.num_groups(); ++group)
       for (int stage = 0; stage < config.num_stages; ++stage) {
@@ -140,6 +141,21 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
           for (int a = 0; a < keys.padded_size; ++a)
             cross_terms_by_b.push_back(
                 a < size ? cross_terms[cross + static_cast<std::size_t>(a * size + b)] : 0.0f);
+        const double largest_cross =
+            largest_of(std::vector<float>(cross_terms.begin() + static_cast<Index>(cross),
+                                          cross_terms.end()));
+        const double cross_unit = largest_cross / kLargestCrossTerm;
+        cross_units.push_back(static_cast<float>(cross_unit));
+        for (int b = 0; b < size && keys.screens(); b += 2)
+          for (int a = 0; a < keys.padded_size; ++a) {
+            std::uint32_t pair = 0;
+            for (int k = 0; k < 2 && a < size && cross_unit > 0; ++k) {
+              const double term = cross_terms[cross + static_cast<std::size_t>(a * size + b + k)];
+              const auto rounded = static_cast<std::int16_t>(std::nearbyint(term / cross_unit));
+              pair |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(rounded)) << (16 * k);
+            }
+            rounded_cross_terms.push_back(pair);
+          }
         for (int tile = 0; tile < keys.padded_books / 8; ++tile)
           for (int step = 0; step < keys.padded_row_size / 16; ++step)
             for (int lane = 0; lane < 32; ++lane) {
@@ -161,6 +177,8 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
   add(keys.squared_norms, norms);
   add(keys.cross_terms, cross_terms);
   add(keys.cross_terms_by_b, cross_terms_by_b);
+  add(keys.cross_units, cross_units);
+  if (keys.screens()) add(keys.rounded_cross_terms, rounded_cross_terms);
 }
 
 /// `weights` is [outputs][inputs]; its operand is padded with zeros on both sides.
@@ -258,6 +276,8 @@ EncoderView EncoderImage::view_at(const void* base) const {
   place(view.keys.squared_norms);
   place(view.keys.cross_terms);
   place(view.keys.cross_terms_by_b);
+  place(view.keys.cross_units);
+  if (view.keys.rounded_cross_terms != nullptr) place(view.keys.rounded_cross_terms);
   place(view.values.norm_gain);
   place(view.values.norm_bias);
   for (Weights* weights : {&view.values.hidden, &view.values.output, &view.values.decoder}) {

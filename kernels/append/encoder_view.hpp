@@ -40,11 +40,28 @@ struct KeyEncoderView {
   /// [...][codebook_size b][padded_size a], zero where there is no a.
   const float* cross_terms = nullptr;
   const float* cross_terms_by_b = nullptr;
+  /// Cross terms of two neighbouring b as 16-bit integers: [...][codebook_size / 2][padded_size a].
+  /// Null where `screens` is false.
+  const std::uint32_t* rounded_cross_terms = nullptr;
+  /// What 1 of these integers stands for, [heads][groups][stages].
+  const float* cross_units = nullptr;
 
+  /// Whether greedy searches look for the best a in integers first: the terms of b of one row then
+  /// take the place of its operands, sixteen bytes at a time.
+  COMMVQ_HOST_DEVICE bool screens() const {
+    return codebook_size % 8 == 0 && codebook_size <= padded_row_size;
+  }
   COMMVQ_HOST_DEVICE int operand_words() const {  // of one stage
     return padded_books / 8 * (padded_row_size / 16) * 32 * 4;
   }
 };
+
+/// How key codes are searched for: see key_search.cuh.
+enum class KeySearchKind { kBeam, kGreedy, kScreenedGreedy };
+inline KeySearchKind search_kind(const KeyEncoderView& keys) {
+  if (keys.beam_width > 1) return KeySearchKind::kBeam;
+  return keys.screens() ? KeySearchKind::kScreenedGreedy : KeySearchKind::kGreedy;
+}
 
 /// One layer of the value network: `[padded_outputs][padded_inputs]` fp16, and its rest.
 struct Weights {

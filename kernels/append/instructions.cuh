@@ -53,6 +53,18 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const std::uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/// Whether the device adds and compares pairs of 16-bit integers in one instruction.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr bool kHasPackedIntegers = false;
+#else
+inline constexpr bool kHasPackedIntegers = true;
+#endif
+/// min(a + b, c) of pairs of 16-bit integers.
+__device__ __forceinline__ std::uint32_t add_min_pairs(std::uint32_t a, std::uint32_t b,
+                                                       std::uint32_t c) {
+  return __viaddmin_s16x2(a, b, c);
+}
+
 }  // namespace commvq::cuda::append_instructions
 
 #endif  // COMMVQ_APPEND_INSTRUCTIONS_CUH

@@ -237,6 +237,100 @@ struct KeySearch {
     __syncwarp();
   }
 
+  /// Step 2 for beams of one where `screens`: finds for 8 rows at a time the least error of each a
+  /// over b in 16-bit integers, whose units both the rounding of a cross term and of a term of b may
+  /// miss by one half, then compares in fp32 only those a that may be the best.
+  __device__ void screen_greedily(int stage) const {
+    using namespace append_instructions;
+    constexpr int kRows = 8;
+    constexpr int kPerWarp = kKeySearch.num_rows / (kKeySearch.num_threads / 32);
+    static_assert(kPerWarp % kRows == 0);
+    const int size = keys.codebook_size;
+    const float unit = __ldg(keys.cross_units + books + stage);
+    const float per_unit = unit > 0 ? 1 / unit : 0;
+    const std::uint32_t* const cross =
+        keys.rounded_cross_terms + (books + stage) * (size / 2) * keys.padded_size + 2 * lane;
+    const float infinity = __uint_as_float(0x7f800000u);
+    for (int first = warp * kPerWarp; first < (warp + 1) * kPerWarp; first += kRows) {
+      float least_of_b[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const float* const of_b = table(first + i) + at.first_b;
+        float least = infinity;
+        for (int b = lane; b < size; b += 32) least = fminf(least, of_b[b]);
+        least_of_b[i] = least = from_ordered_bits(__reduce_min_sync(0xffffffffu, ordered_bits(least)));
+        // The row's operands are no longer needed; they are written anew in step 3.
+        for (int b = 2 * lane; b < size; b += 64) {
+          const float2 pair = *reinterpret_cast<const float2*>(of_b + b);
+          constexpr float kMost = 2 * kLargestCrossTerm + 2;
+          const int low = __float2int_rn(fminf((pair.x - least) * per_unit, kMost));
+          const int high = __float2int_rn(fminf((pair.y - least) * per_unit, kMost));
+          *reinterpret_cast<std::uint32_t*>(hi(first + i) + b) =
+              static_cast<std::uint32_t>(low) | static_cast<std::uint32_t>(high) << 16;
+        }
+      }
+      __syncwarp();
+      SortKey best[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) best[i] = kLastKey;
+      for (int first_a = 0; first_a < size; first_a += 64) {
+        std::uint32_t least[kRows][2];  // over even b, odd b
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) least[i][0] = least[i][1] = 0x7fff7fffu;
+#pragma unroll 2
+        for (int b = 0; b < size; b += 8) {
+          uint2 terms[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            terms[k] = __ldg(
+                reinterpret_cast<const uint2*>(cross + (b / 2 + k) * keys.padded_size + first_a));
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+            const uint4 of_b = *reinterpret_cast<const uint4*>(hi(first + i) + b);
+            const std::uint32_t pairs[4] = {of_b.x, of_b.y, of_b.z, of_b.w};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              least[i][0] = add_min_pairs(pairs[k], terms[k].x, least[i][0]);
+              least[i][1] = add_min_pairs(pairs[k], terms[k].y, least[i][1]);
+            }
+          }
+        }
+        const int a = first_a + 2 * lane;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          float error[2];  // less least_of_b
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const int integer = min(static_cast<int>(static_cast<std::int16_t>(least[i][k])),
+                                    static_cast<int>(static_cast<std::int16_t>(least[i][k] >> 16)));
+            error[k] = a + k < size ? table(first + i)[a + k] + unit * static_cast<float>(integer)
+                                    : infinity;
+          }
+          const float least_error = from_ordered_bits(
+              __reduce_min_sync(0xffffffffu, ordered_bits(fminf(error[0], error[1]))));
+          // Two errors of a unit, and the rounding of fp32 in these sums and in the exact ones.
+          const float margin =
+              2.01f * unit + 1e-6f * (fabsf(least_error) + fabsf(least_of_b[i]) +
+                                      6.0f * kLargestCrossTerm * unit);
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            unsigned lanes = __ballot_sync(0xffffffffu, error[k] <= least_error + margin);
+            for (; lanes != 0; lanes &= lanes - 1) {
+              const int candidate = first_a + 2 * (__ffs(static_cast<int>(lanes)) - 1) + k;
+              const SortKey key = next_extension(stage, first + i, 0, candidate, 0);
+              best[i] = key < best[i] ? key : best[i];
+            }
+          }
+        }
+      }
+      if (lane == 0) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) choices()[first + i] = best[i] != kLastKey ? best[i] : 0;  // NaN
+      }
+    }
+    __syncwarp();
+  }
+
   /// Step 2 for one token with `width` candidates: leaves the `new_width` best extensions in
   /// `choices`, sorted.
   __device__ void choose_beam(int stage, int token, int width, int new_width) const {
@@ -325,12 +419,14 @@ struct KeySearch {
 
 /// The codes of kKeySearch.num_rows / beam_width tokens of one head and group: grid (blocks of
 /// tokens, heads, groups). Writes them to the pages.
-template <bool kGreedy>
-__global__ void __launch_bounds__(kKeySearch.num_threads, kGreedy ? kKeySearch.min_blocks : 1)
+template <KeySearchKind kKind>
+__global__ void __launch_bounds__(kKeySearch.num_threads,
+                                  kKind == KeySearchKind::kBeam ? 1 : kKeySearch.min_blocks)
     search_key_codes(const __grid_constant__ EncoderView encoder, Index num_tokens, const float* unit_keys,
                      const std::uint16_t* norms, PagedCodes pages,
                      const std::int64_t* slot_mapping) {
   extern __shared__ __align__(128) unsigned char shared[];
+  constexpr bool kGreedy = kKind != KeySearchKind::kBeam;
   constexpr int kRows = kKeySearch.num_rows;
   constexpr int kWarps = kKeySearch.num_threads / 32;
   const KeyEncoderView& keys = encoder.keys;
@@ -380,7 +476,10 @@ __global__ void __launch_bounds__(kKeySearch.num_threads, kGreedy ? kKeySearch.m
     search.compute_terms(stage);
     __syncthreads();
     if constexpr (kGreedy) {
-      search.choose_greedily(stage);
+      if constexpr (kKind == KeySearchKind::kScreenedGreedy && append_instructions::kHasPackedIntegers)
+        search.screen_greedily(stage);
+      else
+        search.choose_greedily(stage);
       search.template extend<kRows / kWarps, false>(stage, warp * (kRows / kWarps), kRows / kWarps);
     } else {
       const int new_width =

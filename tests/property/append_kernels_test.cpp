@@ -45,11 +45,15 @@ class HostAppend {
                          static_cast<unsigned>(view_.layout.num_kv_heads),
                          static_cast<unsigned>(view_.layout.num_groups)};
     simt::launch(grid, kKeySearch.num_threads, [&] {
-      if (view_.keys.beam_width == 1)
-        search_key_codes<true>(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
-      else
-        search_key_codes<false>(view_, tokens, workspace.unit_keys, workspace.key_norms, paged,
-                                places);
+      const auto search = [&](auto kernel) {
+        kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
+      };
+      switch (search_kind(view_.keys)) {
+        case KeySearchKind::kBeam: return search(search_key_codes<KeySearchKind::kBeam>);
+        case KeySearchKind::kGreedy: return search(search_key_codes<KeySearchKind::kGreedy>);
+        case KeySearchKind::kScreenedGreedy:
+          return search(search_key_codes<KeySearchKind::kScreenedGreedy>);
+      }
     });
 
     rows.data = tested.values.data();

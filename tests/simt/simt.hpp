@@ -185,7 +185,7 @@ inline void launch(Dim grid, unsigned num_threads, std::function<void()> body) {
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -196,6 +196,8 @@ inline std::uint32_t __float_as_uint(float value) { return std::bit_cast<std::ui
 inline float __uint_as_float(std::uint32_t bits) { return std::bit_cast<float>(bits); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline int __ffs(unsigned bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
 template <class T>
 T min(T a, T b) { return b < a ? b : a; }
 template <class T>
@@ -256,6 +258,17 @@ namespace append_instructions {
 
 inline std::uint16_t to_half(float value) { return to_fp16(value); }
 inline float from_half(std::uint16_t bits) { return from_fp16(bits); }
+
+inline constexpr bool kHasPackedIntegers = true;
+inline std::uint32_t add_min_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto number = [&](std::uint32_t pair) { return static_cast<std::int16_t>(pair >> shift); };
+    const auto sum = static_cast<std::int16_t>(number(a) + number(b));
+    result |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(min(sum, number(c)))) << shift;
+  }
+  return result;
+}
 
 inline void copy_async_16(void* to, const void* from, bool valid) {
   auto& groups = simt::machine.current->copies;
