@@ -270,11 +270,8 @@ struct KeySearch {
         }
       }
       __syncwarp();
-      SortKey best[kRows];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) best[i] = kLastKey;
       for (int first_a = 0; first_a < size; first_a += 64) {
-        std::uint32_t least[kRows][2];  // over even b, odd b
+        std::uint32_t least[kRows][2];  // of a and the next one, over even b and over odd b
 #pragma unroll
         for (int i = 0; i < kRows; ++i) least[i][0] = least[i][1] = 0x7fff7fffu;
 #pragma unroll 2
@@ -312,20 +309,22 @@ struct KeySearch {
           const float margin =
               2.01f * unit + 1e-6f * (fabsf(least_error) + fabsf(least_of_b[i]) +
                                       6.0f * kLargestCrossTerm * unit);
+          // Where nothing compares (NaN), any choice will do.
+          SortKey best = first_a == 0 ? kLastKey : choices()[first + i];
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            unsigned lanes = __ballot_sync(0xffffffffu, error[k] <= least_error + margin);
+            unsigned lanes = __ballot_sync(
+                0xffffffffu, error[k] <= least_error + margin && a + k < size);
             for (; lanes != 0; lanes &= lanes - 1) {
               const int candidate = first_a + 2 * (__ffs(static_cast<int>(lanes)) - 1) + k;
               const SortKey key = next_extension(stage, first + i, 0, candidate, 0);
-              best[i] = key < best[i] ? key : best[i];
+              best = key < best ? key : best;
             }
           }
+          __syncwarp();  // all lanes have read the choice
+          if (lane == 0) choices()[first + i] = best != kLastKey ? best : 0;
+          __syncwarp();
         }
-      }
-      if (lane == 0) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) choices()[first + i] = best[i] != kLastKey ? best[i] : 0;  // NaN
       }
     }
     __syncwarp();
