@@ -26,16 +26,18 @@ TokenRows rows_of(const EncoderView& encoder, const AppendParams& params, bool k
 
 template <bool kLarge, class Epilogue>
 void launch_product(const MatrixProduct& product, const Weights& weights, const Epilogue& epilogue,
-                    cudaStream_t stream) {
+                    bool uses_warpgroups, cudaStream_t stream) {
   constexpr TileConfig kTile = kTileOf<kLarge>;
+  // Code for warpgroups has deeper pipelines; where there is none, the rest is not used.
+  const int bytes = kLarge && uses_warpgroups ? kWarpgroupTile.shared_bytes() : kTile.shared_bytes();
   const dim3 grid(static_cast<unsigned>(weights.num_padded_outputs / kTile.cols),
                   blocks_for(product.num_rows, kTile.rows));
-  multiply<kLarge><<<grid, kTile.num_threads(), kTile.shared_bytes(), stream>>>(product, epilogue);
+  multiply<kLarge><<<grid, kTile.num_threads(), static_cast<std::size_t>(bytes), stream>>>(product, epilogue);
 }
 
 template <class Epilogue>
-void multiply_by(const Weights& weights, const std::uint16_t* inputs, Index num_tokens,
-                 int num_terms, const Epilogue& epilogue, cudaStream_t stream) {
+void multiply_by(const EncoderView& encoder, const Weights& weights, const std::uint16_t* inputs,
+                 Index num_tokens, int num_terms, const Epilogue& epilogue, cudaStream_t stream) {
   const MatrixProduct product{inputs,
                               inputs + num_tokens * weights.num_inputs,
                               weights.hi,
@@ -44,9 +46,9 @@ void multiply_by(const Weights& weights, const std::uint16_t* inputs, Index num_
                               weights.num_inputs,
                               num_terms};
   if (num_tokens <= kSmallTileTokens) {
-    launch_product<false>(product, weights, epilogue, stream);
+    launch_product<false>(product, weights, epilogue, encoder.has_warpgroups, stream);
   } else {
-    launch_product<true>(product, weights, epilogue, stream);
+    launch_product<true>(product, weights, epilogue, encoder.has_warpgroups, stream);
   }
 }
 
@@ -81,15 +83,15 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
       encoder, rows_of(encoder, params, false), tokens, workspace.value_norms, workspace.inputs);
   std::uint16_t* const hidden_lo =
       terms > 1 ? workspace.hidden + tokens * values.output.num_inputs : nullptr;
-  multiply_by(values.hidden, workspace.inputs, tokens, terms,
+  multiply_by(encoder, values.hidden, workspace.inputs, tokens, terms,
               HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden, hidden_lo,
                              values.output.num_inputs},
               params.stream);
-  multiply_by(values.output, workspace.hidden, tokens, terms,
+  multiply_by(encoder, values.output, workspace.hidden, tokens, terms,
               PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs},
               params.stream);
   // Bits have no rest, so that of three terms two are left.
-  multiply_by(values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
+  multiply_by(encoder, values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
               SquaresEpilogue{workspace.squares}, params.stream);
   const int tile_cols = tokens <= kSmallTileTokens ? kSmallTile.cols : kLargeTile.cols;
   write_values<<<token_blocks, kTokenThreads, 0, params.stream>>>(

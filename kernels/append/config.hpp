@@ -39,6 +39,10 @@ struct TileConfig {
 };
 /// For many tokens: 96 KiB, which every supported device has.
 inline constexpr TileConfig kLargeTile{128, 256, 64, 64, 4};
+/// The same tile where warpgroups multiply: 192 KiB, which devices of compute capability 9.0 have. A
+/// warpgroup has 64 rows.
+inline constexpr TileConfig kWarpgroupTile{128, 256, 16, 256, 8};
+static_assert(kWarpgroupTile.num_threads() == kLargeTile.num_threads());
 /// For few: more blocks.
 inline constexpr TileConfig kSmallTile{32, 64, 16, 32, 6};
 template <bool kLarge>

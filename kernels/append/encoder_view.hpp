@@ -92,7 +92,7 @@ struct EncoderView {
   DevicePageLayout layout;
   KeyEncoderView keys;
   ValueEncoderView values;
-  int device = 0;
+  bool has_warpgroups = false;  ///< of the device: compute capability 9.0
 };
 
 /// Arrays of the workspace, `num_tokens` rows each, each on 256 bytes.

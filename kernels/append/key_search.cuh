@@ -107,15 +107,21 @@ struct KeySearch {
         keys.squared_norms + (books + stage) * 2 * Index{keys.codebook_size};
     for (int first = warp / 2 * kColTiles; first < num_tiles; first += kSets * kColTiles) {
       float sums[kRowTiles][kColTiles][4] = {};
-#pragma unroll 2
+      const auto read = [&](uint4 (&b)[kColTiles], int step) {
+#pragma unroll
+        for (int n = 0; n < kColTiles; ++n)
+          b[n] = first + n < num_tiles && step < num_steps
+                     ? __ldg(operands + ((first + n) * num_steps + step) * 32 + lane)
+                     : uint4{0, 0, 0, 0};
+      };
+      uint4 next[kColTiles];
+      read(next, 0);
+#pragma unroll 1
       for (int step = 0; step < num_steps; ++step) {
         uint4 b[kColTiles];
 #pragma unroll
-        for (int n = 0; n < kColTiles; ++n)
-          if (first + n < num_tiles)
-            b[n] = __ldg(operands + ((first + n) * num_steps + step) * 32 + lane);
-          else
-            b[n] = uint4{0, 0, 0, 0};
+        for (int n = 0; n < kColTiles; ++n) b[n] = next[n];
+        read(next, step + 1);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           const int row = first_row + m * 16 + lane % 16;
@@ -131,21 +137,41 @@ struct KeySearch {
           for (int n = 0; n < kColTiles; ++n) multiply_add(sums[m][n], a, b[n].x, b[n].y);
         }
       }
+      const int size = keys.codebook_size;
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
+      for (int n = 0; n < kColTiles; ++n) {
+        if (first + n >= num_tiles) break;
+        const int column = (first + n) * 8 + lane % 4 * 2;
+        if (size % 8 == 0) {  // a tile belongs to one book
+          const bool is_a = column < size;
+          const int to = is_a ? column : at.first_b + column - size;
+          const float2 norm = __ldg(reinterpret_cast<const float2*>(norms + column));
 #pragma unroll
-        for (int n = 0; n < kColTiles; ++n)
+          for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+              const int row = first_row + m * 16 + part * 8 + lane / 4;
+              const float error = is_a ? errors()[row] : 0.0f;
+              const float2 terms{
+                  error + norm.x + sums[m][n][2 * part] * keys.product_factor,
+                  error + norm.y + sums[m][n][2 * part + 1] * keys.product_factor};
+              *reinterpret_cast<float2*>(table(row) + to) = terms;
+            }
+          continue;
+        }
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const int row = first_row + m * 16 + k / 2 * 8 + lane / 4;
-            const int column = (first + n) * 8 + lane % 4 * 2 + k % 2;
-            if (column >= 2 * keys.codebook_size) continue;
-            const float product = sums[m][n][k] * keys.product_factor;
-            if (column < keys.codebook_size)
-              table(row)[column] = errors()[row] + norms[column] + product;
-            else
-              table(row)[at.first_b + column - keys.codebook_size] = norms[column] + product;
+            const int c = column + k % 2;
+            if (c >= 2 * size) continue;
+            const bool is_a = c < size;
+            table(row)[is_a ? c : at.first_b + c - size] =
+                (is_a ? errors()[row] : 0.0f) + __ldg(norms + c) +
+                sums[m][n][k] * keys.product_factor;
           }
+      }
     }
   }
 
@@ -274,7 +300,7 @@ struct KeySearch {
         std::uint32_t least[kRows][2];  // of a and the next one, over even b and over odd b
 #pragma unroll
         for (int i = 0; i < kRows; ++i) least[i][0] = least[i][1] = 0x7fff7fffu;
-#pragma unroll 2
+#pragma unroll 1
         for (int b = 0; b < size; b += 8) {
           uint2 terms[4];
 #pragma unroll
@@ -424,7 +450,7 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
     search_key_codes(const __grid_constant__ EncoderView encoder, Index num_tokens, const float* unit_keys,
                      const std::uint16_t* norms, PagedCodes pages,
                      const std::int64_t* slot_mapping) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   constexpr bool kGreedy = kKind != KeySearchKind::kBeam;
   constexpr int kRows = kKeySearch.num_rows;
   constexpr int kWarps = kKeySearch.num_threads / 32;

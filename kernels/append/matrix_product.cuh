@@ -97,21 +97,72 @@ struct SquaresEpilogue {
   __device__ void operator()(Index, int, float, float, bool) const {}
 };
 
+/// Adds one step's products of a warp's part of the tile. `from` is the step in shared memory: the
+/// tile's rows of inputs, then its rows of weights.
+template <TileConfig kTile, int kM, int kN>
+__device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], const unsigned char* from,
+                                              int warp_row, int warp_col, int lane) {
+  using namespace append_instructions;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    std::uint32_t a[kM][4], b[kN / 2][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const int row = warp_row + m * 16 + lane % 16;
+      const int piece = half * 2 + lane / 16;
+      load_matrices(a[m], from + row * 64 + (piece ^ (row / 2 % 4)) * 16);
+    }
+#pragma unroll
+    for (int n = 0; n < kN / 2; ++n) {  // columns n * 16 .. + 8: b[0], b[1]; + 8 .. 16: b[2], b[3]
+      const int row = kTile.rows + warp_col + n * 16 + lane / 16 * 8 + lane % 8;
+      const int piece = half * 2 + lane / 8 % 2;
+      load_matrices(b[n], from + row * 64 + (piece ^ (row / 2 % 4)) * 16);
+    }
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+        multiply_add(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+  }
+}
+
+/// The same for a warpgroup's 64 rows and all columns; the products of the step before are done then,
+/// this step's may not be.
+template <int kN>
+__device__ __forceinline__ void multiply_step_by_warpgroup(float (&sums)[1][kN][4],
+                                                           const unsigned char* from, int first_row,
+                                                           int num_rows) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using namespace append_instructions;
+  begin_warpgroup_products();
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    warpgroup_multiply_add(sums[0], operand_descriptor(from + first_row * 64 + half * 32),
+                           operand_descriptor(from + num_rows * 64 + half * 32));
+  commit_warpgroup_products();
+  wait_for_warpgroup_products<1>();
+#endif
+}
+
 /// One tile of a product. Copies of `kTile.depth` steps of 32 inputs are in flight; 16-byte piece p
 /// of row r of a step lies at piece p ^ (r / 2 % 4), so that neither copies nor `load_matrices`
-/// meet bank conflicts.
+/// meet bank conflicts. That is also the order of 64-byte swizzles that a warpgroup's instruction
+/// reads.
 template <bool kLarge, class Epilogue>
 __global__ void __launch_bounds__(kTileThreads<kLarge>)
     multiply(const MatrixProduct product, const Epilogue epilogue) {
   using namespace append_instructions;
-  constexpr TileConfig kTile = kTileOf<kLarge>;
+  constexpr bool kWarpgroups = kLarge && kHasWarpgroups;
+  constexpr TileConfig kTile = kWarpgroups ? kWarpgroupTile : kTileOf<kLarge>;
+  // A warpgroup's products of one step may still read while the next step begins.
+  constexpr int kAhead = kWarpgroups ? kTile.depth - 2 : kTile.depth - 1;
   constexpr int kThreads = kTileThreads<kLarge>;
   constexpr int kWarpCols = kTile.cols / kTile.warp_cols;
   constexpr int kM = kTile.warp_rows / 16, kN = kTile.warp_cols / 8;
   constexpr int kStepBytes = (kTile.rows + kTile.cols) * 64;
   constexpr bool kSquares = std::is_same_v<Epilogue, SquaresEpilogue>;
   static_assert(kN % 2 == 0);
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
 
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32, warp = thread / 32;
@@ -149,35 +200,21 @@ __global__ void __launch_bounds__(kTileThreads<kLarge>)
 
   float sums[kM][kN][4] = {};
 #pragma unroll
-  for (int step = 0; step < kTile.depth - 1; ++step) start_step(step);
+  for (int step = 0; step < kAhead; ++step) start_step(step);
   for (int step = 0; step < num_steps; ++step) {
-    wait_for_copies<kTile.depth - 2>();
+    wait_for_copies<kAhead - 1>();
+    if constexpr (kWarpgroups) publish_operands();
     __syncthreads();
-    start_step(step + kTile.depth - 1);  // overwrites what all warps have read before the barrier
+    start_step(step + kAhead);  // overwrites what all warps have read before the barrier
     const unsigned char* const from = shared + step % kTile.depth * kStepBytes;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      std::uint32_t a[kM][4], b[kN / 2][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        const int row = warp_row + m * 16 + lane % 16;
-        const int piece = half * 2 + lane / 16;
-        load_matrices(a[m], from + row * 64 + (piece ^ (row / 2 % 4)) * 16);
-      }
-#pragma unroll
-      for (int n = 0; n < kN / 2; ++n) {  // columns n * 16 .. + 8: b[0], b[1]; + 8 .. 16: b[2], b[3]
-        const int row = kTile.rows + warp_col + n * 16 + lane / 16 * 8 + lane % 8;
-        const int piece = half * 2 + lane / 8 % 2;
-        load_matrices(b[n], from + row * 64 + (piece ^ (row / 2 % 4)) * 16);
-      }
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-          multiply_add(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+    if constexpr (kWarpgroups) {
+      multiply_step_by_warpgroup(sums, from, warp / 4 * 64, kTile.rows);
+    } else {
+      multiply_step<kTile, kM, kN>(sums, from, warp_row, warp_col, lane);
     }
   }
 
+  if constexpr (kWarpgroups) finish_warpgroup_products();
   if constexpr (kSquares) {
     wait_for_copies<0>();
     __syncthreads();

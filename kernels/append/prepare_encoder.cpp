@@ -24,10 +24,12 @@ DeviceEncoder prepare_encoder(const LayerCodec& codec, const DevicePageLayout& l
                               ValuePrecision precision) {
   DeviceEncoder result;
   EncoderImage image(codec, layout, precision);
-  int device = 0, shared_bytes = 0;
+  int device = 0, shared_bytes = 0, major = 0;
   check(cudaGetDevice(&device), "asking for the current device");
   check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "asking for the shared memory of a block");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "asking for the compute capability");
   const Index needed = KeySearchShared(image.view().keys).bytes;
   require(needed <= shared_bytes, "searching for the key codes needs ", needed,
           " bytes of shared memory, of which the device has ", shared_bytes,
@@ -38,6 +40,7 @@ DeviceEncoder prepare_encoder(const LayerCodec& codec, const DevicePageLayout& l
   check(cudaMemcpy(memory, image.bytes().data(), image.bytes().size(), cudaMemcpyHostToDevice),
         "copying encoders to the device");
   *result.view_ = image.view_at(memory);
+  result.view_->has_warpgroups = major == 9;
   check(static_cast<cudaError_t>(configure_append_kernels()), "preparing the kernels of append");
   return result;
 }

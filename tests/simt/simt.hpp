@@ -252,13 +252,16 @@ T atomicXor(T* at, T value) {
 namespace commvq::cuda {
 
 /// Dynamic shared memory of the block that runs.
-alignas(128) inline unsigned char shared[256 * 1024];
+alignas(1024) inline unsigned char shared[256 * 1024];
 
 namespace append_instructions {
 
 inline std::uint16_t to_half(float value) { return to_fp16(value); }
 inline float from_half(std::uint16_t bits) { return from_fp16(bits); }
 
+inline constexpr bool kHasWarpgroups = false;
+inline void publish_operands() {}
+inline void finish_warpgroup_products() {}
 inline constexpr bool kHasPackedIntegers = true;
 inline std::uint32_t add_min_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   std::uint32_t result = 0;
