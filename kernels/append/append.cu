@@ -52,23 +52,29 @@ void multiply_by(const EncoderView& encoder, const Weights& weights, const std::
   }
 }
 
+template <int kNumRows>
+auto key_search(KeySearchKind kind) {
+  switch (kind) {
+    case KeySearchKind::kBeam: return search_key_codes<KeySearchKind::kBeam, kNumRows>;
+    case KeySearchKind::kGreedy: return search_key_codes<KeySearchKind::kGreedy, kNumRows>;
+    default: return search_key_codes<KeySearchKind::kScreenedGreedy, kNumRows>;
+  }
+}
+
 void encode_keys(const EncoderView& encoder, const AppendParams& params,
                  const AppendWorkspace& workspace) {
   const Index tokens = params.num_tokens;
   load_keys<<<blocks_for(tokens, kTokenThreads / 32), kTokenThreads, 0, params.stream>>>(
       encoder, rows_of(encoder, params, true), tokens, params.pages, params.slot_mapping,
       workspace.key_norms, workspace.unit_keys);
-  const dim3 grid(blocks_for(tokens, kKeySearch.num_rows / encoder.keys.beam_width),
+  const int num_rows = encoder.keys.num_search_rows;
+  const dim3 grid(blocks_for(tokens, num_rows / encoder.keys.beam_width),
                   static_cast<unsigned>(encoder.layout.num_kv_heads),
                   static_cast<unsigned>(encoder.layout.num_groups));
-  const auto kernel = [&] {
-    switch (search_kind(encoder.keys)) {
-      case KeySearchKind::kBeam: return search_key_codes<KeySearchKind::kBeam>;
-      case KeySearchKind::kGreedy: return search_key_codes<KeySearchKind::kGreedy>;
-      default: return search_key_codes<KeySearchKind::kScreenedGreedy>;
-    }
-  }();
-  const auto bytes = static_cast<std::size_t>(KeySearchShared(encoder.keys).bytes);
+  const auto kernel = num_rows == kKeySearch.num_rows
+                          ? key_search<kKeySearch.num_rows>(search_kind(encoder.keys))
+                          : key_search<kKeySearch.num_rows_small>(search_kind(encoder.keys));
+  const auto bytes = static_cast<std::size_t>(KeySearchShared(encoder.keys, num_rows).bytes);
   kernel<<<grid, kKeySearch.num_threads, bytes, params.stream>>>(
       encoder, tokens, workspace.unit_keys, workspace.key_norms, params.pages, params.slot_mapping);
 }
@@ -158,9 +164,11 @@ int configure_append_kernels() noexcept {
   const auto allow = [&](auto* kernel) {
     if (error == cudaSuccess) error = allow_shared_memory(kernel, bytes);
   };
-  allow(search_key_codes<KeySearchKind::kBeam>);
-  allow(search_key_codes<KeySearchKind::kGreedy>);
-  allow(search_key_codes<KeySearchKind::kScreenedGreedy>);
+  for (const KeySearchKind kind :
+       {KeySearchKind::kBeam, KeySearchKind::kGreedy, KeySearchKind::kScreenedGreedy}) {
+    allow(key_search<kKeySearch.num_rows>(kind));
+    allow(key_search<kKeySearch.num_rows_small>(kind));
+  }
   allow(multiply<true, HiddenEpilogue>);
   allow(multiply<true, PatternEpilogue>);
   allow(multiply<true, SquaresEpilogue>);

@@ -4,13 +4,14 @@ namespace commvq::cuda {
 
 /// Shape of the blocks that search for key codes.
 struct KeySearchConfig {
-  int num_rows;     ///< candidates of a block: num_rows / beam_width tokens of one head
-  int num_threads;  ///< of a block; warps halve the rows and share the centroids
-  int min_blocks;   ///< blocks that an SM should hold
+  int num_rows;        ///< candidates of a block: num_rows / beam_width tokens of one head
+  int num_rows_small;  ///< where shared memory does not hold those
+  int num_threads;     ///< of a block; warps halve the rows and share the centroids
+  int min_blocks;      ///< blocks that an SM should hold
 
   bool operator==(const KeySearchConfig&) const = default;
 };
-inline constexpr KeySearchConfig kKeySearch{64, 256, 2};
+inline constexpr KeySearchConfig kKeySearch{64, 32, 256, 2};
 
 /// Widest beam: a candidate's number has four bits in a sort key.
 inline constexpr int kMaxBeamWidth = 16;

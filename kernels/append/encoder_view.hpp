@@ -25,6 +25,7 @@ struct KeyEncoderView {
   int padded_books = 0;     ///< 2 * codebook_size to a multiple of 8
   int padded_size = 0;      ///< codebook_size to a multiple of 64
   int beam_width = 1;
+  int num_search_rows = kKeySearch.num_rows;  ///< of a block of the search
   float residual_scale = 1;
   float product_factor = 1;  ///< scaled product -> -2 <r, Z>
   /// Channel of planar index i of a head, [head_dim].
@@ -135,26 +136,29 @@ struct KeySearchShared {
   Index hi, lo;      ///< fp16 [rows][operand_stride]
   Index table;       ///< float [rows][table_stride]: terms of A, then of B
   Index minima;      ///< float [rows][codebook_size], beams only
-  Index errors;      ///< float [2][rows]
+  Index errors;      ///< float [2][rows]: errors; least terms of B, where `screens`
   Index choices;     ///< std::uint64_t [rows]: of this stage
   Index history;     ///< uint32 [stages][rows]: parent << 28 | a << 14 | b
   Index bytes;
 
-  COMMVQ_HOST_DEVICE explicit KeySearchShared(const KeyEncoderView& keys) {
-    constexpr int kRows = kKeySearch.num_rows;
+  COMMVQ_HOST_DEVICE KeySearchShared(const KeyEncoderView& keys, int num_rows) {
+    const Index rows = num_rows;
     operand_stride = keys.padded_row_size + 8;
     first_b = static_cast<int>(round_up(keys.codebook_size, 4));
     table_stride = 2 * first_b + 8;
     Index at = 0;
     residuals = at;
-    hi = at += Index{4} * kRows * keys.padded_row_size;
-    lo = at += Index{2} * kRows * operand_stride;
-    table = at += Index{2} * kRows * operand_stride;
-    minima = at += Index{4} * kRows * table_stride;
-    errors = at += keys.beam_width > 1 ? Index{4} * kRows * keys.codebook_size : 0;
-    choices = at += Index{2} * 4 * kRows;
-    history = at += Index{8} * kRows;
-    bytes = at + Index{4} * kRows * keys.num_stages;
+    hi = at += Index{4} * rows * keys.padded_row_size;
+    lo = at += Index{2} * rows * operand_stride;
+    table = at += Index{2} * rows * operand_stride;
+    minima = at += Index{4} * rows * table_stride;
+    errors = at += keys.beam_width > 1 ? Index{4} * rows * keys.codebook_size : 0;
+    choices = at += Index{2} * 4 * rows;
+    at += Index{8} * rows;
+    // In the end the codes, [tokens][2 * num_stages and at most one more], replace all but history.
+    const Index codes = 2 * (rows / keys.beam_width) * (2 * keys.num_stages + 1);
+    history = at > codes ? at : round_up(codes, 16);
+    bytes = history + Index{4} * rows * keys.num_stages;
   }
 };
 

@@ -13,7 +13,7 @@ namespace commvq::cuda {
 //                             + 2 <Z_0[a], Z_1[b]>,                    "cross term"
 // of which the smallest are kept; ties go to the smaller (candidate, a, b).
 //
-// A block holds kKeySearch.num_rows residuals ("rows") of one head and group: candidate c of its
+// A block holds kNumRows residuals ("rows") of one head and group: candidate c of its
 // token t is row t * beam_width + c. Per stage
 // 1. all warps: inner products of the rows with both books on the matrix units, in two fp16 numbers
 //    an operand, give the terms;
@@ -53,7 +53,8 @@ __device__ __forceinline__ int candidate_of(std::uint32_t choice) { return choic
 __device__ __forceinline__ int a_of(std::uint32_t choice) { return choice >> 14 & 0x3fff; }
 __device__ __forceinline__ int b_of(std::uint32_t choice) { return choice & 0x3fff; }
 
-/// Everything that one block works on.
+/// Everything that one block of kNumRows rows works on.
+template <int kNumRows>
 struct KeySearch {
   const KeyEncoderView& keys;
   const KeySearchShared at;
@@ -77,9 +78,10 @@ struct KeySearch {
     return reinterpret_cast<float*>(shared + at.minima) + row * keys.codebook_size;
   }
   __device__ float* errors() const { return reinterpret_cast<float*>(shared + at.errors); }
+  __device__ float* least_terms() const { return errors() + kNumRows; }
   __device__ SortKey* choices() const { return reinterpret_cast<SortKey*>(shared + at.choices); }
   __device__ std::uint32_t* history(int stage) const {
-    return reinterpret_cast<std::uint32_t*>(shared + at.history) + stage * kKeySearch.num_rows;
+    return reinterpret_cast<std::uint32_t*>(shared + at.history) + stage * kNumRows;
   }
 
   /// Columns `column` and the next one.
@@ -95,10 +97,10 @@ struct KeySearch {
   /// Step 1: fills the table.
   __device__ void compute_terms(int stage) const {
     using namespace append_instructions;
-    constexpr int kRowTiles = kKeySearch.num_rows / 32;  // of 16 rows, half the block's
+    constexpr int kRowTiles = kNumRows / 32;  // of 16 rows, half the block's
     constexpr int kColTiles = 4;
     constexpr int kSets = kKeySearch.num_threads / 64;
-    const int first_row = warp % 2 * (kKeySearch.num_rows / 2);
+    const int first_row = warp % 2 * (kNumRows / 2);
     const int num_tiles = keys.padded_books / 8;
     const int num_steps = keys.padded_row_size / 16;
     const auto* const operands =
@@ -234,8 +236,8 @@ struct KeySearch {
 
   /// Step 2 for beams of one: a warp's rows eight at a time.
   __device__ void choose_greedily(int stage) const {
-    constexpr int kRows = 8;
-    constexpr int kPerWarp = kKeySearch.num_rows / (kKeySearch.num_threads / 32);
+    constexpr int kPerWarp = kNumRows / (kKeySearch.num_threads / 32);
+    constexpr int kRows = kPerWarp < 8 ? kPerWarp : 8;
     static_assert(kPerWarp % kRows == 0);
     for (int first = warp * kPerWarp; first < (warp + 1) * kPerWarp; first += kRows) {
       SortKey best[kRows];
@@ -268,8 +270,8 @@ struct KeySearch {
   /// miss by one half, then compares in fp32 only those a that may be the best.
   __device__ void screen_greedily(int stage) const {
     using namespace append_instructions;
-    constexpr int kRows = 8;
-    constexpr int kPerWarp = kKeySearch.num_rows / (kKeySearch.num_threads / 32);
+    constexpr int kPerWarp = kNumRows / (kKeySearch.num_threads / 32);
+    constexpr int kRows = kPerWarp < 8 ? kPerWarp : 8;
     static_assert(kPerWarp % kRows == 0);
     const int size = keys.codebook_size;
     const float unit = __ldg(keys.cross_units + books + stage);
@@ -278,13 +280,13 @@ struct KeySearch {
         keys.rounded_cross_terms + (books + stage) * (size / 2) * keys.padded_size + 2 * lane;
     const float infinity = __uint_as_float(0x7f800000u);
     for (int first = warp * kPerWarp; first < (warp + 1) * kPerWarp; first += kRows) {
-      float least_of_b[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const float* const of_b = table(first + i) + at.first_b;
         float least = infinity;
         for (int b = lane; b < size; b += 32) least = fminf(least, of_b[b]);
-        least_of_b[i] = least = from_ordered_bits(__reduce_min_sync(0xffffffffu, ordered_bits(least)));
+        least = from_ordered_bits(__reduce_min_sync(0xffffffffu, ordered_bits(least)));
+        if (lane == 0) least_terms()[first + i] = least;
         // The row's operands are no longer needed; they are written anew in step 3.
         for (int b = 2 * lane; b < size; b += 64) {
           const float2 pair = *reinterpret_cast<const float2*>(of_b + b);
@@ -321,7 +323,7 @@ struct KeySearch {
         const int a = first_a + 2 * lane;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          float error[2];  // less least_of_b
+          float error[2];  // less the least term of b
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
             const int integer = min(static_cast<int>(static_cast<std::int16_t>(least[i][k])),
@@ -333,7 +335,7 @@ struct KeySearch {
               __reduce_min_sync(0xffffffffu, ordered_bits(fminf(error[0], error[1]))));
           // Two errors of a unit, and the rounding of fp32 in these sums and in the exact ones.
           const float margin =
-              2.01f * unit + 1e-6f * (fabsf(least_error) + fabsf(least_of_b[i]) +
+              2.01f * unit + 1e-6f * (fabsf(least_error) + fabsf(least_terms()[first + i]) +
                                       6.0f * kLargestCrossTerm * unit);
           // Where nothing compares (NaN), any choice will do.
           SortKey best = first_a == 0 ? kLastKey : choices()[first + i];
@@ -364,7 +366,7 @@ struct KeySearch {
     for (int row = first_row; row < first_row + width; row += 4)
       for (int first_a = 0; first_a < size; first_a += 64) {
         float least[4][2];  // rows past the width belong to other candidates: not used
-        const int base = min(row, kKeySearch.num_rows - 4);
+        const int base = min(row, kNumRows - 4);
         least_errors<4>(stage, base, first_a, least);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -442,9 +444,9 @@ struct KeySearch {
   }
 };
 
-/// The codes of kKeySearch.num_rows / beam_width tokens of one head and group: grid (blocks of
+/// The codes of kNumRows / beam_width tokens of one head and group: grid (blocks of
 /// tokens, heads, groups). Writes them to the pages.
-template <KeySearchKind kKind>
+template <KeySearchKind kKind, int kNumRows>
 __global__ void __launch_bounds__(kKeySearch.num_threads,
                                   kKind == KeySearchKind::kBeam ? 1 : kKeySearch.min_blocks)
     search_key_codes(const __grid_constant__ EncoderView encoder, Index num_tokens, const float* unit_keys,
@@ -452,14 +454,14 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
                      const std::int64_t* slot_mapping) {
   extern __shared__ __align__(1024) unsigned char shared[];
   constexpr bool kGreedy = kKind != KeySearchKind::kBeam;
-  constexpr int kRows = kKeySearch.num_rows;
+  constexpr int kRows = kNumRows;
   constexpr int kWarps = kKeySearch.num_threads / 32;
   const KeyEncoderView& keys = encoder.keys;
   const DevicePageLayout& layout = encoder.layout;
   const int head = static_cast<int>(blockIdx.y), group = static_cast<int>(blockIdx.z);
   const int thread = static_cast<int>(threadIdx.x);
-  const KeySearch search{keys,
-                         KeySearchShared(keys),
+  const KeySearch<kNumRows> search{keys,
+                         KeySearchShared(keys, kNumRows),
                          shared,
                          (Index{head} * layout.num_groups + group) * keys.num_stages,
                          thread,
@@ -523,7 +525,6 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
   auto* const codes = reinterpret_cast<std::uint16_t*>(search.residual(0));  // [tokens][books]
   const int num_books = layout.num_books;
   const int codes_stride = num_books | 1;
-  // Residuals are no longer needed; where they are too small for the codes, the operands follow.
   for (int token = thread; token < count; token += kKeySearch.num_threads) {
     int candidate = 0;
     for (int stage = keys.num_stages - 1; stage >= 0; --stage) {

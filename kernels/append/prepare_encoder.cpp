@@ -30,7 +30,11 @@ DeviceEncoder prepare_encoder(const LayerCodec& codec, const DevicePageLayout& l
         "asking for the shared memory of a block");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
         "asking for the compute capability");
-  const Index needed = KeySearchShared(image.view().keys).bytes;
+  // Fewer rows where the device has less shared memory.
+  int num_search_rows = kKeySearch.num_rows;
+  if (KeySearchShared(image.view().keys, num_search_rows).bytes > shared_bytes)
+    num_search_rows = kKeySearch.num_rows_small;
+  const Index needed = KeySearchShared(image.view().keys, num_search_rows).bytes;
   require(needed <= shared_bytes, "searching for the key codes needs ", needed,
           " bytes of shared memory, of which the device has ", shared_bytes,
           "; use smaller groups or codebooks, or fewer stages");
@@ -40,6 +44,7 @@ DeviceEncoder prepare_encoder(const LayerCodec& codec, const DevicePageLayout& l
   check(cudaMemcpy(memory, image.bytes().data(), image.bytes().size(), cudaMemcpyHostToDevice),
         "copying encoders to the device");
   *result.view_ = image.view_at(memory);
+  result.view_->keys.num_search_rows = num_search_rows;
   result.view_->has_warpgroups = major == 9;
   check(static_cast<cudaError_t>(configure_append_kernels()), "preparing the kernels of append");
   return result;

@@ -17,13 +17,13 @@ namespace {
 using testing_support::AppendCase;
 using testing_support::Rng;
 
-/// The launches of `append`.
+/// The launches of `append`, with small or with large tiles and blocks.
 class HostAppend {
  public:
-  HostAppend(const AppendCase& tested, ValuePrecision precision, bool large_tiles)
+  HostAppend(const AppendCase& tested, ValuePrecision precision, bool small)
       : image_(tested.codec, tested.layout, precision),
         view_(image_.view_at(image_.bytes().data())),
-        large_tiles_(large_tiles) {}
+        small_(small) {}
 
   void operator()(const AppendCase& tested, std::vector<std::uint8_t>& pages) {
     const Index tokens = tested.num_tokens;
@@ -40,21 +40,11 @@ class HostAppend {
     simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
       load_keys(view_, rows, tokens, paged, places, workspace.key_norms, workspace.unit_keys);
     });
-    ASSERT_LE(KeySearchShared(view_.keys).bytes, Index{sizeof shared});
-    const simt::Dim grid{blocks(kKeySearch.num_rows / view_.keys.beam_width),
-                         static_cast<unsigned>(view_.layout.num_kv_heads),
-                         static_cast<unsigned>(view_.layout.num_groups)};
-    simt::launch(grid, kKeySearch.num_threads, [&] {
-      const auto search = [&](auto kernel) {
-        kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
-      };
-      switch (search_kind(view_.keys)) {
-        case KeySearchKind::kBeam: return search(search_key_codes<KeySearchKind::kBeam>);
-        case KeySearchKind::kGreedy: return search(search_key_codes<KeySearchKind::kGreedy>);
-        case KeySearchKind::kScreenedGreedy:
-          return search(search_key_codes<KeySearchKind::kScreenedGreedy>);
-      }
-    });
+    ASSERT_LE(KeySearchShared(view_.keys, kKeySearch.num_rows).bytes, Index{sizeof shared});
+    if (small_)
+      search_keys<kKeySearch.num_rows_small>(tokens, workspace, paged, places);
+    else
+      search_keys<kKeySearch.num_rows>(tokens, workspace, paged, places);
 
     rows.data = tested.values.data();
     simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
@@ -71,7 +61,7 @@ class HostAppend {
                 PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs});
     multiply_by(values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
                 SquaresEpilogue{workspace.squares});
-    const int tile_cols = large_tiles_ ? kLargeTile.cols : kSmallTile.cols;
+    const int tile_cols = small_ ? kSmallTile.cols : kLargeTile.cols;
     simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
       write_values(view_, tokens, workspace.value_norms, workspace.bits, workspace.squares,
                    values.decoder.num_padded_outputs / tile_cols, paged, places);
@@ -79,30 +69,49 @@ class HostAppend {
   }
 
  private:
+  template <int kNumRows>
+  void search_keys(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
+                   const std::int64_t* places) {
+    const Index per_block = kNumRows / view_.keys.beam_width;
+    const simt::Dim grid{static_cast<unsigned>((tokens + per_block - 1) / per_block),
+                         static_cast<unsigned>(view_.layout.num_kv_heads),
+                         static_cast<unsigned>(view_.layout.num_groups)};
+    const auto kernel = [&] {
+      switch (search_kind(view_.keys)) {
+        case KeySearchKind::kBeam: return search_key_codes<KeySearchKind::kBeam, kNumRows>;
+        case KeySearchKind::kGreedy: return search_key_codes<KeySearchKind::kGreedy, kNumRows>;
+        default: return search_key_codes<KeySearchKind::kScreenedGreedy, kNumRows>;
+      }
+    }();
+    simt::launch(grid, kKeySearch.num_threads, [&] {
+      kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
+    });
+  }
+
   template <class Epilogue>
   void multiply_by(const Weights& weights, const std::uint16_t* inputs, Index tokens, int terms,
                    const Epilogue& epilogue) {
     const MatrixProduct product{inputs,     inputs + tokens * weights.num_inputs, weights.hi,
                                 weights.lo, tokens, weights.num_inputs, terms};
-    const TileConfig tile = large_tiles_ ? kLargeTile : kSmallTile;
+    const TileConfig tile = small_ ? kSmallTile : kLargeTile;
     const simt::Dim grid{static_cast<unsigned>(weights.num_padded_outputs / tile.cols),
                          static_cast<unsigned>((tokens + tile.rows - 1) / tile.rows)};
     simt::launch(grid, static_cast<unsigned>(tile.num_threads()), [&] {
-      if (large_tiles_)
-        multiply<true>(product, epilogue);
-      else
+      if (small_)
         multiply<false>(product, epilogue);
+      else
+        multiply<true>(product, epilogue);
     });
   }
 
   EncoderImage image_;
   EncoderView view_;
-  bool large_tiles_;
+  bool small_;
 };
 
-void expect_right_codes(const AppendCase& tested, ValuePrecision precision, bool large_tiles) {
+void expect_right_codes(const AppendCase& tested, ValuePrecision precision, bool small) {
   std::vector<std::uint8_t> pages = tested.noise;
-  HostAppend append(tested, precision, large_tiles);
+  HostAppend append(tested, precision, small);
   append(tested, pages);
   EXPECT_EQ(tested.judge(pages, precision == ValuePrecision::kFp32 ? 1e-5 : 1e-2), "");
 }
@@ -110,7 +119,8 @@ void expect_right_codes(const AppendCase& tested, ValuePrecision precision, bool
 TEST(AppendKernelsTest, GreedyCodesOfExactInputAreTheHosts) {
   Rng rng(1);
   AppendCase tested = AppendCase::exact(rng, {.num_kv_heads = 2, .head_dim = 64, .num_tokens = 70});
-  expect_right_codes(tested, ValuePrecision::kFp32, false);
+  expect_right_codes(tested, ValuePrecision::kFp32, true);
+  expect_right_codes(tested, ValuePrecision::kFp16, false);
 }
 
 TEST(AppendKernelsTest, BeamCodesOfExactInputAreTheHosts) {
@@ -120,7 +130,7 @@ TEST(AppendKernelsTest, BeamCodesOfExactInputAreTheHosts) {
     AppendCase tested = AppendCase::exact(
         rng, {.num_kv_heads = 1, .head_dim = 64, .num_tokens = 11, .beam_width = beam_width,
               .page_size = 16});
-    expect_right_codes(tested, ValuePrecision::kFp32, false);
+    expect_right_codes(tested, ValuePrecision::kFp32, true);
   }
 }
 
@@ -140,7 +150,7 @@ TEST(AppendKernelsTest, ShapesOfAllKinds) {
   };
   for (const testing_support::AppendShape& shape : shapes) {
     SCOPED_TRACE(&shape - shapes);
-    expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, false);
+    expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
   }
 }
 
@@ -148,17 +158,17 @@ TEST(AppendKernelsTest, RealInput) {
   Rng rng(5);
   testing_support::AppendShape shape{.num_kv_heads = 1, .head_dim = 128, .num_tokens = 64,
                                      .codebook_size = 64, .num_stages = 3};
-  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp16, false);
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp16, true);
   shape.beam_width = 4;
   shape.num_tokens = 16;
-  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, false);
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
 }
 
-TEST(AppendKernelsTest, LargeTilesGiveTheSameCodes) {
+TEST(AppendKernelsTest, LargeTilesAndBlocks) {
   Rng rng(4);
   AppendCase tested = AppendCase::exact(
       rng, {.num_kv_heads = 1, .head_dim = 64, .num_tokens = 20, .num_stages = 1, .page_size = 128});
-  expect_right_codes(tested, ValuePrecision::kFp16, true);
+  expect_right_codes(tested, ValuePrecision::kFp16, false);
 }
 
 }  // namespace
