@@ -7,9 +7,11 @@
 #include <vector>
 
 #include "commvq/core/error.hpp"
+#include "commvq/core/float16.hpp"
 #include "commvq/cuda/device_codebooks.hpp"
 #include "commvq/cuda/integer_codebook.hpp"
 #include "commvq/io/codebook_file.hpp"
+#include "commvq/rope/rope.hpp"
 
 namespace commvq::cuda {
 namespace {
@@ -43,11 +45,32 @@ class Image {
 
 /// Offsets of one slice's arrays in the image.
 struct SliceOffsets {
-  Index rows, units, zero_points;
+  Index rows, units, zero_points, token_turns;
 };
 
-SliceOffsets add_slice(const KeyCodec& codec, const DevicePageLayout& layout, KeySlice& slice,
-                       Image& image) {
+/// See `KeySlice::token_turns`.
+std::vector<std::uint16_t> token_turns_of(const Rope& rope, const KeySlice& slice) {
+  std::vector<std::uint16_t> turns;
+  std::vector<double> rotation(2 * static_cast<std::size_t>(rope.pairs().num_pairs()));
+  for (int token = 0; token < KeySlice::kTurnTokens; ++token) {
+    rope.rotation_at(token, rotation.data());
+    for (int word = 0; word < slice.width / 2; ++word)  // k, then thread
+      for (int part = 0; part < 2; ++part)
+        for (int e = 0; e < 2; ++e) {
+          const int pair = 2 * word + e;
+          const double turn =
+              pair < slice.num_pairs
+                  ? rotation[static_cast<std::size_t>(part * rope.pairs().num_pairs() +
+                                                      slice.first_pair + pair)]
+                  : 1.0 - part;
+          turns.push_back(to_fp16(static_cast<float>(turn)));
+        }
+  }
+  return turns;
+}
+
+SliceOffsets add_slice(const KeyCodec& codec, const Rope& rope, const DevicePageLayout& layout,
+                       KeySlice& slice, Image& image) {
   std::vector<std::int8_t> rows;
   std::vector<float> units;
   std::vector<std::uint16_t> zero_points;
@@ -62,7 +85,8 @@ SliceOffsets add_slice(const KeyCodec& codec, const DevicePageLayout& layout, Ke
     append(zero_points, integers.zero_points());
   }
   slice.row_bytes = static_cast<Index>(rows.size()) / layout.num_kv_heads;
-  return {image.add(rows), image.add(units), image.add(zero_points)};
+  return {image.add(rows), image.add(units), image.add(zero_points),
+          image.add(token_turns_of(rope, slice))};
 }
 
 /// Angle of one position of every pair as a 64-bit fraction of a turn.
@@ -84,13 +108,16 @@ std::vector<std::uint16_t> channels_of(const PairLayout& pairs) {
   return channels;
 }
 
-Index plane_bytes_of_current_device() {
-  int device = 0, major = 0, minor = 0;
+int attribute_of_current_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "asking for the current device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "asking for the compute capability");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-        "asking for the compute capability");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "asking what the device is");
+  return value;
+}
+
+Index plane_bytes_of_current_device() {
+  const int major = attribute_of_current_device(cudaDevAttrComputeCapabilityMajor);
+  const int minor = attribute_of_current_device(cudaDevAttrComputeCapabilityMinor);
   require(major >= 8, "the device has compute capability ", major, ".", minor,
           "; the kernels need 8.0 or later");
   return key_plane_bytes(major * 10 + minor);
@@ -111,6 +138,8 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
   view.layout = DevicePageLayout(keys.config(), keys.num_kv_heads(), codec.values->config(),
                                  page_size, plane_bytes_of_current_device());
 
+  view.num_multiprocessors = attribute_of_current_device(cudaDevAttrMultiProcessorCount);
+
   Image image;
   const int g = keys.config().group_pairs;
   const int width = slice_width(keys.config());
@@ -124,7 +153,7 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
       slice.first_pair = view.layout.planes[plane].group * g + first;
       slice.num_pairs = std::min(width, g - first);
       slice.width = width;
-      offsets.push_back(add_slice(keys, view.layout, slice, image));
+      offsets.push_back(add_slice(keys, Rope(rope), view.layout, slice, image));
     }
   const Index turns = image.add(turns_of(Rope(rope)));
   const Index channels = image.add(channels_of(rope.pairs));
@@ -137,6 +166,7 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
     view.slices[i].rows = reinterpret_cast<const std::int8_t*>(base + at.rows);
     view.slices[i].units = reinterpret_cast<const float*>(base + at.units);
     view.slices[i].zero_points = reinterpret_cast<const std::uint32_t*>(base + at.zero_points);
+    view.slices[i].token_turns = reinterpret_cast<const std::uint32_t*>(base + at.token_turns);
   }
   view.turns = reinterpret_cast<const std::uint64_t*>(base + turns);
   view.channels = reinterpret_cast<const std::uint16_t*>(base + channels);

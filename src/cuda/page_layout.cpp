@@ -10,14 +10,17 @@
 namespace commvq::cuda {
 namespace {
 
-Index align(Index bytes) { return (bytes + 15) / 16 * 16; }
+/// Larger pages' bit offsets would not fit an int.
+constexpr Index kMaxPageBits = Index{60} << 23;
+
+int align(Index bytes) { return static_cast<int>((bytes + 15) / 16 * 16); }
 
 /// Reads or writes the bits of a token's codes in one plane: the first of them in words, the rest
 /// in the tail. `access(bit position in the page, code, width)` handles one piece.
 template <class Access>
 void for_each_piece(const DevicePageLayout& layout, const KeyPlane& plane, int head, int slot,
                     Access access) {
-  const Index words = layout.key_words(plane, head, slot) * 8;
+  const Index words = Index{8} * layout.key_words(plane, head, slot);
   const Index tail = layout.key_tail_bit(plane, head, slot);
   const int word_bits = plane.num_words * 32;
   for (int k = 0; k < plane.num_books; ++k) {
@@ -69,7 +72,10 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
           codebook_size, " centroids); at most ", kMaxPlanes, " are supported");
   // Planes of one group as even as the step allows.
   const int books = ((num_books + per_group - 1) / per_group + step - 1) / step * step;
-  Index at = 0;
+  const Index bits = Index{keys.bits_per_head()} * num_kv_heads + num_code_bits;
+  require(bits * page_size <= kMaxPageBits, "a page of ", page_size, " tokens of ", bits,
+          " bits each is larger than the 60 MiB that the device's offsets reach; use smaller pages");
+  int at = 0;
   for (int i = 0; i < num_planes; ++i) {
     KeyPlane& plane = planes[i];
     plane.group = i / per_group;
@@ -106,11 +112,11 @@ void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
       });
     }
   for (int i = 0; i < layout.norms_per_token; ++i)
-    put_bits(page, layout.key_norm(i, slot) * 8, 16, key_norms[i]);
+    put_bits(page, Index{8} * layout.key_norm(i, slot), 16, key_norms[i]);
   for (Index bit = 0; bit < layout.num_code_bits; ++bit)
     put_bits(page, (layout.value_codes(slot) + 2 * bit) * 8 + slot % 16, 1,
              get_bits(value_code, bit, 1));
-  put_bits(page, layout.value_scale(slot) * 8, 16, value_scale);
+  put_bits(page, Index{8} * layout.value_scale(slot), 16, value_scale);
 }
 
 void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slot,
@@ -128,11 +134,11 @@ void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slo
       });
     }
   for (int i = 0; i < layout.norms_per_token; ++i)
-    key_norms[i] = static_cast<std::uint16_t>(get_bits(page, layout.key_norm(i, slot) * 8, 16));
+    key_norms[i] = static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.key_norm(i, slot), 16));
   for (Index bit = 0; bit < layout.num_code_bits; ++bit)
     put_bits(value_code, bit, 1,
              get_bits(page, (layout.value_codes(slot) + 2 * bit) * 8 + slot % 16, 1));
-  *value_scale = static_cast<std::uint16_t>(get_bits(page, layout.value_scale(slot) * 8, 16));
+  *value_scale = static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.value_scale(slot), 16));
 }
 
 }  // namespace commvq::cuda

@@ -4,10 +4,10 @@
 #include <memory>
 
 #include "commvq/cuda/page_layout.hpp"
-#include "commvq/rope/rope.hpp"
 
 namespace commvq {
 struct LayerCodec;
+struct RopeConfig;
 }
 
 namespace commvq::cuda {
@@ -22,6 +22,11 @@ struct KeySlice {
   const std::int8_t* rows;            ///< device, [num_kv_heads][row_bytes]
   const float* units;                 ///< device, [num_kv_heads][width]
   const std::uint32_t* zero_points;   ///< device, [num_kv_heads][width] pairs of fp16
+  /// device, [kTurnTokens][width / 8][4 threads][cosines, sines] pairs of fp16: RoPE by 0, 1, ...
+  /// tokens of a thread's pairs, in the order of the rows' words
+  const std::uint32_t* token_turns;
+
+  static constexpr int kTurnTokens = 256;
 };
 
 /// What the decode kernels read of a layer's codecs. Plain data; the memory belongs to the
@@ -35,6 +40,7 @@ struct CodebooksView {
   const std::uint64_t* turns = nullptr;      ///< device, [num_pairs]: RoPE, in 2^-64 turns a token
   const std::uint16_t* channels = nullptr;   ///< device, [2 * num_pairs]: channel of planar index
   const float* decoder = nullptr;            ///< device, [num_code_bits][num_kv_heads * head_dim]
+  int num_multiprocessors = 0;               ///< of the device that holds them
 };
 
 /// The codecs of one layer on the device, made once by `prepare`. Owns its memory; moves, does not

@@ -25,8 +25,8 @@ struct KeyPlane {
   int num_books;
   int num_words;   ///< whole 32-bit words that a token's codes fill ...
   int tail_bits;   ///< ... and the bits that are left, in [0, 31]
-  Index words_offset;  ///< bytes from the page's start to the words of head 0
-  Index tails_offset;  ///< likewise of the tails
+  int words_offset;  ///< bytes from the page's start to the words of head 0
+  int tails_offset;  ///< likewise of the tails
 };
 
 /// How the codes of `page_size` tokens of one layer lie in a page in device memory.
@@ -56,10 +56,10 @@ struct DevicePageLayout {
   int norms_per_token = 1;  ///< 1: over all heads; num_kv_heads: one a head
   int num_planes = 0;
   KeyPlane planes[kMaxPlanes] = {};
-  Index value_codes_offset = 0;  ///< bytes
-  Index key_norms_offset = 0;
-  Index value_scales_offset = 0;
-  Index page_bytes = 0;  ///< a multiple of 16
+  int value_codes_offset = 0;  ///< bytes
+  int key_norms_offset = 0;
+  int value_scales_offset = 0;
+  int page_bytes = 0;  ///< a multiple of 16, at most 64 MiB
 
   DevicePageLayout() = default;
   /// `plane_bytes` is the shared memory that the 8-bit rows of one plane may take (see
@@ -72,22 +72,22 @@ struct DevicePageLayout {
   double bytes_per_token() const { return static_cast<double>(page_bytes) / page_size; }
 
   /// Bytes from the page's start to the words of a token, `planes[plane].num_words` of them.
-  COMMVQ_HOST_DEVICE Index key_words(const KeyPlane& plane, int head, int slot) const {
-    return plane.words_offset + (Index{head} * page_size + slot) * plane.num_words * 4;
+  COMMVQ_HOST_DEVICE int key_words(const KeyPlane& plane, int head, int slot) const {
+    return plane.words_offset + (head * page_size + slot) * plane.num_words * 4;
   }
   /// Bits from the page's start to the tail of a token.
-  COMMVQ_HOST_DEVICE Index key_tail_bit(const KeyPlane& plane, int head, int slot) const {
-    return plane.tails_offset * 8 + (Index{head} * page_size + slot) * plane.tail_bits;
+  COMMVQ_HOST_DEVICE int key_tail_bit(const KeyPlane& plane, int head, int slot) const {
+    return plane.tails_offset * 8 + (head * page_size + slot) * plane.tail_bits;
   }
   /// Bytes from the page's start to the 16-bit words of 16 tokens, of which `slot` is one.
-  COMMVQ_HOST_DEVICE Index value_codes(int slot) const {
-    return value_codes_offset + Index{slot / 16} * num_code_bits * 2;
+  COMMVQ_HOST_DEVICE int value_codes(int slot) const {
+    return value_codes_offset + slot / 16 * num_code_bits * 2;
   }
-  COMMVQ_HOST_DEVICE Index key_norm(int head, int slot) const {
+  COMMVQ_HOST_DEVICE int key_norm(int head, int slot) const {
     return key_norms_offset +
-           2 * ((norms_per_token == 1 ? 0 : Index{head}) * page_size + slot);
+           2 * ((norms_per_token == 1 ? 0 : head) * page_size + slot);
   }
-  COMMVQ_HOST_DEVICE Index value_scale(int slot) const { return value_scales_offset + 2 * slot; }
+  COMMVQ_HOST_DEVICE int value_scale(int slot) const { return value_scales_offset + 2 * slot; }
 };
 
 /// Shared memory that one plane's rows may take on a device of this compute capability

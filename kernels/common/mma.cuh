@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace commvq::cuda {
+
+/// c += a b with a [16][16] fp16 (row-major fragment), b [16][8] fp16 (column-major fragment) and c
+/// [16][8] fp32. Lane 4g + q holds a0 (row g, columns 2q, 2q+1), a1 (row g+8), a2 (row g, columns
+/// 2q+8, 2q+9), a3 (row g+8); b0 (rows 2q, 2q+1 of column g), b1 (rows 2q+8, 2q+9); c0, c1 (row g,
+/// columns 2q, 2q+1), c2, c3 (row g+8).
+__device__ __forceinline__ void mma_16x8x16(float (&c)[4], std::uint32_t a0, std::uint32_t a1,
+                                            std::uint32_t a2, std::uint32_t a3, std::uint32_t b0,
+                                            std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ __half2 as_half2(std::uint32_t bits) {
+  return *reinterpret_cast<const __half2*>(&bits);
+}
+__device__ __forceinline__ std::uint32_t as_bits(__half2 value) {
+  return *reinterpret_cast<const std::uint32_t*>(&value);
+}
+
+}  // namespace commvq::cuda

@@ -1,0 +1,152 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/memory.cuh"
+
+namespace commvq::cuda {
+
+/// Where the codes of one plane lie in a page: what the kernel needs of `KeyPlane`.
+struct KeyCodes {
+  int num_books;
+  int code_bits;
+  int codebook_size;
+  int num_words;
+  int tail_bits;
+  int words;  ///< bytes from the page's start
+  int tails;  ///< bytes from the page's start
+};
+
+/// A compile-time book number.
+template <int kBook>
+struct Book {};
+
+/// The codes of one token and plane whose shape is known at compile time: a few registers, from
+/// which every code is one shift and one mask.
+template <int kCodeBits, int kNumBooks>
+class FixedCodes {
+ public:
+  /// `index` is head * page_size + slot.
+  __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
+                                        int index) {
+    const std::uint8_t* const words = page + (codes.words + index * (kWords * 4));
+    if constexpr (kWords == 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(words);
+      words_[0] = v.x, words_[1] = v.y, words_[2] = v.z, words_[3] = v.w;
+    } else if constexpr (kWords == 2) {
+      const uint2 v = *reinterpret_cast<const uint2*>(words);
+      words_[0] = v.x, words_[1] = v.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
+    }
+    if constexpr (kTail > 0) {
+      const int bit = index * kTail;
+      const auto* const tail =
+          reinterpret_cast<const std::uint32_t*>(page + (codes.tails + bit / 32 * 4));
+      // The next word belongs to the page as well: norms follow the tails.
+      const std::uint32_t next = 32 % kTail == 0 ? 0 : tail[1];
+      words_[kWords] = __funnelshift_r(tail[0], next, static_cast<std::uint32_t>(bit));
+    }
+  }
+
+  /// Sixteen bytes at `address` as `row_address` gives it.
+  template <int kBook>
+  __device__ __forceinline__ static uint4 load(Book<kBook>, std::uint32_t address) {
+    return load_shared_16<kBook << (kCodeBits + 7)>(address);
+  }
+  /// Address of the code's row at 128 bytes a row, less the book's distance from the first one;
+  /// `part` is the rows' address, which leaves the bits of a code free, and the place in the row.
+  template <int kBook>
+  __device__ __forceinline__ std::uint32_t row_address(Book<kBook>, std::uint32_t part) const {
+    constexpr int kBit = kBook * kCodeBits;
+    constexpr int kWord = kBit / 32;
+    constexpr int kShift = kBit % 32;
+    constexpr std::uint32_t kMask = ((1u << kCodeBits) - 1) << 7;
+    std::uint32_t shifted;
+    if constexpr (kShift + kCodeBits > 32) {
+      shifted = __funnelshift_r(words_[kWord], words_[kWord + 1], kShift) << 7;
+    } else if constexpr (kShift >= 7) {
+      shifted = words_[kWord] >> (kShift - 7);
+    } else {
+      shifted = words_[kWord] << (7 - kShift);
+    }
+    return (shifted & kMask) | part;
+  }
+
+  template <class Function>
+  __device__ __forceinline__ void for_each_book(Function function) const {
+    visit<0>(function);
+  }
+
+ private:
+  static constexpr int kWords = kNumBooks * kCodeBits / 32;
+  static constexpr int kTail = kNumBooks * kCodeBits % 32;
+
+  template <int kBook, class Function>
+  __device__ __forceinline__ static void visit(Function function) {
+    if constexpr (kBook < kNumBooks) {
+      function(Book<kBook>());
+      visit<kBook + 1>(function);
+    }
+  }
+
+  std::uint32_t words_[kWords + (kTail > 0 ? 1 : 0)];
+};
+
+/// Codes of any shape: each is read from the page when it is used.
+class AnyCodes {
+ public:
+  __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
+                                        int index) {
+    codes_ = &codes;
+    words_ = reinterpret_cast<const std::uint32_t*>(page + codes.words) + index * codes.num_words;
+    tail_ = 0;
+    if (codes.tail_bits == 0) return;
+    const int bit = index * codes.tail_bits;
+    const auto* const tail = reinterpret_cast<const std::uint32_t*>(page + codes.tails) + bit / 32;
+    tail_ = __funnelshift_r(tail[0], tail[1], static_cast<std::uint32_t>(bit));
+  }
+
+  __device__ __forceinline__ static uint4 load(int, std::uint32_t address) {
+    return load_shared_16<0>(address);
+  }
+  __device__ __forceinline__ std::uint32_t row_address(int book, std::uint32_t part) const {
+    return part + (book * codes_->codebook_size + code(book)) * 128;
+  }
+  /// Address of the row of book `book + which`, where two books share lines and `book` is even.
+  __device__ __forceinline__ std::uint32_t pair_address(int book, int which,
+                                                        std::uint32_t part) const {
+    // Zeros fill the last lines of an odd number of books.
+    const std::uint32_t row = book + which < codes_->num_books ? code(book + which) : 0;
+    return part + (book / 2 * codes_->codebook_size + row) * 128;
+  }
+
+  template <class Function>
+  __device__ __forceinline__ void for_each_book(Function function) const {
+#pragma unroll 2
+    for (int book = 0; book < codes_->num_books; ++book) function(book);
+  }
+  template <class Function>
+  __device__ __forceinline__ void for_each_pair(Function function) const {
+#pragma unroll 1
+    for (int book = 0; book < codes_->num_books; book += 2) function(book);
+  }
+
+ private:
+  __device__ __forceinline__ std::uint32_t code(int book) const {
+    const int bit = book * codes_->code_bits;
+    const int word = bit / 32;
+    const std::uint32_t low = word < codes_->num_words ? words_[word] : tail_;
+    const std::uint32_t high = word + 1 < codes_->num_words ? words_[word + 1] : tail_;
+    return __funnelshift_r(low, high, static_cast<std::uint32_t>(bit)) &
+           ((1u << codes_->code_bits) - 1);
+  }
+
+  const KeyCodes* codes_;
+  const std::uint32_t* words_;
+  std::uint32_t tail_;
+};
+
+}  // namespace commvq::cuda

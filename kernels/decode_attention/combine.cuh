@@ -1,0 +1,221 @@
+#pragma once
+
+#include "common/launch.cuh"
+#include "common/memory.cuh"
+#include "decode_attention/config.hpp"
+#include "decode_attention/problem.cuh"
+#include "decode_attention/value_sums.cuh"
+
+/// Merges what the parts gathered over the tokens, applies the value decoder and adds the exact
+/// tokens. A thread block takes one chunk of code bits for some rows of one sequence and KV head;
+/// the last one to finish adds up the chunks.
+namespace commvq::cuda::combine {
+
+using Config = CombineConfig;
+
+constexpr int kMaxDim = 256;
+
+/// Parts whose blocks are some of a sequence's: `[first, last]`.
+struct PartRange {
+  int first = 0;
+  int last = -1;
+};
+
+__device__ inline PartRange parts_of(const Problem& p, int total, int seq) {
+  PartRange range;
+  const int count = BlockRange(p, seq).count;
+  if (count == 0) return range;
+  int before = 0;
+  for (int other = threadIdx.x % 32; other < seq; other += 32) before += BlockRange(p, other).count;
+  for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(~0u, before, step);
+  const int parts = value_parts(p, total);
+  range.first = part_of(total, before, parts);
+  range.last = part_of(total, before + count - 1, parts);
+  return range;
+}
+
+struct Shared {
+  alignas(16) float sums[Config::kChunkBits][Config::kRows];
+  float halves[Config::kRows][kMaxDim];
+  float exact_weights[Config::kRows];
+  RowSum totals[Config::kRows];
+  unsigned finished;
+};
+
+/// Factors that bring every part's sums to the row's maximum: `[kRows][parts]`, and the row's total.
+__device__ inline void weigh_parts(const Problem& p, PartRange parts, int seq, int first_row,
+                                   int rows, float* factors, Shared& shared) {
+  const int lane = threadIdx.x % 32;
+  const int num_parts = parts.last - parts.first + 1;
+  for (int row = threadIdx.x / 32; row < rows; row += Config::kThreads / 32) {
+    const RowSum exact = p.exact_sums[Index{seq} * p.num_rows + first_row + row];
+    const auto sum_of = [&](int i) {
+      return p.part_sums[(Index{parts.first} + i + seq) * p.row_stride + first_row + row];
+    };
+    float largest = exact.max;
+    for (int i = lane; i < num_parts; i += 32) largest = fmaxf(largest, sum_of(i).max);
+    for (int step = 16; step > 0; step /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    float sum = 0;
+    for (int i = lane; i < num_parts; i += 32) {
+      const RowSum part = sum_of(i);
+      const float factor = part.max == -INFINITY ? 0.0f : exp2f(part.max - largest);
+      factors[row * num_parts + i] = factor;
+      sum += part.sum * factor;
+    }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane == 0) {
+      const float factor = exact.max == -INFINITY ? 0.0f : exp2f(exact.max - largest);
+      shared.exact_weights[row] = factor;
+      shared.totals[row] = {largest, sum + exact.sum * factor};
+    }
+  }
+}
+
+/// Sums of code bits over all parts, some parts at once.
+__device__ inline void merge_parts(const Problem& p, PartRange parts, int seq, int first_row,
+                                   int rows, int first_bit, const float* factors, Shared& shared) {
+  const int num_parts = parts.last - parts.first + 1;
+  const int bit = threadIdx.x % Config::kChunkBits;
+  constexpr int kRowLanes = Config::kThreads / Config::kChunkBits;
+  constexpr int kAtOnce = 12;
+  const Index stride = Index{p.row_stride} * p.page.num_code_bits;
+#pragma unroll 1
+  for (int row = threadIdx.x / Config::kChunkBits; row < rows; row += kRowLanes) {
+    const float* const source =
+        p.value_sums +
+        ((Index{parts.first} + seq) * p.row_stride + first_row + row) * p.page.num_code_bits +
+        first_bit + bit;
+    float sum = 0;
+#pragma unroll 1
+    for (int i = 0; i < num_parts; i += kAtOnce) {
+      float some[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        some[j] = i + j < num_parts ? source[(i + j) * stride] * factors[row * num_parts + i + j] : 0;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) sum += some[j];
+    }
+    shared.sums[bit][row] = sum * value_sums::kSumScale;
+  }
+}
+
+/// A thread's share of the value decoder: channel threadIdx.x % dim of the head; the bits of the
+/// chunk are shared out among the threads of a channel, and read some at a time.
+struct DecoderColumn {
+  static constexpr int kAtOnce = 16;
+  const float* column;  ///< of the thread's first bit
+  Index stride;         ///< to its next bit
+  int lanes;            ///< threads of a channel
+  int lane;
+  int channel;
+
+  __device__ DecoderColumn(const Problem& p, const float* decoder, int head, int first_bit)
+      : lanes(Config::kThreads / p.head_dim),
+        lane(threadIdx.x / p.head_dim),
+        channel(threadIdx.x % p.head_dim) {
+    const int channels = p.num_kv_heads * p.head_dim;
+    column = decoder + Index{first_bit + lane} * channels + head * p.head_dim + channel;
+    stride = Index{lanes} * channels;
+  }
+  __device__ void load(int first, float (&entries)[kAtOnce]) const {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      entries[i] = lane + (first + i) * lanes < Config::kChunkBits ? column[(first + i) * stride] : 0;
+  }
+};
+
+/// The chunk's share of the output: sums times its rows of the decoder, of which `entries` are the
+/// first.
+__device__ inline void decode_chunk(const Problem& p, const DecoderColumn& decoder,
+                                    float (&entries)[DecoderColumn::kAtOnce], int rows,
+                                    Shared& shared, float* outputs, Index stride) {
+  float sums[Config::kRows] = {};
+#pragma unroll 1
+  for (int first = 0; decoder.lane + first * decoder.lanes < Config::kChunkBits;
+       first += DecoderColumn::kAtOnce) {
+    if (first > 0) decoder.load(first, entries);
+#pragma unroll
+    for (int i = 0; i < DecoderColumn::kAtOnce; ++i) {
+      const int bit = min(decoder.lane + (first + i) * decoder.lanes, Config::kChunkBits - 1);
+#pragma unroll
+      for (int row = 0; row < Config::kRows; ++row) sums[row] += shared.sums[bit][row] * entries[i];
+    }
+  }
+#pragma unroll 1
+  for (int other = 1; other < decoder.lanes; ++other) {
+    if (decoder.lane == other)
+      for (int row = 0; row < Config::kRows; ++row) shared.halves[row][decoder.channel] = sums[row];
+    __syncthreads();
+    if (decoder.lane == 0)
+      for (int row = 0; row < Config::kRows; ++row) sums[row] += shared.halves[row][decoder.channel];
+    __syncthreads();
+  }
+  if (decoder.lane == 0)
+#pragma unroll
+    for (int row = 0; row < Config::kRows; ++row)
+      if (row < rows) outputs[row * stride + decoder.channel] = sums[row];
+}
+
+/// Adds up the chunks and the exact tokens, divides, and writes the rows.
+__device__ inline void finish(const Problem& p, bool valid, int seq, int head, int first_head_row,
+                              int rows, int num_chunks, const Shared& shared) {
+  const int dim = p.head_dim;
+  const int num_q_heads = p.num_kv_heads * p.group;
+  for (int item = threadIdx.x; item < rows * dim; item += Config::kThreads) {
+    const int row = item / dim, d = item % dim;
+    const int head_row = first_head_row + row;
+    const Index call_row = Index{seq} * p.num_rows + Index{head} * p.rows_per_head + head_row;
+    float sum = shared.exact_weights[row] * p.exact_outputs[call_row * dim + d];
+#pragma unroll 8
+    for (int chunk = 0; chunk < num_chunks; ++chunk)
+      sum += __ldcg(p.chunk_outputs + (call_row * num_chunks + chunk) * dim + d);
+    const Index target = (Index{seq} * p.num_query_tokens + head_row / p.group) * num_q_heads +
+                         head * p.group + head_row % p.group;
+    const RowSum total = shared.totals[row];
+    store_float(p.output, p.type, target * dim + d, valid ? sum / total.sum : NAN);
+    if (d == 0 && p.lse != nullptr)
+      p.lse[target] = valid ? (total.max + log2f(total.sum)) * 0.693147180559945f : NAN;
+  }
+}
+
+__device__ inline void run(const Problem& p, const float* decoder, float* factors) {
+  __shared__ Shared shared;
+  const int head = blockIdx.y;
+  const int row_blocks = (p.rows_per_head + Config::kRows - 1) / Config::kRows;
+  const int seq = blockIdx.z / row_blocks;
+  const int first_head_row = blockIdx.z % row_blocks * Config::kRows;
+  const int rows = min(Config::kRows, p.rows_per_head - first_head_row);
+  const int first_row = head * p.rows_per_head + first_head_row;
+  const int first_bit = blockIdx.x * Config::kChunkBits;
+  const DecoderColumn column(p, decoder, head, first_bit);
+  float entries[DecoderColumn::kAtOnce];
+  column.load(0, entries);  // while the previous kernel ends
+  wait_for_previous_kernel();
+  const int total = total_blocks(p);
+  const bool valid = fits(p, total) && p.seq_lens[seq] >= p.num_query_tokens;
+
+  if (valid) {
+    const PartRange parts = parts_of(p, total, seq);
+    for (int i = threadIdx.x; i < Config::kRows * Config::kChunkBits; i += Config::kThreads)
+      shared.sums[i / Config::kRows][i % Config::kRows] = 0;
+    weigh_parts(p, parts, seq, first_row, rows, factors, shared);
+    __syncthreads();
+    merge_parts(p, parts, seq, first_row, rows, first_bit, factors, shared);
+    __syncthreads();
+    float* const outputs =
+        p.chunk_outputs +
+        ((Index{seq} * p.num_rows + first_row) * gridDim.x + blockIdx.x) * p.head_dim;
+    decode_chunk(p, column, entries, rows, shared, outputs, Index{gridDim.x} * p.head_dim);
+    __threadfence();
+    __syncthreads();
+  }
+  if (threadIdx.x == 0)
+    shared.finished = atomicAdd(p.counters + blockIdx.z * gridDim.y + head, 1);
+  __syncthreads();
+  if (shared.finished + 1 != gridDim.x) return;
+  __threadfence();
+  finish(p, valid, seq, head, first_head_row, rows, static_cast<int>(gridDim.x), shared);
+}
+
+}  // namespace commvq::cuda::combine

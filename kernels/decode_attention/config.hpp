@@ -1,0 +1,47 @@
+#pragma once
+
+namespace commvq::cuda {
+
+/// Tuning values of the key kernel.
+struct KeyScoresConfig {
+  static constexpr int kThreads = 384;
+  static constexpr int kWarps = kThreads / 32;
+  /// Blocks that its warps score between two barriers: two warps a block.
+  static constexpr int kStepBlocks = kWarps / 2;
+  /// Rows (query tokens times query heads of a KV head) that share the decoded keys.
+  static constexpr int kMaxRows = 16;
+  /// Steps for which turned queries are kept: warps may be so many steps apart, less two.
+  static constexpr int kBuffers = 4;
+  /// Warps that turn the queries of one step; they take turns.
+  static constexpr int kTurningWarps = 4;
+  /// Rows begin at a multiple of this in shared memory, so that a code's place in its address is
+  /// free: 128 bytes times the largest codebook with a kernel of its own.
+  static constexpr int kRowAlignment = 128 << 7;
+};
+
+/// Tuning values of the value kernel: a thread block adds up kChunkBits code bits for kRows rows;
+/// its warps are two groups of kWarpBits bits times four that take turns at the blocks of tokens.
+struct ValueSumsConfig {
+  static constexpr int kThreads = 256;
+  static constexpr int kWarpBits = 128;
+  static constexpr int kBitGroups = 2;
+  static constexpr int kTokenGroups = 4;
+  static constexpr int kChunkBits = kWarpBits * kBitGroups;
+  static constexpr int kRows = 32;
+};
+
+/// Tuning values of the kernel that merges parts and applies the value decoder.
+struct CombineConfig {
+  static constexpr int kThreads = 512;
+  static constexpr int kChunkBits = 64;
+  static constexpr int kRows = 8;
+};
+
+/// Tuning values of the exact tokens' attention, which runs beside the key kernel.
+struct ExactConfig {
+  static constexpr int kThreads = KeyScoresConfig::kThreads;
+  static constexpr int kChunkTokens = 32;
+  static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
+};
+
+}  // namespace commvq::cuda

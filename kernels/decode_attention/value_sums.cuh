@@ -1,0 +1,261 @@
+#pragma once
+
+#include "common/memory.cuh"
+#include "common/mma.cuh"
+#include "decode_attention/config.hpp"
+#include "decode_attention/problem.cuh"
+
+/// Sums of value codes, sum over tokens of weight * b, for the rows of all heads at once: every code
+/// bit matters to every head, so a bit that was expanded serves 32 rows.
+///
+/// A 32-bit word holds one code bit of tokens 0 to 15 (low half) and 16 to 31 (high half) of a
+/// block. A mask leaves bit s of either half: as fp16 numbers these are bit * 2^(s - 24), operands of
+/// a matrix product as they are. The weights take 2^(3 - s) to make up for it.
+namespace commvq::cuda::value_sums {
+
+using Config = ValueSumsConfig;
+
+constexpr int kTiles = Config::kWarpBits / 16;  ///< of bits
+constexpr int kRowTiles = Config::kRows / 8;
+/// What a sum is to be multiplied by: 2^21.
+constexpr float kSumScale = 2097152.0f;
+
+/// Adds `other` to `total`.
+__device__ __forceinline__ void merge(RowSum& total, RowSum other) {
+  const float largest = fmaxf(total.max, other.max);
+  if (largest == -INFINITY) return;
+  total.sum = total.sum * exp2_approx(total.max - largest) +
+              other.sum * exp2_approx(other.max - largest);
+  total.max = largest;
+}
+
+/// Largest score of each row over the blocks `[first, first + count)` and what they sum to.
+/// Leaves the maxima in `maxima`, shared, `[kRows]`.
+__device__ inline RowSum merge_blocks(const Problem& p, Index first, int count, int first_row,
+                                      int rows, RowSum* scratch, float* maxima) {
+  // Thread t: row t % 32, every eighth half block from t / 32 on, some of them at once.
+  const int row = threadIdx.x % Config::kRows;
+  constexpr int kLanes = Config::kThreads / Config::kRows;
+  constexpr int kAtOnce = 8;
+  RowSum total = {-INFINITY, 0};
+  if (row < rows) {
+    const RowSum* const sums = p.block_sums + first * kHalves * p.row_stride + first_row + row;
+    for (int i = threadIdx.x / Config::kRows; i < count * kHalves; i += kLanes * kAtOnce) {
+      RowSum some[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        some[j] = i + j * kLanes < count * kHalves ? sums[Index{i + j * kLanes} * p.row_stride]
+                                                   : RowSum{-INFINITY, 0};
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) merge(total, some[j]);
+    }
+  }
+  scratch[threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.x < Config::kRows) {
+    for (int i = 1; i < kLanes; ++i) merge(total, scratch[i * Config::kRows + row]);
+    maxima[row] = total.max == -INFINITY ? 0.0f : total.max;
+  }
+  __syncthreads();
+  return total;
+}
+
+/// What the two warps of a token group multiply for one block, as it lies in shared memory.
+struct Stage {
+  uint4 bits[2][Config::kBitGroups][Config::kWarpBits / 8];  ///< [half of the block]: 16-bit words
+  uint4 weights[Config::kRows][4];                           ///< sixteen pairs of fp16
+  RowSum sums[kHalves][Config::kRows];
+};
+constexpr int kStages = 6;
+
+/// Starts copying block `i` of a segment: this warp's bits, and half of the group's weights.
+__device__ __forceinline__ void copy_block(const Problem& p, const Cursor& cursor, int i, int bit,
+                                           int first_row, Stage& stage) {
+  const int lane = threadIdx.x % 32;
+  const int bit_group = threadIdx.x / 32 % Config::kBitGroups;
+  const std::int32_t* const table = p.block_table + Index{cursor.seq} * p.max_blocks;
+  const int half = lane / 16;
+  int token = (cursor.block + i) * kBlockTokens + 16 * half;
+  // The second half may lie beyond the last page; its weights are zero, so any bits will do.
+  if (token >= p.seq_lens[cursor.seq]) token -= 16;
+  const std::uint8_t* const page = p.pages + table[token >> p.page.shift] * p.page_stride;
+  const int slot = token & (p.page.size - 1);
+  const int first_bit = bit + lane % 16 * 8;
+  const int offset =
+      p.page.value_codes + 2 * (slot / 16 * p.page.num_code_bits +
+                                (first_bit < p.page.num_code_bits ? first_bit : 0));
+  copy_async_16(shared_address(&stage.bits[half][bit_group][lane % 16]), page + offset);
+
+  const Index row = Index{cursor.index + i} * p.row_stride + first_row;
+  const int rows_left = p.row_stride - first_row;
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int vector = (2 * bit_group + part) * 32 + lane;
+    if (vector / 4 < rows_left)
+      copy_async_16(shared_address(&stage.weights[vector / 4][vector % 4]),
+                    p.weights + (row + vector / 4) * 16 + vector % 4 * 4);
+  }
+  const Index sums =
+      (Index{cursor.index + i} * kHalves + bit_group) * p.row_stride + first_row;
+  if (lane < 16 && lane * 2 < rows_left)
+    copy_async_16(shared_address(&stage.sums[bit_group][lane * 2]), p.block_sums + sums + lane * 2);
+}
+
+/// Weights of rows g, 8 + g, ... relative to `maxima`, with the bits' powers of two: lane 4g + q
+/// holds tokens 4q to 4q + 3 of either half.
+__device__ __forceinline__ void load_weights(const Stage& stage, const float (&maxima)[kRowTiles],
+                                             std::uint32_t (&weights)[kRowTiles][4]) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int t = 0; t < kRowTiles; ++t) {
+    const float factor = exp2_approx(stage.sums[q / 2][8 * t + g].max - maxima[t]);
+    const uint4 v = stage.weights[8 * t + g][q];
+    const std::uint32_t raw[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      weights[t][i] =
+          as_bits(__hmul2(as_half2(raw[i]), __float2half2_rn(factor * static_cast<float>(8 >> i))));
+  }
+}
+
+/// Lane 4g + q holds bits 16 g to 16 g + 15 of its warp.
+__device__ __forceinline__ void multiply(const Stage& stage,
+                                         const std::uint32_t (&weights)[kRowTiles][4],
+                                         float (&sums)[kTiles][kRowTiles][4]) {
+  const int g = threadIdx.x % 32 / 4, shift = threadIdx.x % 4 * 4;
+  const int bit_group = threadIdx.x / 32 % Config::kBitGroups;
+#pragma unroll
+  for (int vector = 0; vector < 2; ++vector) {
+    const uint4 v[2] = {stage.bits[0][bit_group][2 * g + vector],
+                        stage.bits[1][bit_group][2 * g + vector]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // Bits 2 tile (rows 0-7 of the fragment) and 2 tile + 1 (rows 8-15) of the lane's sixteen.
+      const int tile = 4 * vector + i;
+      const auto word = [&](const uint4& w) {
+        return (i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w) >> shift;
+      };
+      const std::uint32_t low = word(v[0]), high = word(v[1]);
+      const std::uint32_t first = __byte_perm(low, high, 0x5410);
+      const std::uint32_t second = __byte_perm(low, high, 0x7632);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const std::uint32_t mask = 0x00010001u << (2 * step);
+        const std::uint32_t a0 = first & mask, a1 = second & mask;
+        const std::uint32_t a2 = first & mask << 1, a3 = second & mask << 1;
+#pragma unroll
+        for (int t = 0; t < kRowTiles; ++t)
+          mma_16x8x16(sums[tile][t], a0, a1, a2, a3, weights[t][2 * step],
+                      weights[t][2 * step + 1]);
+      }
+    }
+  }
+}
+
+/// Adds up the sums of the token groups and writes them. `scratch` holds two groups' sums,
+/// `[2][kBitGroups][kTiles * kRowTiles * 4][32]` floats.
+__device__ inline void store(const Problem& p, Index slot, int first_bit, int first_row, int rows,
+                             float (&sums)[kTiles][kRowTiles][4], float* scratch) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int bit_group = warp % Config::kBitGroups, token_group = warp / Config::kBitGroups;
+  constexpr int kSums = kTiles * kRowTiles * 4;
+  for (int groups = Config::kTokenGroups / 2; groups > 0; groups /= 2) {
+    float* const mine =
+        scratch + ((token_group % groups) * Config::kBitGroups + bit_group) * kSums * 32 + lane;
+    if (token_group >= groups && token_group < 2 * groups) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) mine[i * 32] = sums[i / (4 * kRowTiles)][i / 4 % kRowTiles][i % 4];
+    }
+    __syncthreads();
+    if (token_group < groups) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i / (4 * kRowTiles)][i / 4 % kRowTiles][i % 4] += mine[i * 32];
+    }
+    __syncthreads();
+  }
+  if (token_group != 0) return;
+  const int g = lane / 4, q = lane % 4;
+  const int bit = first_bit + bit_group * Config::kWarpBits + 16 * g;
+  if (bit >= p.page.num_code_bits) return;
+#pragma unroll
+  for (int t = 0; t < kRowTiles; ++t)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = 8 * t + 2 * q + e;
+      if (row >= rows) continue;
+      float* const target = p.value_sums +
+                            (slot * p.row_stride + first_row + row) * p.page.num_code_bits + bit;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        *reinterpret_cast<float2*>(target + 2 * tile) =
+            make_float2(sums[tile][t][e], sums[tile][t][2 + e]);
+    }
+}
+
+/// A sequence's blocks in one part: every token group takes each fourth of them.
+__device__ __forceinline__ void add_segment(const Problem& p, const Cursor& cursor, int count,
+                                            int first_bit, int first_row,
+                                            const float (&maxima)[kRowTiles], Stage* stages,
+                                            float (&sums)[kTiles][kRowTiles][4]) {
+  const int warp = threadIdx.x / 32;
+  const int bit = first_bit + warp % Config::kBitGroups * Config::kWarpBits;
+  const int group = warp / Config::kBitGroups;
+  const auto copy = [&](int turn) {
+    const int i = group + turn * Config::kTokenGroups;
+    if (i < count) copy_block(p, cursor, i, bit, first_row, stages[turn % kStages]);
+    commit_copies();
+  };
+#pragma unroll 1
+  for (int turn = 0; turn < kStages - 1; ++turn) copy(turn);
+#pragma unroll 1
+  for (int turn = 0; group + turn * Config::kTokenGroups < count; ++turn) {
+    wait_for_copies_but<kStages - 2>();
+    sync_warps(1 + group, 32 * Config::kBitGroups);
+    copy(turn + kStages - 1);
+    const Stage& stage = stages[turn % kStages];
+    std::uint32_t weights[kRowTiles][4];
+    load_weights(stage, maxima, weights);
+    multiply(stage, weights, sums);
+  }
+  wait_for_copies();
+}
+
+/// `memory` is shared: `kSharedBytes`.
+__device__ inline void run(const Problem& p, std::uint8_t* memory) {
+  __shared__ RowSum merge_scratch[Config::kThreads];
+  __shared__ float shared_maxima[Config::kRows];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Stage* const stages = reinterpret_cast<Stage*>(memory) + warp / Config::kBitGroups * kStages;
+  const int first_bit = blockIdx.y * Config::kChunkBits;
+  const int first_row = blockIdx.z * Config::kRows;
+  const int rows = min(Config::kRows, p.num_rows - first_row);
+  const int total = total_blocks(p);
+  const int parts = value_parts(p, total);
+  if (!fits(p, total) || blockIdx.x >= parts) return;
+  Cursor cursor = cursor_at(p, part_begin(total, blockIdx.x, parts),
+                            part_begin(total, blockIdx.x + 1, parts));
+#pragma unroll 1
+  while (!cursor.done()) {
+    const int count = cursor.count(INT_MAX);
+    const Index slot = Index{blockIdx.x} + cursor.seq;
+    const RowSum total_sum = merge_blocks(p, cursor.index, count, first_row, rows, merge_scratch,
+                                          shared_maxima);
+    if (blockIdx.y == 0 && threadIdx.x < rows)
+      p.part_sums[slot * p.row_stride + first_row + threadIdx.x] = total_sum;
+    float maxima[kRowTiles];
+#pragma unroll
+    for (int t = 0; t < kRowTiles; ++t) maxima[t] = shared_maxima[8 * t + lane / 4];
+    float sums[kTiles][kRowTiles][4] = {};
+    add_segment(p, cursor, count, first_bit, first_row, maxima, stages, sums);
+    __syncthreads();  // the stages' memory serves the sums now
+    store(p, slot, first_bit, first_row, rows, sums, reinterpret_cast<float*>(memory));
+    cursor.advance(p, count);
+  }
+}
+
+/// The sums of two token groups take turns with the stages in shared memory.
+constexpr int kScratchBytes = 2 * Config::kBitGroups * kTiles * kRowTiles * 4 * 32 * 4;
+constexpr int kStageBytes = Config::kTokenGroups * kStages * static_cast<int>(sizeof(Stage));
+constexpr int kSharedBytes = kScratchBytes > kStageBytes ? kScratchBytes : kStageBytes;
+
+}  // namespace commvq::cuda::value_sums

@@ -1,0 +1,241 @@
+// The order of codes in a device page, and codebooks in 8-bit integers. Needs no device.
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "commvq/core/error.hpp"
+#include "commvq/cuda/integer_codebook.hpp"
+#include "commvq/cuda/page_layout.hpp"
+#include "commvq/value_codec/value_codec.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "reference/random_cache.hpp"
+
+namespace commvq::cuda {
+namespace {
+
+using testing_support::Rng;
+
+struct Shape {
+  int head_dim, group_pairs, codebook_size, num_stages, num_kv_heads, value_bits, page_size;
+  Index plane_bytes;
+};
+
+void PrintTo(const Shape& s, std::ostream* out) {
+  *out << "D" << s.head_dim << " g" << s.group_pairs << " Nc" << s.codebook_size << " R"
+       << s.num_stages << " heads" << s.num_kv_heads << " bits" << s.value_bits << " page"
+       << s.page_size << " plane" << s.plane_bytes;
+}
+
+KeyCodecConfig key_config(const Shape& shape) {
+  KeyCodecConfig config;
+  config.pairs = {shape.head_dim, shape.head_dim, RopeLayout::kHalfSplit};
+  config.group_pairs = shape.group_pairs;
+  config.codebook_size = shape.codebook_size;
+  config.num_stages = shape.num_stages;
+  config.tied = false;
+  return config;
+}
+
+DevicePageLayout layout_of(const Shape& shape) {
+  ValueCodecConfig values;
+  values.num_channels = shape.num_kv_heads * shape.head_dim;
+  values.bits = shape.value_bits;
+  return {key_config(shape), shape.num_kv_heads, values, shape.page_size, shape.plane_bytes};
+}
+
+class DeviceLayout : public testing::TestWithParam<Shape> {};
+
+TEST_P(DeviceLayout, TokensReadBackAsWritten) {
+  const DevicePageLayout layout = layout_of(GetParam());
+  Rng rng(1);
+  const auto num_codes =
+      static_cast<std::size_t>(layout.num_kv_heads * layout.num_groups * layout.num_books);
+  struct Token {
+    std::vector<std::uint16_t> codes;
+    std::uint16_t norm, scale;
+    std::vector<std::uint8_t> value;
+  };
+  std::vector<Token> tokens;
+  std::vector<std::uint8_t> page(static_cast<std::size_t>(layout.page_bytes), 0xa5);
+  for (int slot = 0; slot < layout.page_size; ++slot) {
+    Token token;
+    for (std::size_t i = 0; i < num_codes; ++i)
+      token.codes.push_back(
+          static_cast<std::uint16_t>(rng() % static_cast<unsigned>(layout.codebook_size)));
+    token.norm = static_cast<std::uint16_t>(rng());
+    token.scale = static_cast<std::uint16_t>(rng());
+    for (int i = 0; i < layout.num_code_bits / 8; ++i)
+      token.value.push_back(static_cast<std::uint8_t>(rng()));
+    tokens.push_back(token);
+  }
+  std::vector<int> order(tokens.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+  std::shuffle(order.begin(), order.end(), rng);
+  for (const int slot : order) {
+    const Token& token = tokens[static_cast<std::size_t>(slot)];
+    put_token(layout, page.data(), slot, token.codes.data(), &token.norm, token.value.data(),
+              token.scale);
+  }
+  for (int slot = 0; slot < layout.page_size; ++slot) {
+    const Token& token = tokens[static_cast<std::size_t>(slot)];
+    Token read = token;
+    std::fill(read.codes.begin(), read.codes.end(), std::uint16_t{0xffff});
+    std::fill(read.value.begin(), read.value.end(), std::uint8_t{0});
+    get_token(layout, page.data(), slot, read.codes.data(), &read.norm, read.value.data(),
+              &read.scale);
+    EXPECT_EQ(read.codes, token.codes) << slot;
+    EXPECT_EQ(read.norm, token.norm) << slot;
+    EXPECT_EQ(read.value, token.value) << slot;
+    EXPECT_EQ(read.scale, token.scale) << slot;
+  }
+}
+
+TEST_P(DeviceLayout, APageHoldsItsBitsAndLittleMore) {
+  const DevicePageLayout layout = layout_of(GetParam());
+  const KeyCodecConfig config = key_config(GetParam());
+  const Index bits = Index{config.bits_per_head()} * layout.num_kv_heads + 16 +
+                     layout.num_code_bits + 16;
+  const Index exact = bits * layout.page_size / 8;
+  EXPECT_GE(layout.page_bytes, exact);
+  EXPECT_LE(layout.page_bytes, exact + 15 * (2 * layout.num_planes + 3));
+  Index plane_bits = 0;
+  for (int i = 0; i < layout.num_planes; ++i) {
+    const KeyPlane& plane = layout.planes[i];
+    EXPECT_EQ(plane.num_books * layout.code_bits, plane.num_words * 32 + plane.tail_bits);
+    EXPECT_LE(IntegerKeySlice::image_bytes(slice_width(config), plane.num_books,
+                                           layout.codebook_size),
+              GetParam().plane_bytes);
+    plane_bits += plane.num_books * layout.code_bits;
+  }
+  EXPECT_EQ(plane_bits, config.bits_per_head());
+}
+
+TEST_P(DeviceLayout, SumsOfIntegersStayInAByteAndDecodeToTheCodebook) {
+  const Shape& shape = GetParam();
+  const DevicePageLayout layout = layout_of(shape);
+  Rng rng(2);
+  const auto codec =
+      testing_support::random_key_codec(rng, key_config(shape), shape.num_kv_heads);
+  const KeyCodebook<float>& codebook = codec->codebook(0);
+  const int width = slice_width(codebook.config);
+  for (int i = 0; i < layout.num_planes; ++i) {
+    const KeyPlane& plane = layout.planes[i];
+    const int num_pairs = std::min(width, shape.group_pairs);
+    const IntegerKeySlice slice(codebook, plane, plane.group * shape.group_pairs, num_pairs, width);
+    for (int channel = 0; channel < 2 * width; ++channel) {
+      int most = 0;
+      for (int book = 0; book < slice.num_books; ++book) {
+        int largest = 0;
+        for (int c = 0; c < slice.codebook_size; ++c)
+          largest = std::max(
+              largest, std::abs(int{slice.rows[static_cast<std::size_t>(
+                           (book * slice.codebook_size + c) * 2 * width + channel)]}));
+        most += largest;
+      }
+      EXPECT_LE(most, 127) << "plane " << i << " channel " << channel;
+    }
+  }
+  const KeyCodec rounded = rounded_to_integers(*codec, layout);
+  for (int head = 0; head < shape.num_kv_heads; ++head) {
+    double error = 0, energy = 0;
+    const auto& before = codec->codebook(head).rows;
+    const auto& after = rounded.codebook(head).rows;
+    // Books keep their rows up to a constant of the channel: sums of one row a book agree.
+    std::vector<std::uint16_t> codes(static_cast<std::size_t>(codebook.config.num_codes()));
+    std::vector<float> a(static_cast<std::size_t>(shape.head_dim)), b(a.size());
+    for (int i = 0; i < 200; ++i) {
+      for (auto& code : codes)
+        code = static_cast<std::uint16_t>(rng() % static_cast<unsigned>(shape.codebook_size));
+      decode_key(codec->codebook(head), codes.data(), a.data());
+      decode_key(rounded.codebook(head), codes.data(), b.data());
+      for (std::size_t d = 0; d < a.size(); ++d) {
+        error += (a[d] - b[d]) * (a[d] - b[d]);
+        energy += a[d] * a[d];
+      }
+    }
+    EXPECT_EQ(before.size(), after.size());
+    EXPECT_LT(error / energy, 0.02) << "head " << head;
+    EXPECT_GT(error / energy, 0.0);
+  }
+}
+
+TEST_P(DeviceLayout, FourIntegersAddUpInOneWord) {
+  const Shape& shape = GetParam();
+  const DevicePageLayout layout = layout_of(shape);
+  Rng rng(3);
+  const auto codec = testing_support::random_key_codec(rng, key_config(shape), 1);
+  const int width = slice_width(codec->config());
+  const KeyPlane& plane = layout.planes[0];
+  const IntegerKeySlice slice(codec->codebook(0), plane, 0, std::min(width, shape.group_pairs),
+                              width);
+  const std::vector<std::int8_t> image = slice.image();
+  const int books_per_line = 64 / width;
+  for (int trial = 0; trial < 100; ++trial) {
+    std::vector<std::uint32_t> words(static_cast<std::size_t>(width / 2), 0x80808080u);
+    std::vector<int> expected(static_cast<std::size_t>(2 * width), 0);
+    for (int book = 0; book < slice.num_books; ++book) {
+      const auto c = static_cast<int>(rng() % static_cast<unsigned>(slice.codebook_size));
+      const std::int8_t* const row = image.data() +
+                                     (book / books_per_line * slice.codebook_size + c) * 128 +
+                                     book % books_per_line * 64;
+      for (std::size_t w = 0; w < words.size(); ++w) {
+        std::uint32_t word;
+        std::memcpy(&word, row + 4 * w, 4);
+        words[w] += word;
+      }
+      for (int i = 0; i < 2 * width; ++i)
+        expected[static_cast<std::size_t>(i)] += slice.rows[static_cast<std::size_t>(
+            (book * slice.codebook_size + c) * 2 * width + i)];
+    }
+    for (int k = 0; k < width / 8; ++k)
+      for (int q = 0; q < 4; ++q)
+        for (int byte = 0; byte < 4; ++byte) {
+          const std::uint32_t word = words[static_cast<std::size_t>((k / 4 * 4 + q) * 4 + k % 4)];
+          const int value = static_cast<int>(word >> (8 * byte) & 0xff) - 128;
+          EXPECT_EQ(value, expected[static_cast<std::size_t>(byte / 2 * width + 8 * k + 2 * q +
+                                                             byte % 2)]);
+        }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, DeviceLayout,
+    testing::Values(Shape{128, 64, 64, 11, 8, 1, 64, 176 * 1024},   // the paper's 1 bit
+                    Shape{128, 64, 64, 21, 8, 2, 32, 176 * 1024},   // and 2 bits: two planes
+                    Shape{128, 64, 64, 11, 2, 1, 16, 56 * 1024},    // little shared memory
+                    Shape{64, 32, 64, 5, 4, 1, 16, 176 * 1024},     // half-width rows
+                    Shape{256, 64, 64, 11, 1, 1, 128, 176 * 1024},  // two groups
+                    Shape{128, 64, 128, 4, 8, 1, 64, 176 * 1024},   // few wide books
+                    Shape{128, 16, 37, 3, 2, 2, 64, 176 * 1024}));  // odd sizes
+
+TEST(DeviceLayoutRefusals, NameTheLimit) {
+  const Shape good{128, 64, 64, 11, 8, 1, 64, 176 * 1024};
+  const auto message_of = [](const Shape& shape) -> std::string {
+    try {
+      layout_of(shape);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(message_of(good), "no error");
+  Shape shape = good;
+  shape.page_size = 48;
+  EXPECT_THAT(message_of(shape), testing::HasSubstr("page_size is 48"));
+  shape = good;
+  shape.head_dim = 96;
+  shape.group_pairs = 48;
+  EXPECT_THAT(message_of(shape), testing::HasSubstr("head_dim is 96"));
+  shape = good;
+  shape.codebook_size = 4096;
+  EXPECT_THAT(message_of(shape), testing::HasSubstr("codebook_size is 4096"));
+  shape = good;
+  shape.num_stages = 300;
+  EXPECT_THAT(message_of(shape), testing::HasSubstr("planes"));
+}
+
+}  // namespace
+}  // namespace commvq::cuda
