@@ -6,6 +6,8 @@
 #include "commvq/cuda/append.hpp"
 #include "reference/append_reference.hpp"
 
+#include "device.hpp"
+
 #include <gmock/gmock.h>
 
 namespace commvq::cuda {
@@ -15,36 +17,11 @@ using testing::HasSubstr;
 using testing_support::AppendCase;
 using testing_support::AppendShape;
 using testing_support::CodedToken;
+using testing_support::DeviceArray;
 using testing_support::is_nan_bf16;
 using testing_support::Rng;
 
-void check(cudaError_t error) { require(error == cudaSuccess, cudaGetErrorString(error)); }
-
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(std::size_t count) : count_(count) {
-    check(cudaMalloc(&data_, std::max<std::size_t>(count, 1) * sizeof(T)));
-  }
-  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) { write(values); }
-  DeviceArray(const DeviceArray&) = delete;
-  ~DeviceArray() { cudaFree(data_); }
-
-  T* get() const { return static_cast<T*>(data_); }
-  std::size_t size() const { return count_; }
-  void write(const std::vector<T>& values) {
-    check(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  std::vector<T> read() const {
-    std::vector<T> values(count_);
-    check(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  void* data_ = nullptr;
-  std::size_t count_;
-};
+void check(cudaError_t error) { testing_support::check_cuda(error, "CUDA"); }
 
 std::vector<std::uint16_t> bf16(const std::vector<float>& values) {
   std::vector<std::uint16_t> result;
@@ -86,10 +63,7 @@ constexpr double kFp16Tolerance = 1e-2;
 
 class AppendTest : public testing::Test {
  protected:
-  void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no GPU here";
-  }
+  void SetUp() override { COMMVQ_NEEDS_DEVICE(); }
   static void run(const AppendParams& params, const DeviceEncoder& encoder) {
     const Status status = append(encoder, params);
     ASSERT_TRUE(status.ok()) << status.message();
@@ -100,7 +74,7 @@ class AppendTest : public testing::Test {
                              ValuePrecision precision = ValuePrecision::kFp32) {
     DeviceCase device(tested, precision);
     run(device.params(tested), device.encoder);
-    return tested.judge(device.pages.read(), precision == ValuePrecision::kFp32 ? kFp32Tolerance
+    return tested.judge(device.pages.to_host(), precision == ValuePrecision::kFp32 ? kFp32Tolerance
                                                                                 : kFp16Tolerance);
   }
   Rng rng_{17};
@@ -173,10 +147,10 @@ TEST_F(AppendTest, SlotsAreRewritten) {
   std::rotate(tested.keys.begin(), tested.keys.begin() + tested.num_channels(), tested.keys.end());
   std::rotate(tested.values.begin(), tested.values.begin() + tested.num_channels(),
               tested.values.end());
-  device.keys.write(tested.keys);
-  device.values.write(tested.values);
+  device.keys.copy(tested.keys);
+  device.values.copy(tested.values);
   run(device.params(tested), device.encoder);
-  EXPECT_EQ(tested.judge(device.pages.read(), kFp32Tolerance), "");
+  EXPECT_EQ(tested.judge(device.pages.to_host(), kFp32Tolerance), "");
 }
 
 TEST_F(AppendTest, WhatIsNotFiniteIsSeen) {
@@ -191,7 +165,7 @@ TEST_F(AppendTest, WhatIsNotFiniteIsSeen) {
   std::fill_n(tested.values.begin() + static_cast<std::ptrdiff_t>(4 * channels), channels, 0.0f);
   DeviceCase device(tested);
   run(device.params(tested), device.encoder);
-  std::vector<std::uint8_t> pages = device.pages.read();
+  std::vector<std::uint8_t> pages = device.pages.to_host();
   EXPECT_EQ(tested.judge(pages, kFp32Tolerance), "");
   const CodedToken bad_key = tested.token_in(pages, 1);
   EXPECT_TRUE(is_nan_bf16(bad_key.key_norm));
@@ -229,13 +203,13 @@ TEST_F(AppendTest, ExactCopiesAreWrittenAndCoded) {
     std::copy_n(keys.begin() + from, channels, expected_keys.begin() + to);
     std::copy_n(values.begin() + from, channels, expected_values.begin() + to);
   }
-  EXPECT_EQ(exact_keys.read(), expected_keys);
-  EXPECT_EQ(exact_values.read(), expected_values);
+  EXPECT_EQ(exact_keys.to_host(), expected_keys);
+  EXPECT_EQ(exact_values.to_host(), expected_values);
   for (std::size_t i = 0; i < keys.size(); ++i) {
     tested.keys[i] = from_bf16(keys[i]);
     tested.values[i] = from_bf16(values[i]);
   }
-  EXPECT_EQ(tested.judge(device.pages.read(), kFp32Tolerance), "");
+  EXPECT_EQ(tested.judge(device.pages.to_host(), kFp32Tolerance), "");
 }
 
 TEST_F(AppendTest, HalfPrecisionInputsAreReadAsTheyAre) {
@@ -254,7 +228,7 @@ TEST_F(AppendTest, HalfPrecisionInputsAreReadAsTheyAre) {
     params.values = device_values.get();
     params.type = type;
     run(params, device.encoder);
-    EXPECT_EQ(tested.judge(device.pages.read(), kFp32Tolerance), "");
+    EXPECT_EQ(tested.judge(device.pages.to_host(), kFp32Tolerance), "");
   }
 }
 
@@ -277,12 +251,12 @@ TEST_F(AppendTest, CapturedGraphReplaysWithOtherTokensAndPlaces) {
     std::rotate(tested.keys.begin(), tested.keys.begin() + tested.num_channels(),
                 tested.keys.end());
     tested.scatter(rng_);
-    device.keys.write(tested.keys);
-    device.slot_mapping.write(tested.slot_mapping);
-    device.pages.write(tested.noise);
+    device.keys.copy(tested.keys);
+    device.slot_mapping.copy(tested.slot_mapping);
+    device.pages.copy(tested.noise);
     check(cudaGraphLaunch(executable, stream));
     check(cudaStreamSynchronize(stream));
-    EXPECT_EQ(tested.judge(device.pages.read(), kFp32Tolerance), "");
+    EXPECT_EQ(tested.judge(device.pages.to_host(), kFp32Tolerance), "");
   }
   cudaGraphExecDestroy(executable);
   cudaGraphDestroy(graph);
