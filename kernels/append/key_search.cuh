@@ -272,18 +272,18 @@ struct KeySearch {
     using namespace append_instructions;
     constexpr int kPerWarp = kNumRows / (kKeySearch.num_threads / 32);
     constexpr int kRows = kPerWarp < 8 ? kPerWarp : 8;
-    static_assert(kPerWarp % kRows == 0);
+    constexpr int kTogether = 4;
+    static_assert(kPerWarp % kRows == 0 && kRows % kTogether == 0);
     const int size = keys.codebook_size;
     const float unit = __ldg(keys.cross_units + books + stage);
     const float per_unit = unit > 0 ? 1 / unit : 0;
     const std::uint32_t* const cross =
         keys.rounded_cross_terms + (books + stage) * (size / 2) * keys.padded_size + 2 * lane;
-    const float infinity = __uint_as_float(0x7f800000u);
     for (int first = warp * kPerWarp; first < (warp + 1) * kPerWarp; first += kRows) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const float* const of_b = table(first + i) + at.first_b;
-        float least = infinity;
+        float least = __uint_as_float(0x7f800000u);
         for (int b = lane; b < size; b += 32) least = fminf(least, of_b[b]);
         least = from_ordered_bits(__reduce_min_sync(0xffffffffu, ordered_bits(least)));
         if (lane == 0) least_terms()[first + i] = least;
@@ -320,41 +320,91 @@ struct KeySearch {
             }
           }
         }
-        const int a = first_a + 2 * lane;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          float error[2];  // less the least term of b
+        for (int i = 0; i < kRows; i += kTogether) {
+          unsigned lanes[kTogether][2];  // whose a may be the best
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const int integer = min(static_cast<int>(static_cast<std::int16_t>(least[i][k])),
-                                    static_cast<int>(static_cast<std::int16_t>(least[i][k] >> 16)));
-            error[k] = a + k < size ? table(first + i)[a + k] + unit * static_cast<float>(integer)
-                                    : infinity;
-          }
-          const float least_error = from_ordered_bits(
-              __reduce_min_sync(0xffffffffu, ordered_bits(fminf(error[0], error[1]))));
-          // Two errors of a unit, and the rounding of fp32 in these sums and in the exact ones.
-          const float margin =
-              2.01f * unit + 1e-6f * (fabsf(least_error) + fabsf(least_terms()[first + i]) +
-                                      6.0f * kLargestCrossTerm * unit);
-          // Where nothing compares (NaN), any choice will do.
-          SortKey best = first_a == 0 ? kLastKey : choices()[first + i];
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            unsigned lanes = __ballot_sync(
-                0xffffffffu, error[k] <= least_error + margin && a + k < size);
-            for (; lanes != 0; lanes &= lanes - 1) {
-              const int candidate = first_a + 2 * (__ffs(static_cast<int>(lanes)) - 1) + k;
-              const SortKey key = next_extension(stage, first + i, 0, candidate, 0);
-              best = key < best ? key : best;
-            }
-          }
-          __syncwarp();  // all lanes have read the choice
-          if (lane == 0) choices()[first + i] = best != kLastKey ? best : 0;
-          __syncwarp();
+          for (int j = 0; j < kTogether; ++j)
+            select_candidates(first + i + j, first_a, least[i + j], unit, lanes[j]);
+          compare_candidates<kTogether>(stage, first + i, first_a, lanes);
         }
       }
     }
+    __syncwarp();
+  }
+
+  /// Of a = first_a + 2 * lane + k with the least integers over even and odd b in `least[k]`, the
+  /// lanes where a may be the best one.
+  __device__ void select_candidates(int row, int first_a, const std::uint32_t (&least)[2], float unit,
+                                    unsigned (&lanes)[2]) const {
+    const int a = first_a + 2 * lane;
+    float error[2];  // less the least term of b
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int integer = min(static_cast<int>(static_cast<std::int16_t>(least[k])),
+                              static_cast<int>(static_cast<std::int16_t>(least[k] >> 16)));
+      error[k] = a + k < keys.codebook_size
+                     ? table(row)[a + k] + unit * static_cast<float>(integer)
+                     : __uint_as_float(0x7f800000u);
+    }
+    const float least_error = from_ordered_bits(
+        __reduce_min_sync(0xffffffffu, ordered_bits(fminf(error[0], error[1]))));
+    // Two errors of a unit, and the rounding of fp32 in these sums and in the exact ones.
+    const float margin = 2.01f * unit + 1e-6f * (fabsf(least_error) + fabsf(least_terms()[row]) +
+                                                 6.0f * kLargestCrossTerm * unit);
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      lanes[k] = __ballot_sync(0xffffffffu,
+                               error[k] <= least_error + margin && a + k < keys.codebook_size);
+  }
+
+  /// Finds in fp32 the best extension among the candidates of some rows, and leaves it in `choices`
+  /// unless one of a smaller first_a is there that is better. The first candidates, which are mostly
+  /// the only ones, go together to hide the latency of memory.
+  template <int kCount>
+  __device__ void compare_candidates(int stage, int first_row, int first_a,
+                                     unsigned (&lanes)[kCount][2]) const {
+    const int size = keys.codebook_size;
+    const auto take = [&](unsigned (&of_row)[2]) {  // the next candidate
+      const int k = of_row[0] != 0 ? 0 : 1;
+      const int bit = __ffs(static_cast<int>(of_row[0] != 0 ? of_row[0] : of_row[1])) - 1;
+      of_row[0] &= of_row[0] - 1;
+      if (k == 1) of_row[1] &= of_row[1] - 1;
+      return bit < 0 ? first_a : first_a + 2 * bit + k;  // none, where nothing compares (NaN): any
+    };
+    int a[kCount];
+    SortKey best[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      a[i] = take(lanes[i]);
+      best[i] = kLastKey;
+    }
+    for (int b = lane; b < size; b += 32) {
+      float cross[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        cross[i] = __ldg(keys.cross_terms + ((books + stage) * size + a[i]) * size + b);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const float* const terms = table(first_row + i);
+        const SortKey key = sort_key(terms[a[i]] + (terms[at.first_b + b] + cross[i]), 0, a[i], b);
+        best[i] = key < best[i] ? key : best[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) best[i] = warp_least(best[i]);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      while ((lanes[i][0] | lanes[i][1]) != 0) {
+        const SortKey key = next_extension(stage, first_row + i, 0, take(lanes[i]), 0);
+        best[i] = key < best[i] ? key : best[i];
+      }
+      if (first_a > 0) best[i] = min(best[i], choices()[first_row + i]);
+    }
+    __syncwarp();  // all lanes have read the choices
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (lane == 0) choices()[first_row + i] = best[i];
     __syncwarp();
   }
 
