@@ -1,8 +1,6 @@
 // Tokens a second that `append` codes: one layer of Llama-3.1-8B (8 KV heads of 128), 8192 tokens a
 // call, random codecs of the paper's shapes. Median over many calls, each timed by events; inputs,
 // pages and workspaces take turns, together more than twice the L2 cache. The last line is JSON.
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -19,6 +17,8 @@
 #include "commvq/key_codec/key_codec.hpp"
 #include "commvq/value_codec/value_codec.hpp"
 
+#include <cuda_runtime_api.h>
+
 namespace {
 
 using namespace commvq;
@@ -27,11 +27,13 @@ constexpr int kHeads = 8;
 constexpr int kHeadDim = 128;
 constexpr int kChannels = kHeads * kHeadDim;
 constexpr Index kTokens = 8192;
-constexpr int kSets = 4;   // of buffers that take turns
+constexpr int kSets = 4;  // of buffers that take turns
 constexpr int kWarmUp = 8;
 constexpr int kRuns = 40;
 
-void check(cudaError_t error) { require(error == cudaSuccess, cudaGetErrorString(error)); }
+void check(cudaError_t error) {
+  require(error == cudaSuccess, cudaGetErrorString(error));
+}
 
 std::vector<float> normal(std::mt19937& rng, Index count, double deviation) {
   std::normal_distribution<float> distribution(0.0f, static_cast<float>(deviation));
@@ -94,13 +96,14 @@ struct Buffers {
     for (std::size_t i = 0; i < places.size(); ++i) places[i] = static_cast<std::int64_t>(i);
     for (cuda::AppendParams& p : params) {
       std::vector<std::uint16_t> rows;
-      for (const float value : normal(rng, kTokens * kChannels, 1.0)) rows.push_back(to_bf16(value));
+      for (const float value : normal(rng, kTokens * kChannels, 1.0))
+        rows.push_back(to_bf16(value));
       p.num_tokens = kTokens;
       p.keys = own(rows.data(), rows.size() * 2);
       std::reverse(rows.begin(), rows.end());
       p.values = own(rows.data(), rows.size() * 2);
-      p.slot_mapping =
-          static_cast<const std::int64_t*>(own(places.data(), places.size() * sizeof(std::int64_t)));
+      p.slot_mapping = static_cast<const std::int64_t*>(
+          own(places.data(), places.size() * sizeof(std::int64_t)));
       const Index pages = kTokens / layout.page_size;
       p.pages.data = static_cast<std::uint8_t*>(
           own(nullptr, static_cast<std::size_t>(pages * layout.page_bytes)));

@@ -29,21 +29,20 @@ void launch_product(const MatrixProduct& product, const Weights& weights, const 
                     bool uses_warpgroups, cudaStream_t stream) {
   constexpr TileConfig kTile = kTileOf<kLarge>;
   // Code for warpgroups has deeper pipelines; where there is none, the rest is not used.
-  const int bytes = kLarge && uses_warpgroups ? kWarpgroupTile.shared_bytes() : kTile.shared_bytes();
+  const int bytes =
+      kLarge && uses_warpgroups ? kWarpgroupTile.shared_bytes() : kTile.shared_bytes();
   const dim3 grid(static_cast<unsigned>(weights.num_padded_outputs / kTile.cols),
                   blocks_for(product.num_rows, kTile.rows));
-  multiply<kLarge><<<grid, kTile.num_threads(), static_cast<std::size_t>(bytes), stream>>>(product, epilogue);
+  multiply<kLarge>
+      <<<grid, kTile.num_threads(), static_cast<std::size_t>(bytes), stream>>>(product, epilogue);
 }
 
 template <class Epilogue>
 void multiply_by(const EncoderView& encoder, const Weights& weights, const std::uint16_t* inputs,
                  Index num_tokens, int num_terms, const Epilogue& epilogue, cudaStream_t stream) {
-  const MatrixProduct product{inputs,
-                              inputs + num_tokens * weights.num_inputs,
-                              weights.hi,
-                              weights.lo,
-                              num_tokens,
-                              weights.num_inputs,
+  const MatrixProduct product{inputs,     inputs + num_tokens * weights.num_inputs,
+                              weights.hi, weights.lo,
+                              num_tokens, weights.num_inputs,
                               num_terms};
   if (num_tokens <= kSmallTileTokens) {
     launch_product<false>(product, weights, epilogue, encoder.has_warpgroups, stream);
@@ -55,9 +54,12 @@ void multiply_by(const EncoderView& encoder, const Weights& weights, const std::
 template <int kNumRows>
 auto key_search(KeySearchKind kind) {
   switch (kind) {
-    case KeySearchKind::kBeam: return search_key_codes<KeySearchKind::kBeam, kNumRows>;
-    case KeySearchKind::kGreedy: return search_key_codes<KeySearchKind::kGreedy, kNumRows>;
-    default: return search_key_codes<KeySearchKind::kScreenedGreedy, kNumRows>;
+    case KeySearchKind::kBeam:
+      return search_key_codes<KeySearchKind::kBeam, kNumRows>;
+    case KeySearchKind::kGreedy:
+      return search_key_codes<KeySearchKind::kGreedy, kNumRows>;
+    default:
+      return search_key_codes<KeySearchKind::kScreenedGreedy, kNumRows>;
   }
 }
 
@@ -139,13 +141,15 @@ Status check(const EncoderView& encoder, const AppendParams& params) {
     return Status(StatusCode::kInvalidArgument, "exact.type is %s; it must be bf16 or fp16",
                   name_of(exact.type));
   if (exact.keys == nullptr && params.exact_mapping != nullptr)
-    return invalid("exact_mapping is given, but no exact buffers", "set exact.keys and exact.values");
+    return invalid("exact_mapping is given, but no exact buffers",
+                   "set exact.keys and exact.values");
   if (params.workspace == nullptr || !is_aligned(params.workspace, 256))
     return invalid("workspace is null or not on 256 bytes", "see append_workspace_size");
   const std::size_t needed = AppendWorkspace(encoder, params.num_tokens, nullptr).bytes;
   if (params.workspace_bytes < needed)
-    return Status(StatusCode::kWorkspaceTooSmall, "the workspace has %zu bytes; %lld tokens need %zu",
-                  params.workspace_bytes, static_cast<long long>(params.num_tokens), needed);
+    return Status(StatusCode::kWorkspaceTooSmall,
+                  "the workspace has %zu bytes; %lld tokens need %zu", params.workspace_bytes,
+                  static_cast<long long>(params.num_tokens), needed);
   return {};
 }
 

@@ -22,8 +22,8 @@ inline constexpr int kMaxCodebookSize = 1024;
 /// Most tokens of a call: blocks of a grid.
 inline constexpr long long kMaxTokens = 1 << 20;
 
-/// Largest cross term of a stage as a 16-bit integer; a term of b, less the least one, is cut at twice
-/// as much (it cannot win beyond), so that sums stay below 2^15.
+/// Largest cross term of a stage as a 16-bit integer; a term of b, less the least one, is cut at
+/// twice as much (it cannot win beyond), so that sums stay below 2^15.
 inline constexpr int kLargestCrossTerm = 8191;
 
 /// Tile of a matrix product.
@@ -32,7 +32,7 @@ struct TileConfig {
   int cols;       ///< outputs of a block
   int warp_rows;  ///< rows of a warp's part
   int warp_cols;
-  int depth;      ///< steps of 32 inputs in flight
+  int depth;  ///< steps of 32 inputs in flight
 
   bool operator==(const TileConfig&) const = default;
   constexpr int num_threads() const { return rows / warp_rows * (cols / warp_cols) * 32; }
@@ -40,8 +40,8 @@ struct TileConfig {
 };
 /// For many tokens: 96 KiB, which every supported device has.
 inline constexpr TileConfig kLargeTile{128, 256, 64, 64, 4};
-/// The same tile where warpgroups multiply: 192 KiB, which devices of compute capability 9.0 have. A
-/// warpgroup has 64 rows.
+/// The same tile where warpgroups multiply: 192 KiB, which devices of compute capability 9.0 have.
+/// A warpgroup has 64 rows.
 inline constexpr TileConfig kWarpgroupTile{128, 256, 16, 256, 8};
 static_assert(kWarpgroupTile.num_threads() == kLargeTile.num_threads());
 /// For few: more blocks.

@@ -10,8 +10,8 @@
 namespace commvq::cuda {
 namespace {
 
-/// The power of two that takes numbers up to `largest` to at most 2^14: fp16 holds them, and what it
-/// leaves of them as well.
+/// The power of two that takes numbers up to `largest` to at most 2^14: fp16 holds them, and what
+/// it leaves of them as well.
 double scale_for(double largest) {
   if (!(largest > 0)) return 1;
   const int exponent = std::ilogb(largest) + 1;
@@ -40,22 +40,22 @@ EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layo
           codec.keys == nullptr ? "keys" : "values", " have none");
   const KeyCodecConfig& keys = codec.keys->config();
   const ValueCodecConfig& values = codec.values->config();
-  require(codec.keys->num_kv_heads() == layout.num_kv_heads &&
-              keys.pairs.head_dim == layout.head_dim &&
-              keys.codebook_size == layout.codebook_size && keys.num_groups() == layout.num_groups &&
-              2 * keys.num_stages == layout.num_books,
-          "the key codec (", codec.keys->num_kv_heads(), " heads of ", keys.pairs.head_dim, ", ",
-          keys.num_groups(), " groups of ", keys.num_stages, " stages of ", keys.codebook_size,
-          " centroids) differs from the page layout's: ", layout.num_kv_heads, ", ", layout.head_dim,
-          ", ", layout.num_groups, ", ", layout.num_books / 2, ", ", layout.codebook_size);
+  require(
+      codec.keys->num_kv_heads() == layout.num_kv_heads && keys.pairs.head_dim == layout.head_dim &&
+          keys.codebook_size == layout.codebook_size && keys.num_groups() == layout.num_groups &&
+          2 * keys.num_stages == layout.num_books,
+      "the key codec (", codec.keys->num_kv_heads(), " heads of ", keys.pairs.head_dim, ", ",
+      keys.num_groups(), " groups of ", keys.num_stages, " stages of ", keys.codebook_size,
+      " centroids) differs from the page layout's: ", layout.num_kv_heads, ", ", layout.head_dim,
+      ", ", layout.num_groups, ", ", layout.num_books / 2, ", ", layout.codebook_size);
   require(values.num_code_bits() == layout.num_code_bits &&
               values.num_channels == layout.num_kv_heads * layout.head_dim,
           "the value codec (", values.num_channels, " channels, ", values.num_code_bits(),
           " bits) differs from the page layout's: ", layout.num_kv_heads * layout.head_dim, ", ",
           layout.num_code_bits);
   require(layout.norms_per_token == 1 || layout.norms_per_token == layout.num_kv_heads,
-          "norms_per_token is ", layout.norms_per_token, "; it must be 1 or num_kv_heads = ",
-          layout.num_kv_heads);
+          "norms_per_token is ", layout.norms_per_token,
+          "; it must be 1 or num_kv_heads = ", layout.num_kv_heads);
   require(keys.beam_width <= kMaxBeamWidth, "beam_width is ", keys.beam_width,
           "; the device searches up to ", kMaxBeamWidth);
   require(keys.num_stages <= kMaxStages, "num_stages is ", keys.num_stages,
@@ -141,9 +141,8 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
           for (int a = 0; a < keys.padded_size; ++a)
             cross_terms_by_b.push_back(
                 a < size ? cross_terms[cross + static_cast<std::size_t>(a * size + b)] : 0.0f);
-        const double largest_cross =
-            largest_of(std::vector<float>(cross_terms.begin() + static_cast<Index>(cross),
-                                          cross_terms.end()));
+        const double largest_cross = largest_of(
+            std::vector<float>(cross_terms.begin() + static_cast<Index>(cross), cross_terms.end()));
         const double cross_unit = largest_cross / kLargestCrossTerm;
         cross_units.push_back(static_cast<float>(cross_unit));
         for (int b = 0; b < size && keys.screens(); b += 2)
@@ -245,7 +244,8 @@ void EncoderImage::add_values(const ValueCodec& codec, ValuePrecision precision)
   values.hidden_scale = static_cast<float>(hidden_scale);
 
   values.hidden = add_weights(weights.hidden_weight, H, C, input_scale, precision);
-  values.output = add_weights(weights.output_weight, config.num_logits(), H, hidden_scale, precision);
+  values.output =
+      add_weights(weights.output_weight, config.num_logits(), H, hidden_scale, precision);
   const auto padded = [](std::vector<float> bias, int count) {
     bias.resize(static_cast<std::size_t>(count));
     return bias;

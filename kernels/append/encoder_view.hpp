@@ -22,8 +22,8 @@ struct KeyEncoderView {
   int padded_row_size = 0;  ///< to a multiple of 16
   int num_stages = 0;
   int codebook_size = 0;
-  int padded_books = 0;     ///< 2 * codebook_size to a multiple of 8
-  int padded_size = 0;      ///< codebook_size to a multiple of 64
+  int padded_books = 0;  ///< 2 * codebook_size to a multiple of 8
+  int padded_size = 0;   ///< codebook_size to a multiple of 64
   int beam_width = 1;
   int num_search_rows = kKeySearch.num_rows;  ///< of a block of the search
   float residual_scale = 1;
@@ -80,10 +80,10 @@ struct ValueEncoderView {
   int num_code_bits = 0;
   const float* norm_gain = nullptr;  ///< [C]
   const float* norm_bias = nullptr;
-  float input_scale = 1;   ///< of LayerNorm's output
-  float hidden_scale = 1;  ///< of GELU's
+  float input_scale = 1;            ///< of LayerNorm's output
+  float hidden_scale = 1;           ///< of GELU's
   Weights hidden, output, decoder;  ///< decoder: [C][num_code_bits], E transposed
-  double length_factor = 1;  ///< length of a sum of scaled decoder rows -> |u|
+  double length_factor = 1;         ///< length of a sum of scaled decoder rows -> |u|
 
   COMMVQ_HOST_DEVICE int num_terms() const { return hidden.lo != nullptr ? 3 : 1; }
 };
@@ -98,13 +98,13 @@ struct EncoderView {
 
 /// Arrays of the workspace, `num_tokens` rows each, each on 256 bytes.
 struct AppendWorkspace {
-  float* unit_keys = nullptr;           ///< [tokens][heads][head_dim] planar
-  std::uint16_t* key_norms = nullptr;   ///< [tokens] bf16; NaN: the key cannot be coded
-  double* value_norms = nullptr;        ///< [tokens]; NaN likewise
-  std::uint16_t* inputs = nullptr;      ///< [terms > 1 ? 2 : 1][tokens][hidden.num_inputs] fp16
-  std::uint16_t* hidden = nullptr;      ///< [...][tokens][output.num_inputs] fp16
-  std::uint16_t* bits = nullptr;        ///< [tokens][decoder.num_inputs] fp16, 0 or 1
-  float* squares = nullptr;             ///< [column tiles of the decoder][tokens]
+  float* unit_keys = nullptr;          ///< [tokens][heads][head_dim] planar
+  std::uint16_t* key_norms = nullptr;  ///< [tokens] bf16; NaN: the key cannot be coded
+  double* value_norms = nullptr;       ///< [tokens]; NaN likewise
+  std::uint16_t* inputs = nullptr;     ///< [terms > 1 ? 2 : 1][tokens][hidden.num_inputs] fp16
+  std::uint16_t* hidden = nullptr;     ///< [...][tokens][output.num_inputs] fp16
+  std::uint16_t* bits = nullptr;       ///< [tokens][decoder.num_inputs] fp16, 0 or 1
+  float* squares = nullptr;            ///< [column tiles of the decoder][tokens]
   std::size_t bytes = 0;
 
   AppendWorkspace(const EncoderView& encoder, Index tokens, void* memory) {
@@ -112,8 +112,7 @@ struct AppendWorkspace {
     const auto base = reinterpret_cast<std::uintptr_t>(memory);
     const auto take = [&](auto*& array, Index count) {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(base + bytes);
-      bytes += static_cast<std::size_t>(
-          round_up(count * static_cast<Index>(sizeof(*array)), 256));
+      bytes += static_cast<std::size_t>(round_up(count * static_cast<Index>(sizeof(*array)), 256));
     };
     const ValueEncoderView& values = encoder.values;
     take(unit_keys, tokens * values.num_channels);
@@ -132,13 +131,13 @@ struct KeySearchShared {
   int table_stride;    ///< floats between rows of the table
   int first_b;         ///< column of the table where the terms of B begin
 
-  Index residuals;   ///< float [rows][padded_row_size]
-  Index hi, lo;      ///< fp16 [rows][operand_stride]
-  Index table;       ///< float [rows][table_stride]: terms of A, then of B
-  Index minima;      ///< float [rows][codebook_size], beams only
-  Index errors;      ///< float [2][rows]: errors; least terms of B, where `screens`
-  Index choices;     ///< std::uint64_t [rows]: of this stage
-  Index history;     ///< uint32 [stages][rows]: parent << 28 | a << 14 | b
+  Index residuals;  ///< float [rows][padded_row_size]
+  Index hi, lo;     ///< fp16 [rows][operand_stride]
+  Index table;      ///< float [rows][table_stride]: terms of A, then of B
+  Index minima;     ///< float [rows][codebook_size], beams only
+  Index errors;     ///< float [2][rows]: errors; least terms of B, where `screens`
+  Index choices;    ///< std::uint64_t [rows]: of this stage
+  Index history;    ///< uint32 [stages][rows]: parent << 28 | a << 14 | b
   Index bytes;
 
   COMMVQ_HOST_DEVICE KeySearchShared(const KeyEncoderView& keys, int num_rows) {

@@ -49,9 +49,15 @@ __device__ __forceinline__ SortKey warp_least(SortKey key) {
 __device__ __forceinline__ float error_of(SortKey key) {
   return from_ordered_bits(static_cast<std::uint32_t>(key >> 32));
 }
-__device__ __forceinline__ int candidate_of(std::uint32_t choice) { return choice >> 28; }
-__device__ __forceinline__ int a_of(std::uint32_t choice) { return choice >> 14 & 0x3fff; }
-__device__ __forceinline__ int b_of(std::uint32_t choice) { return choice & 0x3fff; }
+__device__ __forceinline__ int candidate_of(std::uint32_t choice) {
+  return choice >> 28;
+}
+__device__ __forceinline__ int a_of(std::uint32_t choice) {
+  return choice >> 14 & 0x3fff;
+}
+__device__ __forceinline__ int b_of(std::uint32_t choice) {
+  return choice & 0x3fff;
+}
 
 /// Everything that one block of kNumRows rows works on.
 template <int kNumRows>
@@ -105,11 +111,10 @@ struct KeySearch {
     const int num_steps = keys.padded_row_size / 16;
     const auto* const operands =
         reinterpret_cast<const uint4*>(keys.operands + (books + stage) * keys.operand_words());
-    const float* const norms =
-        keys.squared_norms + (books + stage) * 2 * Index{keys.codebook_size};
+    const float* const norms = keys.squared_norms + (books + stage) * 2 * Index{keys.codebook_size};
     for (int first = warp / 2 * kColTiles; first < num_tiles; first += kSets * kColTiles) {
       float sums[kRowTiles][kColTiles][4] = {};
-      const auto read = [&](uint4 (&b)[kColTiles], int step) {
+      const auto read = [&](uint4(&b)[kColTiles], int step) {
 #pragma unroll
         for (int n = 0; n < kColTiles; ++n)
           b[n] = first + n < num_tiles && step < num_steps
@@ -154,9 +159,8 @@ struct KeySearch {
             for (int part = 0; part < 2; ++part) {
               const int row = first_row + m * 16 + part * 8 + lane / 4;
               const float error = is_a ? errors()[row] : 0.0f;
-              const float2 terms{
-                  error + norm.x + sums[m][n][2 * part] * keys.product_factor,
-                  error + norm.y + sums[m][n][2 * part + 1] * keys.product_factor};
+              const float2 terms{error + norm.x + sums[m][n][2 * part] * keys.product_factor,
+                                 error + norm.y + sums[m][n][2 * part + 1] * keys.product_factor};
               *reinterpret_cast<float2*>(table(row) + to) = terms;
             }
           continue;
@@ -169,9 +173,9 @@ struct KeySearch {
             const int c = column + k % 2;
             if (c >= 2 * size) continue;
             const bool is_a = c < size;
-            table(row)[is_a ? c : at.first_b + c - size] =
-                (is_a ? errors()[row] : 0.0f) + __ldg(norms + c) +
-                sums[m][n][k] * keys.product_factor;
+            table(row)[is_a ? c : at.first_b + c - size] = (is_a ? errors()[row] : 0.0f) +
+                                                           __ldg(norms + c) +
+                                                           sums[m][n][k] * keys.product_factor;
           }
       }
     }
@@ -197,8 +201,7 @@ struct KeySearch {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         // Columns past the last b lie within the row and are not used.
-        const float4 of_b =
-            *reinterpret_cast<const float4*>(table(first_row + i) + at.first_b + b);
+        const float4 of_b = *reinterpret_cast<const float4*>(table(first_row + i) + at.first_b + b);
         const float four[4] = {of_b.x, of_b.y, of_b.z, of_b.w};
 #pragma unroll
         for (int k = 0; k < 4; ++k)
@@ -266,8 +269,8 @@ struct KeySearch {
   }
 
   /// Step 2 for beams of one where `screens`: finds for 8 rows at a time the least error of each a
-  /// over b in 16-bit integers, whose units both the rounding of a cross term and of a term of b may
-  /// miss by one half, then compares in fp32 only those a that may be the best.
+  /// over b in 16-bit integers, whose units both the rounding of a cross term and of a term of b
+  /// may miss by one half, then compares in fp32 only those a that may be the best.
   __device__ void screen_greedily(int stage) const {
     using namespace append_instructions;
     constexpr int kPerWarp = kNumRows / (kKeySearch.num_threads / 32);
@@ -335,20 +338,19 @@ struct KeySearch {
 
   /// Of a = first_a + 2 * lane + k with the least integers over even and odd b in `least[k]`, the
   /// lanes where a may be the best one.
-  __device__ void select_candidates(int row, int first_a, const std::uint32_t (&least)[2], float unit,
-                                    unsigned (&lanes)[2]) const {
+  __device__ void select_candidates(int row, int first_a, const std::uint32_t (&least)[2],
+                                    float unit, unsigned (&lanes)[2]) const {
     const int a = first_a + 2 * lane;
     float error[2];  // less the least term of b
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int integer = min(static_cast<int>(static_cast<std::int16_t>(least[k])),
                               static_cast<int>(static_cast<std::int16_t>(least[k] >> 16)));
-      error[k] = a + k < keys.codebook_size
-                     ? table(row)[a + k] + unit * static_cast<float>(integer)
-                     : __uint_as_float(0x7f800000u);
+      error[k] = a + k < keys.codebook_size ? table(row)[a + k] + unit * static_cast<float>(integer)
+                                            : __uint_as_float(0x7f800000u);
     }
-    const float least_error = from_ordered_bits(
-        __reduce_min_sync(0xffffffffu, ordered_bits(fminf(error[0], error[1]))));
+    const float least_error =
+        from_ordered_bits(__reduce_min_sync(0xffffffffu, ordered_bits(fminf(error[0], error[1]))));
     // Two errors of a unit, and the rounding of fp32 in these sums and in the exact ones.
     const float margin = 2.01f * unit + 1e-6f * (fabsf(least_error) + fabsf(least_terms()[row]) +
                                                  6.0f * kLargestCrossTerm * unit);
@@ -359,13 +361,13 @@ struct KeySearch {
   }
 
   /// Finds in fp32 the best extension among the candidates of some rows, and leaves it in `choices`
-  /// unless one of a smaller first_a is there that is better. The first candidates, which are mostly
-  /// the only ones, go together to hide the latency of memory.
+  /// unless one of a smaller first_a is there that is better. The first candidates, which are
+  /// mostly the only ones, go together to hide the latency of memory.
   template <int kCount>
   __device__ void compare_candidates(int stage, int first_row, int first_a,
                                      unsigned (&lanes)[kCount][2]) const {
     const int size = keys.codebook_size;
-    const auto take = [&](unsigned (&of_row)[2]) {  // the next candidate
+    const auto take = [&](unsigned(&of_row)[2]) {  // the next candidate
       const int k = of_row[0] != 0 ? 0 : 1;
       const int bit = __ffs(static_cast<int>(of_row[0] != 0 ? of_row[0] : of_row[1])) - 1;
       of_row[0] &= of_row[0] - 1;
@@ -462,12 +464,12 @@ struct KeySearch {
     __syncwarp();
   }
 
-  /// Step 3 for `count` rows from `first_row` on, whose choices are made. Row i comes from itself, or
-  /// in a beam from the row of its candidate. A lane reads its columns of all rows before it writes.
+  /// Step 3 for `count` rows from `first_row` on, whose choices are made. Row i comes from itself,
+  /// or in a beam from the row of its candidate. A lane reads its columns of all rows before it
+  /// writes.
   template <int kMost, bool kBeam>
   __device__ void extend(int stage, int first_row, int count) const {
-    const float* const rows =
-        keys.rows + (books + stage) * 2 * keys.codebook_size * keys.row_size;
+    const float* const rows = keys.rows + (books + stage) * 2 * keys.codebook_size * keys.row_size;
     for (int column = 2 * lane; column < keys.row_size; column += 64) {
       float2 values[kMost];
 #pragma unroll
@@ -475,8 +477,8 @@ struct KeySearch {
         if (i < count) {
           const auto choice = static_cast<std::uint32_t>(choices()[first_row + i]);
           const int from = first_row + (kBeam ? candidate_of(choice) : i);
-          const float2 of_a = __ldg(reinterpret_cast<const float2*>(
-              rows + a_of(choice) * keys.row_size + column));
+          const float2 of_a =
+              __ldg(reinterpret_cast<const float2*>(rows + a_of(choice) * keys.row_size + column));
           const float2 of_b = __ldg(reinterpret_cast<const float2*>(
               rows + (keys.codebook_size + b_of(choice)) * keys.row_size + column));
           const float2 old = *reinterpret_cast<const float2*>(residual(from) + column);
@@ -499,8 +501,8 @@ struct KeySearch {
 template <KeySearchKind kKind, int kNumRows>
 __global__ void __launch_bounds__(kKeySearch.num_threads,
                                   kKind == KeySearchKind::kBeam ? 1 : kKeySearch.min_blocks)
-    search_key_codes(const __grid_constant__ EncoderView encoder, Index num_tokens, const float* unit_keys,
-                     const std::uint16_t* norms, PagedCodes pages,
+    search_key_codes(const __grid_constant__ EncoderView encoder, Index num_tokens,
+                     const float* unit_keys, const std::uint16_t* norms, PagedCodes pages,
                      const std::int64_t* slot_mapping) {
   extern __shared__ __align__(1024) unsigned char shared[];
   constexpr bool kGreedy = kKind != KeySearchKind::kBeam;
@@ -510,13 +512,11 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
   const DevicePageLayout& layout = encoder.layout;
   const int head = static_cast<int>(blockIdx.y), group = static_cast<int>(blockIdx.z);
   const int thread = static_cast<int>(threadIdx.x);
-  const KeySearch<kNumRows> search{keys,
-                         KeySearchShared(keys, kNumRows),
-                         shared,
-                         (Index{head} * layout.num_groups + group) * keys.num_stages,
-                         thread,
-                         thread % 32,
-                         thread / 32};
+  const KeySearch<kNumRows> search{
+      keys,       KeySearchShared(keys, kNumRows),
+      shared,     (Index{head} * layout.num_groups + group) * keys.num_stages,
+      thread,     thread % 32,
+      thread / 32};
   const int lane = search.lane, warp = search.warp;
   const int beam_width = kGreedy ? 1 : keys.beam_width;
   const int tokens_per_block = kRows / beam_width;
@@ -529,8 +529,8 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
     const int token = row / beam_width;
     const bool used = row % beam_width == 0 && token < count;
     const float* const key =
-        unit_keys + ((first_token + (used ? token : 0)) * layout.num_kv_heads + head) *
-                        layout.head_dim;
+        unit_keys +
+        ((first_token + (used ? token : 0)) * layout.num_kv_heads + head) * layout.head_dim;
     float sum = 0;
     const auto read = [&](int column) {
       if (!used || column >= keys.row_size) return 0.0f;
@@ -553,15 +553,16 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
     search.compute_terms(stage);
     __syncthreads();
     if constexpr (kGreedy) {
-      if constexpr (kKind == KeySearchKind::kScreenedGreedy && append_instructions::kHasPackedIntegers)
+      if constexpr (kKind == KeySearchKind::kScreenedGreedy &&
+                    append_instructions::kHasPackedIntegers)
         search.screen_greedily(stage);
       else
         search.choose_greedily(stage);
       search.template extend<kRows / kWarps, false>(stage, warp * (kRows / kWarps), kRows / kWarps);
     } else {
-      const int new_width =
-          min(beam_width, static_cast<int>(min(Index{width} * keys.codebook_size * keys.codebook_size,
-                                               Index{kMaxBeamWidth})));
+      const int new_width = min(
+          beam_width, static_cast<int>(min(Index{width} * keys.codebook_size * keys.codebook_size,
+                                           Index{kMaxBeamWidth})));
       for (int token = warp; token < count; token += kWarps) {
         search.choose_beam(stage, token, width, new_width);
         search.template extend<kMaxBeamWidth, true>(stage, token * beam_width, new_width);
@@ -603,8 +604,7 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
         for (int k = first_bit / layout.code_bits; k < plane.num_books; ++k) {
           const int shift = k * layout.code_bits - first_bit;
           if (shift >= 32) break;
-          const std::uint32_t code =
-              coded ? codes[token * codes_stride + plane.first_book + k] : 0;
+          const std::uint32_t code = coded ? codes[token * codes_stride + plane.first_book + k] : 0;
           bits |= shift >= 0 ? code << shift : code >> -shift;
         }
         if (word < plane.num_words) {

@@ -9,9 +9,9 @@ namespace commvq::cuda {
 struct TokenRows {
   const void* data;  ///< [num_tokens][num_channels]
   FloatType type;
-  void* exact;       ///< null: no copies
+  void* exact;  ///< null: no copies
   FloatType exact_type;
-  bool rounds;       ///< to exact_type before anything else
+  bool rounds;                        ///< to exact_type before anything else
   const std::int64_t* exact_mapping;  ///< null: no copies
   int num_channels;
 };
@@ -52,9 +52,10 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-/// Norm of channels [first, first + count) in double, or NaN if one of them is not finite. Called by
-/// all lanes of a warp.
-__device__ __forceinline__ double norm_of(const TokenRows& rows, Index token, int first, int count) {
+/// Norm of channels [first, first + count) in double, or NaN if one of them is not finite. Called
+/// by all lanes of a warp.
+__device__ __forceinline__ double norm_of(const TokenRows& rows, Index token, int first,
+                                          int count) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   double sum = 0;
   bool finite = true;
@@ -64,7 +65,8 @@ __device__ __forceinline__ double norm_of(const TokenRows& rows, Index token, in
     sum += static_cast<double>(value) * value;
   }
   sum = warp_sum(sum);
-  return __all_sync(0xffffffffu, finite) ? sqrt(sum) : static_cast<double>(__uint_as_float(0x7fc00000u));
+  return __all_sync(0xffffffffu, finite) ? sqrt(sum)
+                                         : static_cast<double>(__uint_as_float(0x7fc00000u));
 }
 
 /// Writes a token's exact copy, if it has one.
@@ -81,11 +83,11 @@ __device__ __forceinline__ void copy_exactly(const TokenRows& rows, Index token)
 /// A warp a token: exact copy, norms, unit keys in planar order. `norms` and `unit_keys` are those
 /// of the workspace; norms also go to the page.
 __global__ void __launch_bounds__(kTokenThreads)
-    load_keys(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens, PagedCodes pages,
-              const std::int64_t* slot_mapping, std::uint16_t* norms, float* unit_keys) {
+    load_keys(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
+              PagedCodes pages, const std::int64_t* slot_mapping, std::uint16_t* norms,
+              float* unit_keys) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const Index token =
-      Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32;
+  const Index token = Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32;
   if (token >= num_tokens) return;
   const DevicePageLayout& layout = encoder.layout;
   copy_exactly(rows, token);
@@ -103,7 +105,8 @@ __global__ void __launch_bounds__(kTokenThreads)
         *reinterpret_cast<std::uint16_t*>(page + layout.key_norm(n, slot)) = bits;
       }
     }
-    const double rounded = static_cast<double>(__uint_as_float(static_cast<std::uint32_t>(bits) << 16));
+    const double rounded =
+        static_cast<double>(__uint_as_float(static_cast<std::uint32_t>(bits) << 16));
     const double factor = rounded > 0 ? 1 / rounded : 0;  // 0 for NaN
     for (int i = lane; i < per_norm; i += 32) {
       const int at = n * per_norm + i;
@@ -118,11 +121,10 @@ __global__ void __launch_bounds__(kTokenThreads)
 
 /// A warp a token: exact copy, norm, LayerNorm of the unit value as the network's scaled input.
 __global__ void __launch_bounds__(kTokenThreads)
-    load_values(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens, double* norms,
-                std::uint16_t* inputs) {
+    load_values(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
+                double* norms, std::uint16_t* inputs) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const Index token =
-      Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32;
+  const Index token = Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32;
   if (token >= num_tokens) return;
   const ValueEncoderView& values = encoder.values;
   const int count = rows.num_channels;
@@ -149,8 +151,9 @@ __global__ void __launch_bounds__(kTokenThreads)
     float numbers[2] = {};
     for (int k = 0; k < 2; ++k)
       if (i + k < count)
-        numbers[k] = values.input_scale * ((unit(i + k) - mean) * deviation * values.norm_gain[i + k] +
-                                           values.norm_bias[i + k]);
+        numbers[k] =
+            values.input_scale *
+            ((unit(i + k) - mean) * deviation * values.norm_gain[i + k] + values.norm_bias[i + k]);
     const std::uint32_t rounded = pack_halves(numbers[0], numbers[1]);
     *reinterpret_cast<std::uint32_t*>(hi + i) = rounded;
     if (values.num_terms() > 1)
@@ -165,8 +168,7 @@ __global__ void __launch_bounds__(kTokenThreads)
                  const std::uint16_t* bits, const float* squares, int num_tiles, PagedCodes pages,
                  const std::int64_t* slot_mapping) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const Index token =
-      Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32;
+  const Index token = Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32;
   if (token >= num_tokens || slot_mapping[token] < 0) return;
   const DevicePageLayout& layout = encoder.layout;
   const Index place = slot_mapping[token];

@@ -6,8 +6,8 @@
 namespace commvq::cuda {
 
 /// Operands of outputs = inputs weights^T: `inputs` [num_rows][num_inputs], `weights`
-/// [num_padded_outputs][num_inputs], fp16, num_inputs a multiple of 32. With three terms each is the
-/// sum of hi and lo, and the product hi hi + hi lo + lo hi.
+/// [num_padded_outputs][num_inputs], fp16, num_inputs a multiple of 32. With three terms each is
+/// the sum of hi and lo, and the product hi hi + hi lo + lo hi.
 struct MatrixProduct {
   const std::uint16_t* inputs_hi;
   const std::uint16_t* inputs_lo;
@@ -15,7 +15,7 @@ struct MatrixProduct {
   const std::uint16_t* weights_lo;
   Index num_rows;
   int num_inputs;
-  int num_terms;   ///< 1 or 3; 2: the inputs have no rest
+  int num_terms;  ///< 1 or 3; 2: the inputs have no rest
 };
 
 /// GELU, as the host computes it in float.
@@ -84,8 +84,8 @@ struct PatternEpilogue {
     if (third > largest) pattern = 2, largest = third;
     if (fourth > largest) pattern = 3;
     constexpr std::uint32_t kOne = 0x3c00;
-    std::uint32_t pair = (pattern == 0 || pattern == 2 ? kOne : 0) |
-                         (pattern == 1 || pattern == 2 ? kOne << 16 : 0);
+    std::uint32_t pair =
+        (pattern == 0 || pattern == 2 ? kOne : 0) | (pattern == 1 || pattern == 2 ? kOne << 16 : 0);
     if (col >= weights.num_outputs) pair = 0;
     *reinterpret_cast<std::uint32_t*>(bits + row * num_cols + col / 2) = pair;
   }
@@ -126,8 +126,8 @@ __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], const un
   }
 }
 
-/// The same for a warpgroup's 64 rows and all columns; the products of the step before are done then,
-/// this step's may not be.
+/// The same for a warpgroup's 64 rows and all columns; the products of the step before are done
+/// then, this step's may not be.
 template <int kN>
 __device__ __forceinline__ void multiply_step_by_warpgroup(float (&sums)[1][kN][4],
                                                            const unsigned char* from, int first_row,
@@ -189,9 +189,9 @@ __global__ void __launch_bounds__(kTileThreads<kLarge>)
           const Index from = valid ? first_row + row : 0;
           copy_async_16(at, inputs + from * product.num_inputs + input + piece * 8, valid);
         } else {
-          copy_async_16(at, weights + (first_col + row - kTile.rows) * product.num_inputs + input +
-                                piece * 8,
-                        true);
+          copy_async_16(
+              at, weights + (first_col + row - kTile.rows) * product.num_inputs + input + piece * 8,
+              true);
         }
       }
     }

@@ -1,6 +1,6 @@
-#include <cuda_runtime_api.h>
-
 #include "commvq/core/error.hpp"
+
+#include <cuda_runtime_api.h>
 
 #include "encoder_image.hpp"
 
@@ -18,7 +18,9 @@ DeviceEncoder::DeviceEncoder(DeviceEncoder&&) noexcept = default;
 DeviceEncoder& DeviceEncoder::operator=(DeviceEncoder&&) noexcept = default;
 DeviceEncoder::~DeviceEncoder() = default;
 
-const DevicePageLayout& DeviceEncoder::layout() const noexcept { return view_->layout; }
+const DevicePageLayout& DeviceEncoder::layout() const noexcept {
+  return view_->layout;
+}
 
 DeviceEncoder prepare_encoder(const LayerCodec& codec, const DevicePageLayout& layout,
                               ValuePrecision precision) {

@@ -1,14 +1,13 @@
 // `append` on the device, judged in double precision and against the host's codecs.
-#include <cuda_runtime_api.h>
+#include "commvq/cuda/append.hpp"
 
 #include <limits>
 
-#include "commvq/cuda/append.hpp"
-#include "reference/append_reference.hpp"
+#include <cuda_runtime_api.h>
+#include <gmock/gmock.h>
 
 #include "device.hpp"
-
-#include <gmock/gmock.h>
+#include "reference/append_reference.hpp"
 
 namespace commvq::cuda {
 namespace {
@@ -21,7 +20,9 @@ using testing_support::DeviceArray;
 using testing_support::is_nan_bf16;
 using testing_support::Rng;
 
-void check(cudaError_t error) { testing_support::check_cuda(error, "CUDA"); }
+void check(cudaError_t error) {
+  testing_support::check_cuda(error, "CUDA");
+}
 
 std::vector<std::uint16_t> bf16(const std::vector<float>& values) {
   std::vector<std::uint16_t> result;
@@ -74,8 +75,8 @@ class AppendTest : public testing::Test {
                              ValuePrecision precision = ValuePrecision::kFp32) {
     DeviceCase device(tested, precision);
     run(device.params(tested), device.encoder);
-    return tested.judge(device.pages.to_host(), precision == ValuePrecision::kFp32 ? kFp32Tolerance
-                                                                                : kFp16Tolerance);
+    return tested.judge(device.pages.to_host(),
+                        precision == ValuePrecision::kFp32 ? kFp32Tolerance : kFp16Tolerance);
   }
   Rng rng_{17};
 };
@@ -89,18 +90,32 @@ TEST_F(AppendTest, CodesOfExactInputAreTheHosts) {
       {"greedy, head_dim 128",
        {.num_kv_heads = 2, .head_dim = 128, .num_tokens = 150, .codebook_size = 64}},
       {"greedy, paper's stages, untied",
-       {.num_kv_heads = 1, .head_dim = 128, .num_tokens = 70, .codebook_size = 64, .num_stages = 11,
+       {.num_kv_heads = 1,
+        .head_dim = 128,
+        .num_tokens = 70,
+        .codebook_size = 64,
+        .num_stages = 11,
         .tied = false}},
       {"head_dim 64, pages of 16", {.head_dim = 64, .num_tokens = 100, .page_size = 16}},
       {"head_dim 256 in two groups, pages of 32",
        {.head_dim = 256, .num_tokens = 40, .page_size = 32}},
       {"head_dim 256 in one group", {.head_dim = 256, .num_tokens = 40, .group_pairs = 128}},
       {"several planes, pages of 128",
-       {.head_dim = 128, .num_tokens = 90, .num_stages = 7, .page_size = 128,
+       {.head_dim = 128,
+        .num_tokens = 90,
+        .num_stages = 7,
+        .page_size = 128,
         .plane_bytes = 4 * 16 * 128}},
       {"odd sizes, interleaved, 2-bit values",
-       {.num_kv_heads = 3, .head_dim = 64, .num_tokens = 50, .group_pairs = 4, .codebook_size = 7,
-        .num_stages = 5, .tied = false, .layout = RopeLayout::kInterleaved, .bits = 2}},
+       {.num_kv_heads = 3,
+        .head_dim = 64,
+        .num_tokens = 50,
+        .group_pairs = 4,
+        .codebook_size = 7,
+        .num_stages = 5,
+        .tied = false,
+        .layout = RopeLayout::kInterleaved,
+        .bits = 2}},
       {"large codebook", {.num_tokens = 20, .codebook_size = 200, .num_stages = 2, .tied = false}},
       {"beam 2", {.head_dim = 128, .num_tokens = 45, .codebook_size = 64, .beam_width = 2}},
       {"beam 3", {.head_dim = 64, .num_tokens = 45, .beam_width = 3}},
@@ -118,8 +133,8 @@ TEST_F(AppendTest, CodesOfExactInputAreTheHosts) {
 }
 
 TEST_F(AppendTest, CodesOfRealInputAreTheHostsUpToTies) {
-  const AppendShape paper{.num_kv_heads = 2, .head_dim = 128, .num_tokens = 200,
-                          .codebook_size = 64, .num_stages = 11};
+  const AppendShape paper{
+      .num_kv_heads = 2, .head_dim = 128, .num_tokens = 200, .codebook_size = 64, .num_stages = 11};
   EXPECT_EQ(verdict(AppendCase::random(rng_, paper)), "");
   AppendShape beam = paper;
   beam.beam_width = 8;
@@ -277,13 +292,15 @@ TEST_F(AppendTest, RefusesWhatItCannotDo) {
     EXPECT_EQ(status.code(), code) << text;
     EXPECT_THAT(status.message(), HasSubstr(text));
   };
-  expect([](AppendParams& p) { p.num_tokens = -1; }, StatusCode::kInvalidArgument, "num_tokens is -1");
+  expect([](AppendParams& p) { p.num_tokens = -1; }, StatusCode::kInvalidArgument,
+         "num_tokens is -1");
   expect([](AppendParams& p) { p.slot_mapping = nullptr; }, StatusCode::kInvalidArgument,
          "slot_mapping");
   expect([](AppendParams& p) { --p.workspace_bytes; }, StatusCode::kWorkspaceTooSmall, "need");
   expect([](AppendParams& p) { p.pages.page_stride = 8; }, StatusCode::kInvalidArgument,
          "page_stride is 8");
-  expect([](AppendParams& p) { p.exact.keys = p.workspace; }, StatusCode::kInvalidArgument, "exact");
+  expect([](AppendParams& p) { p.exact.keys = p.workspace; }, StatusCode::kInvalidArgument,
+         "exact");
   EXPECT_THROW(prepare_encoder({tested.codec.keys, nullptr}, tested.layout), Error);
   const AppendCase wide = AppendCase::exact(rng_, {.num_tokens = 1, .beam_width = 17});
   EXPECT_THROW(prepare_encoder(wide.codec, wide.layout), Error);

@@ -1,15 +1,16 @@
 // The kernels of `append` on the host, compared with the host's codecs. What needs a GPU is in
 // tests/cuda.
+#include <gmock/gmock.h>
+
+#include "reference/append_reference.hpp"
+// clang-format off: what stands in for CUDA comes before the kernels.
 #include "simt/simt.hpp"
 
 #include "../../kernels/append/encoder_image.cpp"
 #include "../../kernels/append/key_search.cuh"
 #include "../../kernels/append/load_tokens.cuh"
 #include "../../kernels/append/matrix_product.cuh"
-#include "commvq/cuda/integer_codebook.hpp"
-#include "reference/append_reference.hpp"
-
-#include <gmock/gmock.h>
+// clang-format on
 
 namespace commvq::cuda {
 namespace {
@@ -35,8 +36,9 @@ class HostAppend {
     const auto blocks = [&](Index per_block) {
       return static_cast<unsigned>((tokens + per_block - 1) / per_block);
     };
-    TokenRows rows{tested.keys.data(),     FloatType::kFp32, nullptr, FloatType::kBf16, false,
-                   nullptr,                view_.values.num_channels};
+    TokenRows rows{
+        tested.keys.data(),       FloatType::kFp32, nullptr, FloatType::kBf16, false, nullptr,
+        view_.values.num_channels};
     simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
       load_keys(view_, rows, tokens, paged, places, workspace.key_norms, workspace.unit_keys);
     });
@@ -52,11 +54,11 @@ class HostAppend {
     });
     const ValueEncoderView& values = view_.values;
     const int terms = values.num_terms();
-    multiply_by(values.hidden, workspace.inputs, tokens, terms,
-                HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden,
-                               terms > 1 ? workspace.hidden + tokens * values.output.num_inputs
-                                         : nullptr,
-                               values.output.num_inputs});
+    multiply_by(
+        values.hidden, workspace.inputs, tokens, terms,
+        HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden,
+                       terms > 1 ? workspace.hidden + tokens * values.output.num_inputs : nullptr,
+                       values.output.num_inputs});
     multiply_by(values.output, workspace.hidden, tokens, terms,
                 PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs});
     multiply_by(values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
@@ -78,9 +80,12 @@ class HostAppend {
                          static_cast<unsigned>(view_.layout.num_groups)};
     const auto kernel = [&] {
       switch (search_kind(view_.keys)) {
-        case KeySearchKind::kBeam: return search_key_codes<KeySearchKind::kBeam, kNumRows>;
-        case KeySearchKind::kGreedy: return search_key_codes<KeySearchKind::kGreedy, kNumRows>;
-        default: return search_key_codes<KeySearchKind::kScreenedGreedy, kNumRows>;
+        case KeySearchKind::kBeam:
+          return search_key_codes<KeySearchKind::kBeam, kNumRows>;
+        case KeySearchKind::kGreedy:
+          return search_key_codes<KeySearchKind::kGreedy, kNumRows>;
+        default:
+          return search_key_codes<KeySearchKind::kScreenedGreedy, kNumRows>;
       }
     }();
     simt::launch(grid, kKeySearch.num_threads, [&] {
@@ -91,8 +96,10 @@ class HostAppend {
   template <class Epilogue>
   void multiply_by(const Weights& weights, const std::uint16_t* inputs, Index tokens, int terms,
                    const Epilogue& epilogue) {
-    const MatrixProduct product{inputs,     inputs + tokens * weights.num_inputs, weights.hi,
-                                weights.lo, tokens, weights.num_inputs, terms};
+    const MatrixProduct product{inputs,     inputs + tokens * weights.num_inputs,
+                                weights.hi, weights.lo,
+                                tokens,     weights.num_inputs,
+                                terms};
     const TileConfig tile = small_ ? kSmallTile : kLargeTile;
     const simt::Dim grid{static_cast<unsigned>(weights.num_padded_outputs / tile.cols),
                          static_cast<unsigned>((tokens + tile.rows - 1) / tile.rows)};
@@ -127,9 +134,11 @@ TEST(AppendKernelsTest, BeamCodesOfExactInputAreTheHosts) {
   Rng rng(2);
   for (const int beam_width : {2, 3, 8, 16}) {
     SCOPED_TRACE(beam_width);
-    AppendCase tested = AppendCase::exact(
-        rng, {.num_kv_heads = 1, .head_dim = 64, .num_tokens = 11, .beam_width = beam_width,
-              .page_size = 16});
+    AppendCase tested = AppendCase::exact(rng, {.num_kv_heads = 1,
+                                                .head_dim = 64,
+                                                .num_tokens = 11,
+                                                .beam_width = beam_width,
+                                                .page_size = 16});
     expect_right_codes(tested, ValuePrecision::kFp32, true);
   }
 }
@@ -137,15 +146,31 @@ TEST(AppendKernelsTest, BeamCodesOfExactInputAreTheHosts) {
 TEST(AppendKernelsTest, ShapesOfAllKinds) {
   Rng rng(3);
   const testing_support::AppendShape shapes[] = {
-      {.num_kv_heads = 1, .head_dim = 128, .num_tokens = 9, .group_pairs = 4, .codebook_size = 7,
-       .num_stages = 5, .tied = false, .beam_width = 2, .layout = RopeLayout::kInterleaved,
-       .page_size = 32, .bits = 2},
+      {.num_kv_heads = 1,
+       .head_dim = 128,
+       .num_tokens = 9,
+       .group_pairs = 4,
+       .codebook_size = 7,
+       .num_stages = 5,
+       .tied = false,
+       .beam_width = 2,
+       .layout = RopeLayout::kInterleaved,
+       .page_size = 32,
+       .bits = 2},
       {.num_kv_heads = 1, .head_dim = 256, .num_tokens = 5, .group_pairs = 128},
-      {.num_kv_heads = 1, .head_dim = 128, .num_tokens = 10, .num_stages = 7, .page_size = 128,
+      {.num_kv_heads = 1,
+       .head_dim = 128,
+       .num_tokens = 10,
+       .num_stages = 7,
+       .page_size = 128,
        .plane_bytes = 4 * 16 * 128},
       {.num_kv_heads = 1, .num_tokens = 5, .codebook_size = 200, .num_stages = 2, .tied = false},
       {.num_kv_heads = 1, .num_tokens = 9, .codebook_size = 2, .beam_width = 16},
-      {.num_kv_heads = 2, .head_dim = 64, .num_tokens = 20, .group_pairs = 2, .codebook_size = 3,
+      {.num_kv_heads = 2,
+       .head_dim = 64,
+       .num_tokens = 20,
+       .group_pairs = 2,
+       .codebook_size = 3,
        .num_stages = 3},
   };
   for (const testing_support::AppendShape& shape : shapes) {
@@ -156,8 +181,8 @@ TEST(AppendKernelsTest, ShapesOfAllKinds) {
 
 TEST(AppendKernelsTest, RealInput) {
   Rng rng(5);
-  testing_support::AppendShape shape{.num_kv_heads = 1, .head_dim = 128, .num_tokens = 64,
-                                     .codebook_size = 64, .num_stages = 3};
+  testing_support::AppendShape shape{
+      .num_kv_heads = 1, .head_dim = 128, .num_tokens = 64, .codebook_size = 64, .num_stages = 3};
   expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp16, true);
   shape.beam_width = 4;
   shape.num_tokens = 16;
@@ -167,7 +192,8 @@ TEST(AppendKernelsTest, RealInput) {
 TEST(AppendKernelsTest, LargeTilesAndBlocks) {
   Rng rng(4);
   AppendCase tested = AppendCase::exact(
-      rng, {.num_kv_heads = 1, .head_dim = 64, .num_tokens = 20, .num_stages = 1, .page_size = 128});
+      rng,
+      {.num_kv_heads = 1, .head_dim = 64, .num_tokens = 20, .num_stages = 1, .page_size = 128});
   expect_right_codes(tested, ValuePrecision::kFp16, false);
 }
 

@@ -12,6 +12,7 @@
 #include "commvq/io/codebook_file.hpp"
 #include "commvq/key_codec/key_codec.hpp"
 #include "commvq/value_codec/value_codec.hpp"
+
 #include "reference/random_cache.hpp"
 
 /// Inputs for `append`, and what it must write, judged in double precision.
@@ -41,7 +42,9 @@ struct CodedToken {
   std::uint16_t value_scale = 0;
 };
 
-inline bool is_nan_bf16(std::uint16_t bits) { return std::isnan(from_bf16(bits)); }
+inline bool is_nan_bf16(std::uint16_t bits) {
+  return std::isnan(from_bf16(bits));
+}
 
 struct AppendCase {
   AppendShape shape;
@@ -59,7 +62,9 @@ struct AppendCase {
 
   /// Keys, values, key codebooks and decoder in multiples of powers of two, so small that every sum
   /// is exact in fp32, and keys whose norms are powers of two. Ties are frequent.
-  static AppendCase exact(Rng& rng, const AppendShape& shape) { return AppendCase(rng, shape, true); }
+  static AppendCase exact(Rng& rng, const AppendShape& shape) {
+    return AppendCase(rng, shape, true);
+  }
   static AppendCase random(Rng& rng, const AppendShape& shape) {
     return AppendCase(rng, shape, false);
   }
@@ -99,8 +104,8 @@ struct AppendCase {
       for (float& value : weights.decoder) value = static_cast<float>(number(rng));
       codec.values = std::make_shared<const ValueCodec>(codec.values->config(), std::move(weights));
     }
-    layout = cuda::DevicePageLayout(codec.keys->config(), shape.num_kv_heads, codec.values->config(),
-                                    shape.page_size, shape.plane_bytes);
+    layout = cuda::DevicePageLayout(codec.keys->config(), shape.num_kv_heads,
+                                    codec.values->config(), shape.page_size, shape.plane_bytes);
     scatter(rng);
   }
 
@@ -186,14 +191,14 @@ struct AppendCase {
         complain(t, "key norm is ", from_bf16(coded.key_norm), ", the host's ", from_bf16(norm));
       if (host_codes != coded.key_codes) {
         ++key_mismatches;
-        const auto at = std::mismatch(host_codes.begin(), host_codes.end(), coded.key_codes.begin());
+        const auto at =
+            std::mismatch(host_codes.begin(), host_codes.end(), coded.key_codes.begin());
         const auto index = at.first - host_codes.begin();
         const int per_head = layout.num_groups * layout.num_books;
         if (is_exact)
           complain(t, "key codes differ first in head ", index / per_head, ", group ",
-                   index % per_head / layout.num_books, ", stage ",
-                   index % layout.num_books / 2, ", book ", index % 2, ": ", *at.second,
-                   ", the host's ", *at.first);
+                   index % per_head / layout.num_books, ", stage ", index % layout.num_books / 2,
+                   ", book ", index % 2, ": ", *at.second, ", the host's ", *at.first);
         else if (shape.beam_width == 1)
           judge_greedy(t, norm, coded.key_codes, complain);
       }
@@ -247,7 +252,8 @@ struct AppendCase {
         for (int b = 0; b < layout.num_books; ++b, ++code)
           for (std::size_t i = 0; i < left.size(); ++i)
             left[i] -= codec.keys->codebook(head).book(
-                group, b / 2, b % 2)[*code * static_cast<Index>(left.size()) + static_cast<Index>(i)];
+                group, b / 2,
+                b % 2)[*code * static_cast<Index>(left.size()) + static_cast<Index>(i)];
         for (const double x : left) error += x * x;
       }
     return error;
@@ -269,8 +275,9 @@ struct AppendCase {
           const auto error = [&](int a, int b) {
             double sum = 0;
             for (int i = 0; i < width; ++i)
-              sum += std::pow(left[static_cast<std::size_t>(i)] - a_book[a * width + i] -
-                                  b_book[b * width + i], 2);
+              sum += std::pow(
+                  left[static_cast<std::size_t>(i)] - a_book[a * width + i] - b_book[b * width + i],
+                  2);
             return sum;
           };
           double least = error(0, 0);
@@ -280,8 +287,8 @@ struct AppendCase {
           double length = 0;
           for (const double x : left) length += x * x;
           if (!(chosen - least <= 1e-5 * (length + least)))
-            complain(token, "head ", head, ", group ", group, ", stage ", stage, ": codes (", code[0],
-                     ", ", code[1], ") leave ", chosen, ", the best ", least);
+            complain(token, "head ", head, ", group ", group, ", stage ", stage, ": codes (",
+                     code[0], ", ", code[1], ") leave ", chosen, ", the best ", least);
           for (int i = 0; i < width; ++i)
             left[static_cast<std::size_t>(i)] -=
                 double{a_book[code[0] * width + i]} + b_book[code[1] * width + i];

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <ucontext.h>
-
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -14,10 +12,12 @@
 
 #include "commvq/core/float16.hpp"
 
+#include <ucontext.h>
+
 /// Runs CUDA kernels on the host, for tests where there is no GPU: every thread of a block is a
 /// fiber, which gives way to the others where the warp or the block must come together. Blocks run
-/// one after the other. Of the language it has what the kernels of `append` use. Asynchronous copies
-/// happen as late as the kernel's waits allow. Races are not found.
+/// one after the other. Of the language it has what the kernels of `append` use. Asynchronous
+/// copies happen as late as the kernel's waits allow. Races are not found.
 namespace simt {
 
 struct Dim {
@@ -67,8 +67,12 @@ inline void give_way() {
   swapcontext(&self->context, &machine.scheduler);
 }
 
-inline Warp& warp() { return machine.warps[machine.current->index / 32]; }
-inline int lane() { return static_cast<int>(machine.current->index % 32); }
+inline Warp& warp() {
+  return machine.warps[machine.current->index / 32];
+}
+inline int lane() {
+  return static_cast<int>(machine.current->index % 32);
+}
 
 /// All live lanes of the warp bring a payload; returns all of them.
 inline const Payload* exchange(const Payload& mine) {
@@ -185,27 +189,59 @@ inline void launch(Dim grid, unsigned num_threads, std::function<void()> body) {
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 template <class T>
-T __ldg(const T* at) { return *at; }
-inline std::uint32_t __float_as_uint(float value) { return std::bit_cast<std::uint32_t>(value); }
-inline float __uint_as_float(std::uint32_t bits) { return std::bit_cast<float>(bits); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
-inline int __ffs(unsigned bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
+T __ldg(const T* at) {
+  return *at;
+}
+inline std::uint32_t __float_as_uint(float value) {
+  return std::bit_cast<std::uint32_t>(value);
+}
+inline float __uint_as_float(std::uint32_t bits) {
+  return std::bit_cast<float>(bits);
+}
+inline float __expf(float x) {
+  return std::exp(x);
+}
+inline float __fdividef(float x, float y) {
+  return x / y;
+}
+inline int __float2int_rn(float x) {
+  return static_cast<int>(std::nearbyint(x));
+}
+inline int __ffs(unsigned bits) {
+  return bits == 0 ? 0 : std::countr_zero(bits) + 1;
+}
 template <class T>
-T min(T a, T b) { return b < a ? b : a; }
+T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-T max(T a, T b) { return a < b ? b : a; }
-inline void __syncthreads() { simt::block_barrier(); }
-inline void __syncwarp() { simt::exchange({}); }
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+inline void __syncthreads() {
+  simt::block_barrier();
+}
+inline void __syncwarp() {
+  simt::exchange({});
+}
 template <class T>
-T __shfl_sync(unsigned, T value, int from) { return simt::exchange_value(value, from); }
+T __shfl_sync(unsigned, T value, int from) {
+  return simt::exchange_value(value, from);
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return simt::exchange_value(value, simt::lane() ^ mask);
@@ -223,8 +259,7 @@ inline std::uint32_t __reduce_min_sync(unsigned, std::uint32_t value) {
   simt::Payload mine;
   mine.words[0] = value;
   const simt::Payload* const all = simt::exchange(mine);
-  for (int i = 0; i < 32; ++i)
-    value = min(value, static_cast<std::uint32_t>(all[i].words[0]));
+  for (int i = 0; i < 32; ++i) value = min(value, static_cast<std::uint32_t>(all[i].words[0]));
   return value;
 }
 inline std::uint32_t __reduce_max_sync(unsigned mask, std::uint32_t value) {
@@ -238,7 +273,9 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   for (int i = 0; i < 32; ++i) result |= static_cast<unsigned>(all[i].words[0]) << i;
   return result;
 }
-inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
+inline bool __all_sync(unsigned mask, bool value) {
+  return __ballot_sync(mask, value) == ~0u;
+}
 template <class T>
 T atomicXor(T* at, T value) {
   const T old = *at;
@@ -256,8 +293,12 @@ alignas(1024) inline unsigned char shared[256 * 1024];
 
 namespace append_instructions {
 
-inline std::uint16_t to_half(float value) { return to_fp16(value); }
-inline float from_half(std::uint16_t bits) { return from_fp16(bits); }
+inline std::uint16_t to_half(float value) {
+  return to_fp16(value);
+}
+inline float from_half(std::uint16_t bits) {
+  return from_fp16(bits);
+}
 
 inline constexpr bool kHasWarpgroups = false;
 inline void publish_operands() {}
@@ -266,7 +307,9 @@ inline constexpr bool kHasPackedIntegers = true;
 inline std::uint32_t add_min_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   std::uint32_t result = 0;
   for (int shift = 0; shift < 32; shift += 16) {
-    const auto number = [&](std::uint32_t pair) { return static_cast<std::int16_t>(pair >> shift); };
+    const auto number = [&](std::uint32_t pair) {
+      return static_cast<std::int16_t>(pair >> shift);
+    };
     const auto sum = static_cast<std::int16_t>(number(a) + number(b));
     result |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(min(sum, number(c)))) << shift;
   }

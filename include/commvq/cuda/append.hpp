@@ -77,8 +77,8 @@ struct AppendParams {
   CUstream_st* stream = nullptr;
 };
 
-/// Bytes that `append` needs beside its arguments for up to `max_tokens` tokens a call. The contents
-/// need not be kept between calls, nor be initialised.
+/// Bytes that `append` needs beside its arguments for up to `max_tokens` tokens a call. The
+/// contents need not be kept between calls, nor be initialised.
 std::size_t append_workspace_size(const DeviceEncoder& encoder, Index max_tokens) noexcept;
 
 /// Codes tokens and writes them to their pages, as `put_token` does; copies them to the exact
@@ -89,10 +89,11 @@ std::size_t append_workspace_size(const DeviceEncoder& encoder, Index max_tokens
 /// The result does not depend on what else runs, nor on the other tokens of the call.
 ///
 /// A key that is not finite, or whose norm is beyond bf16's range, is coded as zeros with norm NaN:
-/// every score with it is NaN. Likewise a value with scale NaN. Both after rounding to `exact.type`.
+/// every score with it is NaN. Likewise a value with scale NaN. Both after rounding to
+/// `exact.type`.
 ///
-/// Returns kInvalidArgument, kWorkspaceTooSmall or kCudaError (of a launch: the stream may then hold
-/// a part of the work), or kOk.
+/// Returns kInvalidArgument, kWorkspaceTooSmall or kCudaError (of a launch: the stream may then
+/// hold a part of the work), or kOk.
 [[nodiscard]] Status append(const DeviceEncoder& encoder, const AppendParams& params) noexcept;
 
 }  // namespace commvq::cuda
