@@ -86,7 +86,8 @@ std::size_t append_workspace_size(const DeviceEncoder& encoder, Index max_tokens
 ///
 /// Enqueues work on the stream and returns; never allocates, synchronises, prints or throws. May be
 /// captured in a graph: num_tokens and the pointers are then fixed, what they point to may change.
-/// The result does not depend on what else runs, nor on the other tokens of the call.
+/// The result does not depend on what else runs. A token's codes do not depend on the other tokens of
+/// the call; its value scale may by one step of bf16, where its fp32 sum is at the edge of a step.
 ///
 /// A key that is not finite, or whose norm is beyond bf16's range, is coded as zeros with norm NaN:
 /// every score with it is NaN. Likewise a value with scale NaN. Both after rounding to
