@@ -1,0 +1,192 @@
+// Tokens a second that `append` codes: one layer of Llama-3.1-8B (8 KV heads of 128), 8192 tokens a
+// call, random codecs of the paper's shapes. Median over many calls, each timed by events; inputs,
+// pages and workspaces take turns, together more than twice the L2 cache. The last line is JSON.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "commvq/core/error.hpp"
+#include "commvq/core/float16.hpp"
+#include "commvq/cuda/append.hpp"
+#include "commvq/io/codebook_file.hpp"
+#include "commvq/key_codec/key_codec.hpp"
+#include "commvq/value_codec/value_codec.hpp"
+
+#include <cuda_runtime_api.h>
+
+namespace {
+
+using namespace commvq;
+
+constexpr int kHeads = 8;
+constexpr int kHeadDim = 128;
+constexpr int kChannels = kHeads * kHeadDim;
+constexpr Index kTokens = 8192;
+constexpr int kSets = 4;  // of buffers that take turns
+constexpr int kWarmUp = 8;
+constexpr int kRuns = 40;
+
+void check(cudaError_t error) {
+  require(error == cudaSuccess, cudaGetErrorString(error));
+}
+
+std::vector<float> normal(std::mt19937& rng, Index count, double deviation) {
+  std::normal_distribution<float> distribution(0.0f, static_cast<float>(deviation));
+  std::vector<float> values(static_cast<std::size_t>(count));
+  for (float& value : values) value = distribution(rng);
+  return values;
+}
+
+LayerCodec random_codec(std::mt19937& rng, int bits, int beam_width) {
+  const PairLayout pairs{kHeadDim, kHeadDim, RopeLayout::kHalfSplit};
+  KeyCodecConfig config =
+      bits == 1 ? KeyCodecConfig::paper_1bit(pairs) : KeyCodecConfig::paper_2bit(pairs);
+  config.beam_width = beam_width;
+  std::vector<KeyCodebook<float>> heads;
+  for (int head = 0; head < kHeads; ++head) {
+    KeyCodebook<float>& codebook = heads.emplace_back(config);
+    double size = 0.5 / std::sqrt(double{kChannels});
+    for (int stage = 0; stage < config.num_stages; ++stage, size *= 0.85) {
+      const auto rows = normal(rng, Index{config.codebook_size} * codebook.row_size(), size);
+      std::copy(rows.begin(), rows.end(), codebook.book(0, stage, 0));
+    }
+    codebook.derive_tied_books();
+  }
+  const ValueCodecConfig values =
+      bits == 1 ? ValueCodecConfig::paper_1bit(kChannels) : ValueCodecConfig::paper_2bit(kChannels);
+  const int H = values.hidden_size;
+  ValueCodecWeights weights;
+  weights.norm_gain.assign(kChannels, 1.0f);
+  weights.norm_bias.assign(kChannels, 0.0f);
+  weights.hidden_weight = normal(rng, Index{H} * kChannels, 1 / std::sqrt(double{kChannels}));
+  weights.hidden_bias = normal(rng, H, 0.1);
+  weights.output_weight = normal(rng, Index{values.num_logits()} * H, 1 / std::sqrt(double(H)));
+  weights.output_bias = normal(rng, values.num_logits(), 0.1);
+  weights.decoder = normal(rng, Index{values.num_code_bits()} * kChannels, 1.0);
+  return {std::make_shared<const KeyCodec>(std::move(heads)),
+          std::make_shared<const ValueCodec>(values, std::move(weights))};
+}
+
+void* device_copy(const void* data, std::size_t bytes) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, bytes));
+  if (data != nullptr)
+    check(cudaMemcpy(memory, data, bytes, cudaMemcpyHostToDevice));
+  else
+    check(cudaMemset(memory, 0, bytes));
+  return memory;
+}
+
+struct Buffers {
+  cuda::AppendParams params[kSets];
+  std::vector<void*> owned;
+
+  Buffers(const cuda::DeviceEncoder& encoder, std::mt19937& rng) {
+    const cuda::DevicePageLayout& layout = encoder.layout();
+    const auto own = [&](const void* data, std::size_t bytes) {
+      owned.push_back(device_copy(data, bytes));
+      return owned.back();
+    };
+    std::vector<std::int64_t> places(kTokens);
+    for (std::size_t i = 0; i < places.size(); ++i) places[i] = static_cast<std::int64_t>(i);
+    for (cuda::AppendParams& p : params) {
+      std::vector<std::uint16_t> rows;
+      for (const float value : normal(rng, kTokens * kChannels, 1.0))
+        rows.push_back(to_bf16(value));
+      p.num_tokens = kTokens;
+      p.keys = own(rows.data(), rows.size() * 2);
+      std::reverse(rows.begin(), rows.end());
+      p.values = own(rows.data(), rows.size() * 2);
+      p.slot_mapping = static_cast<const std::int64_t*>(
+          own(places.data(), places.size() * sizeof(std::int64_t)));
+      const Index pages = kTokens / layout.page_size;
+      p.pages.data = static_cast<std::uint8_t*>(
+          own(nullptr, static_cast<std::size_t>(pages * layout.page_bytes)));
+      p.pages.page_stride = layout.page_bytes;
+      p.workspace_bytes = cuda::append_workspace_size(encoder, kTokens);
+      p.workspace = own(nullptr, p.workspace_bytes);
+    }
+  }
+  Buffers(const Buffers&) = delete;
+  ~Buffers() {
+    for (void* memory : owned) cudaFree(memory);
+  }
+};
+
+/// Median tokens a second of keys, values or both.
+double tokens_per_second(const cuda::DeviceEncoder& encoder, Buffers& buffers, bool keys,
+                         bool values) {
+  cudaEvent_t begin = nullptr, end = nullptr;
+  check(cudaEventCreate(&begin));
+  check(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int run = 0; run < kWarmUp + kRuns; ++run) {
+    cuda::AppendParams params = buffers.params[run % kSets];
+    if (!keys) params.keys = nullptr;
+    if (!values) params.values = nullptr;
+    check(cudaEventRecord(begin));
+    const cuda::Status status = cuda::append(encoder, params);
+    require(status.ok(), status.message());
+    check(cudaEventRecord(end));
+    check(cudaEventSynchronize(end));
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, begin, end));
+    if (run >= kWarmUp) times.push_back(milliseconds);
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
+  return static_cast<double>(kTokens) * 1e3 / times[kRuns / 2];
+}
+
+int run() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::printf("no GPU here\n");
+    return 0;
+  }
+  cudaDeviceProp device{};
+  check(cudaGetDeviceProperties(&device, 0));
+  std::printf("%s, %lld tokens a call\n", device.name, static_cast<long long>(kTokens));
+  std::string json = std::string("{\"device\": \"") + device.name + "\"";
+  std::mt19937 rng(1);
+  for (const int bits : {1, 2})
+    for (const int beam_width : {1, 8}) {
+      const LayerCodec codec = random_codec(rng, bits, beam_width);
+      const cuda::DevicePageLayout layout(codec.keys->config(), kHeads, codec.values->config(), 64,
+                                          cuda::key_plane_bytes(device.major * 10 + device.minor));
+      const cuda::DeviceEncoder encoder = cuda::prepare_encoder(codec, layout);
+      Buffers buffers(encoder, rng);
+      const struct {
+        const char* name;
+        bool keys, values;
+      } parts[] = {{"keys", true, false}, {"values", false, true}, {"both", true, true}};
+      for (const auto& part : parts) {
+        const double rate = tokens_per_second(encoder, buffers, part.keys, part.values) / 1e6;
+        std::printf("%d bit, beam %d, %-6s  %7.2f million tokens/s\n", bits, beam_width, part.name,
+                    rate);
+        char entry[96];
+        std::snprintf(entry, sizeof entry, ", \"%s_%dbit_beam%d_mtokens_s\": %.3f", part.name, bits,
+                      beam_width, rate);
+        json += entry;
+      }
+    }
+  std::printf("%s}\n", json.c_str());
+  return 0;
+}
+
+}  // namespace
+
+int main() {
+  try {
+    return run();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "append_cuda_bench: %s\n", error.what());
+    return 1;
+  }
+}

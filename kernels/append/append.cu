@@ -1,0 +1,202 @@
+#include <cuda_runtime.h>
+
+#include "key_search.cuh"
+#include "load_tokens.cuh"
+#include "matrix_product.cuh"
+
+namespace commvq::cuda {
+namespace {
+
+unsigned blocks_for(Index count, Index per_block) {
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
+
+TokenRows rows_of(const EncoderView& encoder, const AppendParams& params, bool keys) {
+  const ExactTokens& exact = params.exact;
+  TokenRows rows;
+  rows.data = keys ? params.keys : params.values;
+  rows.type = params.type;
+  rows.exact = keys ? exact.keys : exact.values;
+  rows.exact_type = exact.type;
+  rows.rounds = exact.keys != nullptr;
+  rows.exact_mapping = params.exact_mapping;
+  rows.num_channels = encoder.values.num_channels;
+  return rows;
+}
+
+template <bool kLarge, class Epilogue>
+void launch_product(const MatrixProduct& product, const Weights& weights, const Epilogue& epilogue,
+                    bool uses_warpgroups, cudaStream_t stream) {
+  constexpr TileConfig kTile = kTileOf<kLarge>;
+  // Code for warpgroups has deeper pipelines; where there is none, the rest is not used.
+  const int bytes =
+      kLarge && uses_warpgroups ? kWarpgroupTile.shared_bytes() : kTile.shared_bytes();
+  const dim3 grid(static_cast<unsigned>(weights.num_padded_outputs / kTile.cols),
+                  blocks_for(product.num_rows, kTile.rows));
+  multiply<kLarge>
+      <<<grid, kTile.num_threads(), static_cast<std::size_t>(bytes), stream>>>(product, epilogue);
+}
+
+template <class Epilogue>
+void multiply_by(const EncoderView& encoder, const Weights& weights, const std::uint16_t* inputs,
+                 Index num_tokens, int num_terms, const Epilogue& epilogue, cudaStream_t stream) {
+  const MatrixProduct product{inputs,     inputs + num_tokens * weights.num_inputs,
+                              weights.hi, weights.lo,
+                              num_tokens, weights.num_inputs,
+                              num_terms};
+  if (num_tokens <= kSmallTileTokens) {
+    launch_product<false>(product, weights, epilogue, encoder.has_warpgroups, stream);
+  } else {
+    launch_product<true>(product, weights, epilogue, encoder.has_warpgroups, stream);
+  }
+}
+
+template <int kNumRows>
+auto key_search(KeySearchKind kind) {
+  switch (kind) {
+    case KeySearchKind::kBeam:
+      return search_key_codes<KeySearchKind::kBeam, kNumRows>;
+    case KeySearchKind::kGreedy:
+      return search_key_codes<KeySearchKind::kGreedy, kNumRows>;
+    default:
+      return search_key_codes<KeySearchKind::kScreenedGreedy, kNumRows>;
+  }
+}
+
+void encode_keys(const EncoderView& encoder, const AppendParams& params,
+                 const AppendWorkspace& workspace) {
+  const Index tokens = params.num_tokens;
+  load_keys<<<blocks_for(tokens, kTokenThreads / 32), kTokenThreads, 0, params.stream>>>(
+      encoder, rows_of(encoder, params, true), tokens, params.pages, params.slot_mapping,
+      workspace.key_norms, workspace.unit_keys);
+  const int num_rows = encoder.keys.num_search_rows;
+  const dim3 grid(blocks_for(tokens, num_rows / encoder.keys.beam_width),
+                  static_cast<unsigned>(encoder.layout.num_kv_heads),
+                  static_cast<unsigned>(encoder.layout.num_groups));
+  const auto kernel = num_rows == kKeySearch.num_rows
+                          ? key_search<kKeySearch.num_rows>(search_kind(encoder.keys))
+                          : key_search<kKeySearch.num_rows_small>(search_kind(encoder.keys));
+  const auto bytes = static_cast<std::size_t>(KeySearchShared(encoder.keys, num_rows).bytes);
+  kernel<<<grid, kKeySearch.num_threads, bytes, params.stream>>>(
+      encoder, tokens, workspace.unit_keys, workspace.key_norms, params.pages, params.slot_mapping);
+}
+
+void encode_values(const EncoderView& encoder, const AppendParams& params,
+                   const AppendWorkspace& workspace) {
+  const Index tokens = params.num_tokens;
+  const ValueEncoderView& values = encoder.values;
+  const int terms = values.num_terms();
+  const unsigned token_blocks = blocks_for(tokens, kTokenThreads / 32);
+  load_values<<<token_blocks, kTokenThreads, 0, params.stream>>>(
+      encoder, rows_of(encoder, params, false), tokens, workspace.value_norms, workspace.inputs);
+  std::uint16_t* const hidden_lo =
+      terms > 1 ? workspace.hidden + tokens * values.output.num_inputs : nullptr;
+  multiply_by(encoder, values.hidden, workspace.inputs, tokens, terms,
+              HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden, hidden_lo,
+                             values.output.num_inputs},
+              params.stream);
+  multiply_by(encoder, values.output, workspace.hidden, tokens, terms,
+              PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs},
+              params.stream);
+  // Bits have no rest, so that of three terms two are left.
+  multiply_by(encoder, values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
+              SquaresEpilogue{workspace.squares}, params.stream);
+  const int tile_cols = tokens <= kSmallTileTokens ? kSmallTile.cols : kLargeTile.cols;
+  write_values<<<token_blocks, kTokenThreads, 0, params.stream>>>(
+      encoder, tokens, workspace.value_norms, workspace.bits, workspace.squares,
+      values.decoder.num_padded_outputs / tile_cols, params.pages, params.slot_mapping);
+}
+
+Status invalid(const char* what, const char* wanted) {
+  return Status(StatusCode::kInvalidArgument, "%s; %s", what, wanted);
+}
+
+bool is_aligned(const void* pointer, std::uintptr_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
+}
+
+Status check(const EncoderView& encoder, const AppendParams& params) {
+  const DevicePageLayout& layout = encoder.layout;
+  if (params.num_tokens < 0 || params.num_tokens > kMaxTokens)
+    return Status(StatusCode::kInvalidArgument, "num_tokens is %lld; it must be in [0, %lld]",
+                  static_cast<long long>(params.num_tokens), static_cast<long long>(kMaxTokens));
+  if (params.num_tokens == 0) return {};
+  if (params.slot_mapping == nullptr)
+    return invalid("slot_mapping is null", "it must hold a place for each token");
+  if (params.type != FloatType::kBf16 && params.type != FloatType::kFp16 &&
+      params.type != FloatType::kFp32)
+    return Status(StatusCode::kInvalidArgument, "type is %d; it must be kBf16, kFp16 or kFp32",
+                  static_cast<int>(params.type));
+  if (params.pages.data == nullptr || !is_aligned(params.pages.data, 16))
+    return invalid("pages.data is null or not on 16 bytes", "pages begin on 16 bytes");
+  if (params.pages.page_stride < layout.page_bytes || params.pages.page_stride % 16 != 0)
+    return Status(StatusCode::kInvalidArgument,
+                  "page_stride is %lld; it must be a multiple of 16 and at least page_bytes = %lld",
+                  static_cast<long long>(params.pages.page_stride),
+                  static_cast<long long>(layout.page_bytes));
+  const ExactTokens& exact = params.exact;
+  if ((exact.keys == nullptr) != (exact.values == nullptr))
+    return invalid("one of exact.keys and exact.values is null", "give both or none");
+  if (exact.keys != nullptr && exact.type != FloatType::kBf16 && exact.type != FloatType::kFp16)
+    return Status(StatusCode::kInvalidArgument, "exact.type is %s; it must be bf16 or fp16",
+                  name_of(exact.type));
+  if (exact.keys == nullptr && params.exact_mapping != nullptr)
+    return invalid("exact_mapping is given, but no exact buffers",
+                   "set exact.keys and exact.values");
+  if (params.workspace == nullptr || !is_aligned(params.workspace, 256))
+    return invalid("workspace is null or not on 256 bytes", "see append_workspace_size");
+  const std::size_t needed = AppendWorkspace(encoder, params.num_tokens, nullptr).bytes;
+  if (params.workspace_bytes < needed)
+    return Status(StatusCode::kWorkspaceTooSmall,
+                  "the workspace has %zu bytes; %lld tokens need %zu", params.workspace_bytes,
+                  static_cast<long long>(params.num_tokens), needed);
+  return {};
+}
+
+template <class Kernel>
+cudaError_t allow_shared_memory(Kernel* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+}  // namespace
+
+int configure_append_kernels() noexcept {
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const auto allow = [&](auto* kernel) {
+    if (error == cudaSuccess) error = allow_shared_memory(kernel, bytes);
+  };
+  for (const KeySearchKind kind :
+       {KeySearchKind::kBeam, KeySearchKind::kGreedy, KeySearchKind::kScreenedGreedy}) {
+    allow(key_search<kKeySearch.num_rows>(kind));
+    allow(key_search<kKeySearch.num_rows_small>(kind));
+  }
+  allow(multiply<true, HiddenEpilogue>);
+  allow(multiply<true, PatternEpilogue>);
+  allow(multiply<true, SquaresEpilogue>);
+  allow(multiply<false, HiddenEpilogue>);
+  allow(multiply<false, PatternEpilogue>);
+  allow(multiply<false, SquaresEpilogue>);
+  return static_cast<int>(error);
+}
+
+std::size_t append_workspace_size(const DeviceEncoder& encoder, Index max_tokens) noexcept {
+  return AppendWorkspace(encoder.view(), max_tokens < 0 ? 0 : max_tokens, nullptr).bytes;
+}
+
+Status append(const DeviceEncoder& encoder, const AppendParams& params) noexcept {
+  const EncoderView& view = encoder.view();
+  const Status status = check(view, params);
+  if (!status.ok() || params.num_tokens == 0) return status;
+  const AppendWorkspace workspace(view, params.num_tokens, params.workspace);
+  if (params.keys != nullptr) encode_keys(view, params, workspace);
+  if (params.values != nullptr) encode_values(view, params, workspace);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    return Status(StatusCode::kCudaError, "append: %s", cudaGetErrorString(error));
+  return {};
+}
+
+}  // namespace commvq::cuda

@@ -1,0 +1,291 @@
+#include "encoder_image.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "commvq/core/error.hpp"
+#include "commvq/core/float16.hpp"
+
+namespace commvq::cuda {
+namespace {
+
+/// The power of two that takes numbers up to `largest` to at most 2^14: fp16 holds them, and what
+/// it leaves of them as well.
+double scale_for(double largest) {
+  if (!(largest > 0)) return 1;
+  const int exponent = std::ilogb(largest) + 1;
+  return std::ldexp(1.0, std::clamp(14 - exponent, -100, 100));
+}
+
+double largest_of(const std::vector<float>& values) {
+  double largest = 0;
+  for (const float value : values) largest = std::max(largest, std::abs(double{value}));
+  return largest;
+}
+
+struct Halves {
+  std::uint16_t hi, lo;
+  explicit Halves(double scaled)
+      : hi(to_fp16(static_cast<float>(scaled))),
+        lo(to_fp16(static_cast<float>(scaled - double{from_fp16(hi)}))) {}
+};
+
+}  // namespace
+
+EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layout,
+                           ValuePrecision precision) {
+  require(codec.keys != nullptr && codec.values != nullptr,
+          "the device encoder needs a codec for both keys and values; the ",
+          codec.keys == nullptr ? "keys" : "values", " have none");
+  const KeyCodecConfig& keys = codec.keys->config();
+  const ValueCodecConfig& values = codec.values->config();
+  require(
+      codec.keys->num_kv_heads() == layout.num_kv_heads && keys.pairs.head_dim == layout.head_dim &&
+          keys.codebook_size == layout.codebook_size && keys.num_groups() == layout.num_groups &&
+          2 * keys.num_stages == layout.num_books,
+      "the key codec (", codec.keys->num_kv_heads(), " heads of ", keys.pairs.head_dim, ", ",
+      keys.num_groups(), " groups of ", keys.num_stages, " stages of ", keys.codebook_size,
+      " centroids) differs from the page layout's: ", layout.num_kv_heads, ", ", layout.head_dim,
+      ", ", layout.num_groups, ", ", layout.num_books / 2, ", ", layout.codebook_size);
+  require(values.num_code_bits() == layout.num_code_bits &&
+              values.num_channels == layout.num_kv_heads * layout.head_dim,
+          "the value codec (", values.num_channels, " channels, ", values.num_code_bits(),
+          " bits) differs from the page layout's: ", layout.num_kv_heads * layout.head_dim, ", ",
+          layout.num_code_bits);
+  require(layout.norms_per_token == 1 || layout.norms_per_token == layout.num_kv_heads,
+          "norms_per_token is ", layout.norms_per_token,
+          "; it must be 1 or num_kv_heads = ", layout.num_kv_heads);
+  require(keys.beam_width <= kMaxBeamWidth, "beam_width is ", keys.beam_width,
+          "; the device searches up to ", kMaxBeamWidth);
+  require(keys.num_stages <= kMaxStages, "num_stages is ", keys.num_stages,
+          "; the device supports up to ", kMaxStages);
+  require(keys.codebook_size <= kMaxCodebookSize, "codebook_size is ", keys.codebook_size,
+          "; the device supports up to ", kMaxCodebookSize);
+  view_.layout = layout;
+  add_keys(*codec.keys);
+  add_values(*codec.values, precision);
+}
+
+template <class T>
+void EncoderImage::add(const T*& at, const std::vector<T>& values) {
+  const std::size_t offset = (bytes_.size() + 255) / 256 * 256;
+  bytes_.resize(offset + values.size() * sizeof(T));
+  std::memcpy(bytes_.data() + offset, values.data(), values.size() * sizeof(T));
+  at = reinterpret_cast<const T*>(static_cast<std::uintptr_t>(offset));
+}
+
+void EncoderImage::add_keys(const KeyCodec& codec) {
+  const KeyCodecConfig& config = codec.config();
+  KeyEncoderView& keys = view_.keys;
+  keys.group_pairs = config.group_pairs;
+  keys.row_size = 2 * config.group_pairs;
+  keys.padded_row_size = static_cast<int>(round_up(keys.row_size, 16));
+  keys.num_stages = config.num_stages;
+  keys.codebook_size = config.codebook_size;
+  keys.padded_books = static_cast<int>(round_up(2 * config.codebook_size, 8));
+  keys.padded_size = static_cast<int>(round_up(config.codebook_size, 64));
+  keys.beam_width = config.beam_width;
+
+  // Numbers of a residual are at most 1 and the largest number of every row taken off.
+  double largest_number = 0, largest_residual = 1;
+  const std::size_t book = static_cast<std::size_t>(keys.codebook_size) * keys.row_size;
+  for (int head = 0; head < codec.num_kv_heads(); ++head) {
+    const std::vector<float>& rows = codec.codebook(head).rows;
+    double residual = 1;
+    for (int group = 0; group < config.num_groups(); ++group) {
+      double sum = 1;
+      for (int b = 0; b < 2 * keys.num_stages; ++b) {
+        const float* const first = codec.codebook(head).book(group, b / 2, b % 2);
+        const double largest = largest_of(std::vector<float>(first, first + book));
+        sum += largest;
+        largest_number = std::max(largest_number, largest);
+      }
+      residual = std::max(residual, sum);
+    }
+    largest_residual = std::max(largest_residual, residual);
+    require(std::isfinite(residual) && !rows.empty(), "the codebook of head ", head,
+            " is empty or too large");
+  }
+  const double row_scale = scale_for(largest_number);
+  const double residual_scale = scale_for(largest_residual);
+  keys.residual_scale = static_cast<float>(residual_scale);
+  keys.product_factor = static_cast<float>(-2 / (residual_scale * row_scale));
+
+  std::vector<std::uint16_t> channels;
+  for (int part = 0; part < 2; ++part)
+    for (int pair = 0; pair < config.pairs.num_pairs(); ++pair)
+      channels.push_back(static_cast<std::uint16_t>(part == 0 ? config.pairs.real_channel(pair)
+                                                              : config.pairs.imag_channel(pair)));
+  const int size = keys.codebook_size, row_size = keys.row_size;
+  std::vector<float> rows, norms, cross_terms, cross_terms_by_b;
+  std::vector<std::uint32_t> operands, rounded_cross_terms;
+  std::vector<float> cross_units;
+  for (int head = 0; head < codec.num_kv_heads(); ++head)
+    for (int group = 0; group < config.num_groups(); ++group)
+      for (int stage = 0; stage < config.num_stages; ++stage) {
+        const float* const first = codec.codebook(head).book(group, stage, 0);  // both books
+        rows.insert(rows.end(), first, first + 2 * book);
+        const auto dot = [&](int n, int m) {
+          double sum = 0;
+          for (int i = 0; i < row_size; ++i)
+            sum += double{first[n * row_size + i]} * first[m * row_size + i];
+          return sum;
+        };
+        for (int n = 0; n < 2 * size; ++n) norms.push_back(static_cast<float>(dot(n, n)));
+        const std::size_t cross = cross_terms.size();
+        for (int a = 0; a < size; ++a)
+          for (int b = 0; b < size; ++b)
+            cross_terms.push_back(static_cast<float>(2 * dot(a, size + b)));
+        for (int b = 0; b < size; ++b)
+          for (int a = 0; a < keys.padded_size; ++a)
+            cross_terms_by_b.push_back(
+                a < size ? cross_terms[cross + static_cast<std::size_t>(a * size + b)] : 0.0f);
+        const double largest_cross = largest_of(
+            std::vector<float>(cross_terms.begin() + static_cast<Index>(cross), cross_terms.end()));
+        const double cross_unit = largest_cross / kLargestCrossTerm;
+        cross_units.push_back(static_cast<float>(cross_unit));
+        for (int b = 0; b < size && keys.screens(); b += 2)
+          for (int a = 0; a < keys.padded_size; ++a) {
+            std::uint32_t pair = 0;
+            for (int k = 0; k < 2 && a < size && cross_unit > 0; ++k) {
+              const double term = cross_terms[cross + static_cast<std::size_t>(a * size + b + k)];
+              const auto rounded = static_cast<std::int16_t>(std::nearbyint(term / cross_unit));
+              pair |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(rounded)) << (16 * k);
+            }
+            rounded_cross_terms.push_back(pair);
+          }
+        for (int tile = 0; tile < keys.padded_books / 8; ++tile)
+          for (int step = 0; step < keys.padded_row_size / 16; ++step)
+            for (int lane = 0; lane < 32; ++lane) {
+              std::uint32_t words[4] = {};  // hi b0, hi b1, lo b0, lo b1
+              const int n = tile * 8 + lane / 4;
+              for (int k = 0; k < 4; ++k) {
+                const int i = step * 16 + k / 2 * 8 + lane % 4 * 2 + k % 2;
+                if (n >= 2 * size || i >= row_size) continue;
+                const Halves halves(double{first[n * row_size + i]} * row_scale);
+                words[k / 2] |= static_cast<std::uint32_t>(halves.hi) << (16 * (k % 2));
+                words[2 + k / 2] |= static_cast<std::uint32_t>(halves.lo) << (16 * (k % 2));
+              }
+              operands.insert(operands.end(), words, words + 4);
+            }
+      }
+  add(keys.channels, channels);
+  add(keys.rows, rows);
+  add(keys.operands, operands);
+  add(keys.squared_norms, norms);
+  add(keys.cross_terms, cross_terms);
+  add(keys.cross_terms_by_b, cross_terms_by_b);
+  add(keys.cross_units, cross_units);
+  if (keys.screens()) add(keys.rounded_cross_terms, rounded_cross_terms);
+}
+
+/// `weights` is [outputs][inputs]; its operand is padded with zeros on both sides.
+Weights EncoderImage::add_weights(const std::vector<float>& weights, Index outputs, Index inputs,
+                                  double input_scale, ValuePrecision precision) {
+  Weights result;
+  result.num_inputs = static_cast<int>(round_up(inputs, kInputPadding));
+  result.num_outputs = static_cast<int>(outputs);
+  result.num_padded_outputs = static_cast<int>(round_up(outputs, kOutputPadding));
+  const double scale = scale_for(largest_of(weights));
+  result.product_factor = static_cast<float>(1 / (scale * input_scale));
+  const auto count = static_cast<std::size_t>(Index{result.num_padded_outputs} * result.num_inputs);
+  std::vector<std::uint16_t> hi(count), lo(count);
+  for (Index o = 0; o < outputs; ++o)
+    for (Index i = 0; i < inputs; ++i) {
+      const auto at = static_cast<std::size_t>(o * result.num_inputs + i);
+      const Halves halves(double{weights[static_cast<std::size_t>(o * inputs + i)]} * scale);
+      hi[at] = halves.hi;
+      lo[at] = halves.lo;
+    }
+  add(result.hi, hi);
+  // Offset 0 is that of the first array, so that null remains null.
+  if (precision == ValuePrecision::kFp32) add(result.lo, lo);
+  return result;
+}
+
+void EncoderImage::add_values(const ValueCodec& codec, ValuePrecision precision) {
+  const ValueCodecConfig& config = codec.config();
+  const ValueCodecWeights& weights = codec.weights();
+  ValueEncoderView& values = view_.values;
+  values.num_channels = config.num_channels;
+  values.num_code_bits = config.num_code_bits();
+  add(values.norm_gain, weights.norm_gain);
+  add(values.norm_bias, weights.norm_bias);
+
+  // LayerNorm's output is at most sqrt(C) before gain and bias; hidden numbers are at most the sum
+  // of what the inputs can add up to.
+  const Index C = config.num_channels, H = config.hidden_size;
+  double largest_input = 0;
+  std::vector<double> input_bounds;
+  for (Index c = 0; c < C; ++c) {
+    const auto at = static_cast<std::size_t>(c);
+    const double bound = std::sqrt(static_cast<double>(C)) * std::abs(weights.norm_gain[at]) +
+                         std::abs(weights.norm_bias[at]);
+    largest_input = std::max(largest_input, bound);
+  }
+  // |sum_c w_c (gain_c x_c + bias_c)| with |x| <= sqrt(C): Cauchy-Schwarz.
+  double largest_hidden = 0;
+  for (Index h = 0; h < H; ++h) {
+    double squares = 0, rest = 0;
+    for (Index c = 0; c < C; ++c) {
+      const auto at = static_cast<std::size_t>(c);
+      const double w = weights.hidden_weight[static_cast<std::size_t>(h * C + c)];
+      squares += std::pow(w * weights.norm_gain[at], 2);
+      rest += w * weights.norm_bias[at];
+    }
+    largest_hidden = std::max(
+        largest_hidden, std::sqrt(squares * static_cast<double>(C)) +
+                            std::abs(rest + weights.hidden_bias[static_cast<std::size_t>(h)]));
+  }
+  const double input_scale = scale_for(largest_input);
+  const double hidden_scale = scale_for(largest_hidden);
+  values.input_scale = static_cast<float>(input_scale);
+  values.hidden_scale = static_cast<float>(hidden_scale);
+
+  values.hidden = add_weights(weights.hidden_weight, H, C, input_scale, precision);
+  values.output =
+      add_weights(weights.output_weight, config.num_logits(), H, hidden_scale, precision);
+  const auto padded = [](std::vector<float> bias, int count) {
+    bias.resize(static_cast<std::size_t>(count));
+    return bias;
+  };
+  add(values.hidden.bias, padded(weights.hidden_bias, values.hidden.num_padded_outputs));
+  add(values.output.bias, padded(weights.output_bias, values.output.num_padded_outputs));
+
+  const Index bits = config.num_code_bits();
+  std::vector<float> transposed(weights.decoder.size());
+  for (Index b = 0; b < bits; ++b)
+    for (Index c = 0; c < C; ++c)
+      transposed[static_cast<std::size_t>(c * bits + b)] =
+          weights.decoder[static_cast<std::size_t>(b * C + c)];
+  values.decoder = add_weights(transposed, C, bits, 1, precision);
+  values.length_factor = 1 / scale_for(largest_of(transposed));
+}
+
+EncoderView EncoderImage::view_at(const void* base) const {
+  EncoderView view = view_;
+  const auto place = [&](auto*& pointer) {
+    using Pointer = std::remove_reference_t<decltype(pointer)>;
+    pointer = reinterpret_cast<Pointer>(reinterpret_cast<std::uintptr_t>(base) +
+                                        reinterpret_cast<std::uintptr_t>(pointer));
+  };
+  place(view.keys.channels);
+  place(view.keys.rows);
+  place(view.keys.operands);
+  place(view.keys.squared_norms);
+  place(view.keys.cross_terms);
+  place(view.keys.cross_terms_by_b);
+  place(view.keys.cross_units);
+  if (view.keys.rounded_cross_terms != nullptr) place(view.keys.rounded_cross_terms);
+  place(view.values.norm_gain);
+  place(view.values.norm_bias);
+  for (Weights* weights : {&view.values.hidden, &view.values.output, &view.values.decoder}) {
+    place(weights->hi);
+    if (weights->lo != nullptr) place(weights->lo);
+    if (weights->bias != nullptr) place(weights->bias);
+  }
+  return view;
+}
+
+}  // namespace commvq::cuda

@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "commvq/io/codebook_file.hpp"
+
+#include "encoder_view.hpp"
+
+namespace commvq::cuda {
+
+/// What a `DeviceEncoder` holds in device memory, gathered in host memory.
+class EncoderImage {
+ public:
+  /// Throws `Error` for what `prepare_encoder` refuses, except for lack of shared memory.
+  EncoderImage(const LayerCodec& codec, const DevicePageLayout& layout, ValuePrecision precision);
+
+  const std::vector<std::uint8_t>& bytes() const { return bytes_; }
+  /// The view whose pointers are offsets into `bytes`.
+  const EncoderView& view() const { return view_; }
+  /// The view of a copy of `bytes` at `base`.
+  EncoderView view_at(const void* base) const;
+
+ private:
+  template <class T>
+  void add(const T*& at, const std::vector<T>& values);
+  void add_keys(const KeyCodec& codec);
+  void add_values(const ValueCodec& codec, ValuePrecision precision);
+  Weights add_weights(const std::vector<float>& weights, Index outputs, Index inputs,
+                      double input_scale, ValuePrecision precision);
+
+  std::vector<std::uint8_t> bytes_;
+  EncoderView view_;
+};
+
+}  // namespace commvq::cuda

@@ -1,0 +1,168 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "commvq/cuda/append.hpp"
+
+#include "config.hpp"
+
+namespace commvq::cuda {
+
+inline COMMVQ_HOST_DEVICE Index round_up(Index count, Index multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+/// Matrix-product operands are powers of two times the numbers they stand for, so that fp16 holds
+/// them and their rest: scaled = number * scale.
+struct KeyEncoderView {
+  int group_pairs = 0;
+  int row_size = 0;         ///< 2 * group_pairs
+  int padded_row_size = 0;  ///< to a multiple of 16
+  int num_stages = 0;
+  int codebook_size = 0;
+  int padded_books = 0;  ///< 2 * codebook_size to a multiple of 8
+  int padded_size = 0;   ///< codebook_size to a multiple of 64
+  int beam_width = 1;
+  int num_search_rows = kKeySearch.num_rows;  ///< of a block of the search
+  float residual_scale = 1;
+  float product_factor = 1;  ///< scaled product -> -2 <r, Z>
+  /// Channel of planar index i of a head, [head_dim].
+  const std::uint16_t* channels = nullptr;
+  /// fp32 rows, [heads][groups][stages][2 * codebook_size][row_size].
+  const float* rows = nullptr;
+  /// The same, scaled, as operands of the matrix instruction: [heads][groups][stages]
+  /// [padded_books / 8][padded_row_size / 16][32 lanes][hi b0, hi b1, lo b0, lo b1].
+  const std::uint32_t* operands = nullptr;
+  /// Squared norms, [heads][groups][stages][2 * codebook_size].
+  const float* squared_norms = nullptr;
+  /// 2 <Z_0[a], Z_1[b]>: [heads][groups][stages][codebook_size a][codebook_size b], and
+  /// [...][codebook_size b][padded_size a], zero where there is no a.
+  const float* cross_terms = nullptr;
+  const float* cross_terms_by_b = nullptr;
+  /// Cross terms of two neighbouring b as 16-bit integers: [...][codebook_size / 2][padded_size a].
+  /// Null where `screens` is false.
+  const std::uint32_t* rounded_cross_terms = nullptr;
+  /// What 1 of these integers stands for, [heads][groups][stages].
+  const float* cross_units = nullptr;
+
+  /// Whether greedy searches look for the best a in integers first: the terms of b of one row then
+  /// take the place of its operands, sixteen bytes at a time.
+  COMMVQ_HOST_DEVICE bool screens() const {
+    return codebook_size % 8 == 0 && codebook_size <= padded_row_size;
+  }
+  COMMVQ_HOST_DEVICE int operand_words() const {  // of one stage
+    return padded_books / 8 * (padded_row_size / 16) * 32 * 4;
+  }
+};
+
+/// How key codes are searched for: see key_search.cuh.
+enum class KeySearchKind { kBeam, kGreedy, kScreenedGreedy };
+inline KeySearchKind search_kind(const KeyEncoderView& keys) {
+  if (keys.beam_width > 1) return KeySearchKind::kBeam;
+  return keys.screens() ? KeySearchKind::kScreenedGreedy : KeySearchKind::kGreedy;
+}
+
+/// One layer of the value network: `[padded_outputs][padded_inputs]` fp16, and its rest.
+struct Weights {
+  int num_inputs = 0;  ///< padded
+  int num_outputs = 0;
+  int num_padded_outputs = 0;
+  const std::uint16_t* hi = nullptr;
+  const std::uint16_t* lo = nullptr;  ///< null in fp16 precision
+  const float* bias = nullptr;        ///< [num_padded_outputs] or null
+  float product_factor = 1;           ///< scaled product -> product
+};
+
+struct ValueEncoderView {
+  int num_channels = 0;
+  int num_code_bits = 0;
+  const float* norm_gain = nullptr;  ///< [C]
+  const float* norm_bias = nullptr;
+  float input_scale = 1;            ///< of LayerNorm's output
+  float hidden_scale = 1;           ///< of GELU's
+  Weights hidden, output, decoder;  ///< decoder: [C][num_code_bits], E transposed
+  double length_factor = 1;         ///< length of a sum of scaled decoder rows -> |u|
+
+  COMMVQ_HOST_DEVICE int num_terms() const { return hidden.lo != nullptr ? 3 : 1; }
+};
+
+/// What `append` reads. Plain data; the memory belongs to the `DeviceEncoder`.
+struct EncoderView {
+  DevicePageLayout layout;
+  KeyEncoderView keys;
+  ValueEncoderView values;
+  bool has_warpgroups = false;  ///< of the device: compute capability 9.0
+};
+
+/// Arrays of the workspace, `num_tokens` rows each, each on 256 bytes.
+struct AppendWorkspace {
+  float* unit_keys = nullptr;          ///< [tokens][heads][head_dim] planar
+  std::uint16_t* key_norms = nullptr;  ///< [tokens] bf16; NaN: the key cannot be coded
+  double* value_norms = nullptr;       ///< [tokens]; NaN likewise
+  std::uint16_t* inputs = nullptr;     ///< [terms > 1 ? 2 : 1][tokens][hidden.num_inputs] fp16
+  std::uint16_t* hidden = nullptr;     ///< [...][tokens][output.num_inputs] fp16
+  std::uint16_t* bits = nullptr;       ///< [tokens][decoder.num_inputs] fp16, 0 or 1
+  float* squares = nullptr;            ///< [column tiles of the decoder][tokens]
+  std::size_t bytes = 0;
+
+  AppendWorkspace(const EncoderView& encoder, Index tokens, void* memory) {
+    const Index parts = encoder.values.num_terms() > 1 ? 2 : 1;
+    const auto base = reinterpret_cast<std::uintptr_t>(memory);
+    const auto take = [&](auto*& array, Index count) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(base + bytes);
+      bytes += static_cast<std::size_t>(round_up(count * static_cast<Index>(sizeof(*array)), 256));
+    };
+    const ValueEncoderView& values = encoder.values;
+    take(unit_keys, tokens * values.num_channels);
+    take(key_norms, tokens);
+    take(value_norms, tokens);
+    take(inputs, parts * tokens * values.hidden.num_inputs);
+    take(hidden, parts * tokens * values.output.num_inputs);
+    take(bits, tokens * values.decoder.num_inputs);
+    take(squares, values.decoder.num_padded_outputs / kSmallTile.cols * tokens);
+  }
+};
+
+/// Shared memory of a block of the key search, offsets in bytes.
+struct KeySearchShared {
+  int operand_stride;  ///< fp16 numbers between rows of the residuals' operands
+  int table_stride;    ///< floats between rows of the table
+  int first_b;         ///< column of the table where the terms of B begin
+
+  Index residuals;  ///< float [rows][padded_row_size]
+  Index hi, lo;     ///< fp16 [rows][operand_stride]
+  Index table;      ///< float [rows][table_stride]: terms of A, then of B
+  Index minima;     ///< float [rows][codebook_size], beams only
+  Index errors;     ///< float [2][rows]: errors; least terms of B, where `screens`
+  Index choices;    ///< std::uint64_t [rows]: of this stage
+  Index history;    ///< uint32 [stages][rows]: parent << 28 | a << 14 | b
+  Index bytes;
+
+  COMMVQ_HOST_DEVICE KeySearchShared(const KeyEncoderView& keys, int num_rows) {
+    const Index rows = num_rows;
+    operand_stride = keys.padded_row_size + 8;
+    first_b = static_cast<int>(round_up(keys.codebook_size, 4));
+    table_stride = 2 * first_b + 8;
+    Index at = 0;
+    residuals = at;
+    hi = at += Index{4} * rows * keys.padded_row_size;
+    lo = at += Index{2} * rows * operand_stride;
+    table = at += Index{2} * rows * operand_stride;
+    minima = at += Index{4} * rows * table_stride;
+    errors = at += keys.beam_width > 1 ? Index{4} * rows * keys.codebook_size : 0;
+    choices = at += Index{2} * 4 * rows;
+    at += Index{8} * rows;
+    // In the end the codes, [tokens][2 * num_stages and at most one more], replace all but history.
+    const Index codes = 2 * (rows / keys.beam_width) * (2 * keys.num_stages + 1);
+    history = at > codes ? at : round_up(codes, 16);
+    bytes = history + Index{4} * rows * keys.num_stages;
+  }
+};
+
+/// Lets the kernels of `append` use all the shared memory that the current device has. Returns a
+/// cudaError_t.
+int configure_append_kernels() noexcept;
+
+}  // namespace commvq::cuda

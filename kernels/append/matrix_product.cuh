@@ -1,0 +1,258 @@
+#pragma once
+
+#include "encoder_view.hpp"
+#include "instructions.cuh"
+
+namespace commvq::cuda {
+
+/// Operands of outputs = inputs weights^T: `inputs` [num_rows][num_inputs], `weights`
+/// [num_padded_outputs][num_inputs], fp16, num_inputs a multiple of 32. With three terms each is
+/// the sum of hi and lo, and the product hi hi + hi lo + lo hi.
+struct MatrixProduct {
+  const std::uint16_t* inputs_hi;
+  const std::uint16_t* inputs_lo;
+  const std::uint16_t* weights_hi;
+  const std::uint16_t* weights_lo;
+  Index num_rows;
+  int num_inputs;
+  int num_terms;  ///< 1 or 3; 2: the inputs have no rest
+};
+
+/// GELU, as the host computes it in float.
+__device__ __forceinline__ float gelu(float x) {
+  const float bell = __expf(-0.5f * x * x);
+  const float t = __fdividef(1.0f, 1.0f + 0.3275911f * 0.70710678f * fabsf(x));
+  const float series =
+      0.254829592f +
+      t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f)));
+  const float tail = 0.5f * t * series * bell;
+  return x * (x > 0 ? 1 - tail : tail);
+}
+
+__device__ __forceinline__ std::uint32_t pack_halves(float first, float second) {
+  using append_instructions::to_half;
+  return to_half(first) | static_cast<std::uint32_t>(to_half(second)) << 16;
+}
+/// What fp16 leaves of two numbers, as fp16.
+__device__ __forceinline__ std::uint32_t pack_rests(float first, float second,
+                                                    std::uint32_t rounded) {
+  using append_instructions::from_half;
+  return pack_halves(first - from_half(static_cast<std::uint16_t>(rounded)),
+                     second - from_half(static_cast<std::uint16_t>(rounded >> 16)));
+}
+
+/// An epilogue gets two neighbouring outputs of a row; all lanes of a warp call it together, with
+/// rows beyond the last one too. Writes hidden = GELU(product + bias).
+struct HiddenEpilogue {
+  Weights weights;
+  float scale;  ///< of what is written
+  std::uint16_t* hi;
+  std::uint16_t* lo;  ///< null: not wanted
+  int num_cols;       ///< of the array written: inputs of the next layer, zeros at its end
+
+  __device__ void operator()(Index row, int col, float first, float second, bool valid) const {
+    if (!valid || col >= num_cols) return;
+    // Padded outputs have weight and bias 0, and GELU(0) = 0.
+    const float2 bias = *reinterpret_cast<const float2*>(weights.bias + col);
+    first = scale * gelu(first * weights.product_factor + bias.x);
+    second = scale * gelu(second * weights.product_factor + bias.y);
+    const std::uint32_t rounded = pack_halves(first, second);
+    *reinterpret_cast<std::uint32_t*>(hi + row * num_cols + col) = rounded;
+    if (lo != nullptr)
+      *reinterpret_cast<std::uint32_t*>(lo + row * num_cols + col) =
+          pack_rests(first, second, rounded);
+  }
+};
+
+/// Picks the pattern of the largest of four logits, the first of equals: 0 = (1,0), 1 = (0,1),
+/// 2 = (1,1), 3 = (0,0). Writes the two bits as fp16.
+struct PatternEpilogue {
+  Weights weights;
+  std::uint16_t* bits;
+  int num_cols;  ///< of `bits`: a multiple of 32, zeros at its end
+
+  __device__ void operator()(Index row, int col, float first, float second, bool valid) const {
+    const float2 bias = *reinterpret_cast<const float2*>(weights.bias + col);
+    first = first * weights.product_factor + bias.x;
+    second = second * weights.product_factor + bias.y;
+    const float third = __shfl_down_sync(0xffffffffu, first, 1);
+    const float fourth = __shfl_down_sync(0xffffffffu, second, 1);
+    if (!valid || col % 4 != 0 || col / 2 >= num_cols) return;
+    int pattern = 0;
+    float largest = first;
+    if (second > largest) pattern = 1, largest = second;
+    if (third > largest) pattern = 2, largest = third;
+    if (fourth > largest) pattern = 3;
+    constexpr std::uint32_t kOne = 0x3c00;
+    std::uint32_t pair =
+        (pattern == 0 || pattern == 2 ? kOne : 0) | (pattern == 1 || pattern == 2 ? kOne << 16 : 0);
+    if (col >= weights.num_outputs) pair = 0;
+    *reinterpret_cast<std::uint32_t*>(bits + row * num_cols + col / 2) = pair;
+  }
+};
+
+/// Writes each row's sum of squares over a tile's columns.
+struct SquaresEpilogue {
+  float* squares;  ///< [column tiles][num_rows]
+  __device__ void operator()(Index, int, float, float, bool) const {}
+};
+
+/// Adds one step's products of a warp's part of the tile. `from` is the step in shared memory: the
+/// tile's rows of inputs, then its rows of weights.
+template <TileConfig kTile, int kM, int kN>
+__device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], const unsigned char* from,
+                                              int warp_row, int warp_col, int lane) {
+  using namespace append_instructions;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    std::uint32_t a[kM][4], b[kN / 2][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const int row = warp_row + m * 16 + lane % 16;
+      const int piece = half * 2 + lane / 16;
+      load_matrices(a[m], from + row * 64 + (piece ^ (row / 2 % 4)) * 16);
+    }
+#pragma unroll
+    for (int n = 0; n < kN / 2; ++n) {  // columns n * 16 .. + 8: b[0], b[1]; + 8 .. 16: b[2], b[3]
+      const int row = kTile.rows + warp_col + n * 16 + lane / 16 * 8 + lane % 8;
+      const int piece = half * 2 + lane / 8 % 2;
+      load_matrices(b[n], from + row * 64 + (piece ^ (row / 2 % 4)) * 16);
+    }
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+        multiply_add(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+  }
+}
+
+/// The same for a warpgroup's 64 rows and all columns; the products of the step before are done
+/// then, this step's may not be.
+template <int kN>
+__device__ __forceinline__ void multiply_step_by_warpgroup(float (&sums)[1][kN][4],
+                                                           const unsigned char* from, int first_row,
+                                                           int num_rows) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using namespace append_instructions;
+  begin_warpgroup_products();
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    warpgroup_multiply_add(sums[0], operand_descriptor(from + first_row * 64 + half * 32),
+                           operand_descriptor(from + num_rows * 64 + half * 32));
+  commit_warpgroup_products();
+  wait_for_warpgroup_products<1>();
+#endif
+}
+
+/// One tile of a product. Copies of `kTile.depth` steps of 32 inputs are in flight; 16-byte piece p
+/// of row r of a step lies at piece p ^ (r / 2 % 4), so that neither copies nor `load_matrices`
+/// meet bank conflicts. That is also the order of 64-byte swizzles that a warpgroup's instruction
+/// reads.
+template <bool kLarge, class Epilogue>
+__global__ void __launch_bounds__(kTileThreads<kLarge>)
+    multiply(const MatrixProduct product, const Epilogue epilogue) {
+  using namespace append_instructions;
+  constexpr bool kWarpgroups = kLarge && kHasWarpgroups;
+  constexpr TileConfig kTile = kWarpgroups ? kWarpgroupTile : kTileOf<kLarge>;
+  // A warpgroup's products of one step may still read while the next step begins.
+  constexpr int kAhead = kWarpgroups ? kTile.depth - 2 : kTile.depth - 1;
+  constexpr int kThreads = kTileThreads<kLarge>;
+  constexpr int kWarpCols = kTile.cols / kTile.warp_cols;
+  constexpr int kM = kTile.warp_rows / 16, kN = kTile.warp_cols / 8;
+  constexpr int kStepBytes = (kTile.rows + kTile.cols) * 64;
+  constexpr bool kSquares = std::is_same_v<Epilogue, SquaresEpilogue>;
+  static_assert(kN % 2 == 0);
+  extern __shared__ __align__(1024) unsigned char shared[];
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32, warp = thread / 32;
+  const int warp_row = warp / kWarpCols * kTile.warp_rows;
+  const int warp_col = warp % kWarpCols * kTile.warp_cols;
+  const Index first_row = Index{blockIdx.y} * kTile.rows;
+  const Index first_col = Index{blockIdx.x} * kTile.cols;
+  const int steps_per_term = product.num_inputs / 32;
+  const int num_steps = steps_per_term * product.num_terms;
+
+  const auto start_step = [&](int step) {
+    if (step < num_steps) {
+      const int term = step / steps_per_term;
+      const int input = step % steps_per_term * 32;
+      const std::uint16_t* const inputs = term == 2 ? product.inputs_lo : product.inputs_hi;
+      const std::uint16_t* const weights = term == 1 ? product.weights_lo : product.weights_hi;
+      unsigned char* const to = shared + step % kTile.depth * kStepBytes;
+#pragma unroll
+      for (int i = thread; i < (kTile.rows + kTile.cols) * 4; i += kThreads) {
+        const int row = i / 4, piece = i % 4;
+        unsigned char* const at = to + row * 64 + (piece ^ (row / 2 % 4)) * 16;
+        if (row < kTile.rows) {
+          const bool valid = first_row + row < product.num_rows;
+          const Index from = valid ? first_row + row : 0;
+          copy_async_16(at, inputs + from * product.num_inputs + input + piece * 8, valid);
+        } else {
+          copy_async_16(
+              at, weights + (first_col + row - kTile.rows) * product.num_inputs + input + piece * 8,
+              true);
+        }
+      }
+    }
+    commit_copies();
+  };
+
+  float sums[kM][kN][4] = {};
+#pragma unroll
+  for (int step = 0; step < kAhead; ++step) start_step(step);
+  for (int step = 0; step < num_steps; ++step) {
+    wait_for_copies<kAhead - 1>();
+    if constexpr (kWarpgroups) publish_operands();
+    __syncthreads();
+    start_step(step + kAhead);  // overwrites what all warps have read before the barrier
+    const unsigned char* const from = shared + step % kTile.depth * kStepBytes;
+    if constexpr (kWarpgroups) {
+      multiply_step_by_warpgroup(sums, from, warp / 4 * 64, kTile.rows);
+    } else {
+      multiply_step<kTile, kM, kN>(sums, from, warp_row, warp_col, lane);
+    }
+  }
+
+  if constexpr (kWarpgroups) finish_warpgroup_products();
+  if constexpr (kSquares) {
+    wait_for_copies<0>();
+    __syncthreads();
+    auto* const partial = reinterpret_cast<float*>(shared);  // [kWarpCols][rows]
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+          sum += sums[m][n][2 * part] * sums[m][n][2 * part] +
+                 sums[m][n][2 * part + 1] * sums[m][n][2 * part + 1];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const int row = warp_row + m * 16 + part * 8 + lane / 4;
+        if (lane % 4 == 0) partial[warp % kWarpCols * kTile.rows + row] = sum;
+      }
+    __syncthreads();
+    for (int row = thread; row < kTile.rows; row += kThreads) {
+      if (first_row + row >= product.num_rows) continue;
+      float sum = 0;
+      for (int w = 0; w < kWarpCols; ++w) sum += partial[w * kTile.rows + row];
+      epilogue.squares[Index{blockIdx.x} * product.num_rows + first_row + row] = sum;
+    }
+  } else {
+    wait_for_copies<0>();
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const Index row = first_row + warp_row + m * 16 + part * 8 + lane / 4;
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+          epilogue(row, static_cast<int>(first_col) + warp_col + n * 8 + lane % 4 * 2,
+                   sums[m][n][2 * part], sums[m][n][2 * part + 1], row < product.num_rows);
+      }
+  }
+}
+
+}  // namespace commvq::cuda

@@ -1,0 +1,201 @@
+// The kernels of `append` on the host, compared with the host's codecs. What needs a GPU is in
+// tests/cuda.
+#include <gmock/gmock.h>
+
+#include "reference/append_reference.hpp"
+// clang-format off: what stands in for CUDA comes before the kernels.
+#include "simt/simt.hpp"
+
+#include "../../kernels/append/encoder_image.cpp"
+#include "../../kernels/append/key_search.cuh"
+#include "../../kernels/append/load_tokens.cuh"
+#include "../../kernels/append/matrix_product.cuh"
+// clang-format on
+
+namespace commvq::cuda {
+namespace {
+
+using testing_support::AppendCase;
+using testing_support::Rng;
+
+/// The launches of `append`, with small or with large tiles and blocks.
+class HostAppend {
+ public:
+  HostAppend(const AppendCase& tested, ValuePrecision precision, bool small)
+      : image_(tested.codec, tested.layout, precision),
+        view_(image_.view_at(image_.bytes().data())),
+        small_(small) {}
+
+  void operator()(const AppendCase& tested, std::vector<std::uint8_t>& pages) {
+    const Index tokens = tested.num_tokens;
+    const std::size_t bytes = AppendWorkspace(view_, tokens, nullptr).bytes;
+    std::vector<double> memory(bytes / 8 + 1, std::nan(""));
+    const AppendWorkspace workspace(view_, tokens, memory.data());
+    const PagedCodes paged{pages.data(), tested.layout.page_bytes};
+    const std::int64_t* const places = tested.slot_mapping.data();
+    const auto blocks = [&](Index per_block) {
+      return static_cast<unsigned>((tokens + per_block - 1) / per_block);
+    };
+    TokenRows rows{
+        tested.keys.data(),       FloatType::kFp32, nullptr, FloatType::kBf16, false, nullptr,
+        view_.values.num_channels};
+    simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
+      load_keys(view_, rows, tokens, paged, places, workspace.key_norms, workspace.unit_keys);
+    });
+    ASSERT_LE(KeySearchShared(view_.keys, kKeySearch.num_rows).bytes, Index{sizeof shared});
+    if (small_)
+      search_keys<kKeySearch.num_rows_small>(tokens, workspace, paged, places);
+    else
+      search_keys<kKeySearch.num_rows>(tokens, workspace, paged, places);
+
+    rows.data = tested.values.data();
+    simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
+      load_values(view_, rows, tokens, workspace.value_norms, workspace.inputs);
+    });
+    const ValueEncoderView& values = view_.values;
+    const int terms = values.num_terms();
+    multiply_by(
+        values.hidden, workspace.inputs, tokens, terms,
+        HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden,
+                       terms > 1 ? workspace.hidden + tokens * values.output.num_inputs : nullptr,
+                       values.output.num_inputs});
+    multiply_by(values.output, workspace.hidden, tokens, terms,
+                PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs});
+    multiply_by(values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
+                SquaresEpilogue{workspace.squares});
+    const int tile_cols = small_ ? kSmallTile.cols : kLargeTile.cols;
+    simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
+      write_values(view_, tokens, workspace.value_norms, workspace.bits, workspace.squares,
+                   values.decoder.num_padded_outputs / tile_cols, paged, places);
+    });
+  }
+
+ private:
+  template <int kNumRows>
+  void search_keys(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
+                   const std::int64_t* places) {
+    const Index per_block = kNumRows / view_.keys.beam_width;
+    const simt::Dim grid{static_cast<unsigned>((tokens + per_block - 1) / per_block),
+                         static_cast<unsigned>(view_.layout.num_kv_heads),
+                         static_cast<unsigned>(view_.layout.num_groups)};
+    const auto kernel = [&] {
+      switch (search_kind(view_.keys)) {
+        case KeySearchKind::kBeam:
+          return search_key_codes<KeySearchKind::kBeam, kNumRows>;
+        case KeySearchKind::kGreedy:
+          return search_key_codes<KeySearchKind::kGreedy, kNumRows>;
+        default:
+          return search_key_codes<KeySearchKind::kScreenedGreedy, kNumRows>;
+      }
+    }();
+    simt::launch(grid, kKeySearch.num_threads, [&] {
+      kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
+    });
+  }
+
+  template <class Epilogue>
+  void multiply_by(const Weights& weights, const std::uint16_t* inputs, Index tokens, int terms,
+                   const Epilogue& epilogue) {
+    const MatrixProduct product{inputs,     inputs + tokens * weights.num_inputs,
+                                weights.hi, weights.lo,
+                                tokens,     weights.num_inputs,
+                                terms};
+    const TileConfig tile = small_ ? kSmallTile : kLargeTile;
+    const simt::Dim grid{static_cast<unsigned>(weights.num_padded_outputs / tile.cols),
+                         static_cast<unsigned>((tokens + tile.rows - 1) / tile.rows)};
+    simt::launch(grid, static_cast<unsigned>(tile.num_threads()), [&] {
+      if (small_)
+        multiply<false>(product, epilogue);
+      else
+        multiply<true>(product, epilogue);
+    });
+  }
+
+  EncoderImage image_;
+  EncoderView view_;
+  bool small_;
+};
+
+void expect_right_codes(const AppendCase& tested, ValuePrecision precision, bool small) {
+  std::vector<std::uint8_t> pages = tested.noise;
+  HostAppend append(tested, precision, small);
+  append(tested, pages);
+  EXPECT_EQ(tested.judge(pages, precision == ValuePrecision::kFp32 ? 1e-5 : 1e-2), "");
+}
+
+TEST(AppendKernelsTest, GreedyCodesOfExactInputAreTheHosts) {
+  Rng rng(1);
+  AppendCase tested = AppendCase::exact(rng, {.num_kv_heads = 2, .head_dim = 64, .num_tokens = 70});
+  expect_right_codes(tested, ValuePrecision::kFp32, true);
+  expect_right_codes(tested, ValuePrecision::kFp16, false);
+}
+
+TEST(AppendKernelsTest, BeamCodesOfExactInputAreTheHosts) {
+  Rng rng(2);
+  for (const int beam_width : {2, 3, 8, 16}) {
+    SCOPED_TRACE(beam_width);
+    AppendCase tested = AppendCase::exact(rng, {.num_kv_heads = 1,
+                                                .head_dim = 64,
+                                                .num_tokens = 11,
+                                                .beam_width = beam_width,
+                                                .page_size = 16});
+    expect_right_codes(tested, ValuePrecision::kFp32, true);
+  }
+}
+
+TEST(AppendKernelsTest, ShapesOfAllKinds) {
+  Rng rng(3);
+  const testing_support::AppendShape shapes[] = {
+      {.num_kv_heads = 1,
+       .head_dim = 128,
+       .num_tokens = 9,
+       .group_pairs = 4,
+       .codebook_size = 7,
+       .num_stages = 5,
+       .tied = false,
+       .beam_width = 2,
+       .layout = RopeLayout::kInterleaved,
+       .page_size = 32,
+       .bits = 2},
+      {.num_kv_heads = 1, .head_dim = 256, .num_tokens = 5, .group_pairs = 128},
+      {.num_kv_heads = 1,
+       .head_dim = 128,
+       .num_tokens = 10,
+       .num_stages = 7,
+       .page_size = 128,
+       .plane_bytes = 4 * 16 * 128},
+      {.num_kv_heads = 1, .num_tokens = 5, .codebook_size = 200, .num_stages = 2, .tied = false},
+      {.num_kv_heads = 1, .num_tokens = 9, .codebook_size = 2, .beam_width = 16},
+      {.num_kv_heads = 2,
+       .head_dim = 64,
+       .num_tokens = 20,
+       .group_pairs = 2,
+       .codebook_size = 3,
+       .num_stages = 3},
+  };
+  for (const testing_support::AppendShape& shape : shapes) {
+    SCOPED_TRACE(&shape - shapes);
+    expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
+  }
+}
+
+TEST(AppendKernelsTest, RealInput) {
+  Rng rng(5);
+  testing_support::AppendShape shape{
+      .num_kv_heads = 1, .head_dim = 128, .num_tokens = 64, .codebook_size = 64, .num_stages = 3};
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp16, true);
+  shape.beam_width = 4;
+  shape.num_tokens = 16;
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+}
+
+TEST(AppendKernelsTest, LargeTilesAndBlocks) {
+  Rng rng(4);
+  AppendCase tested = AppendCase::exact(
+      rng,
+      {.num_kv_heads = 1, .head_dim = 64, .num_tokens = 20, .num_stages = 1, .page_size = 128});
+  expect_right_codes(tested, ValuePrecision::kFp16, false);
+}
+
+}  // namespace
+}  // namespace commvq::cuda

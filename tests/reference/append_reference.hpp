@@ -1,0 +1,364 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "commvq/core/float16.hpp"
+#include "commvq/cuda/page_layout.hpp"
+#include "commvq/io/codebook_file.hpp"
+#include "commvq/key_codec/key_codec.hpp"
+#include "commvq/value_codec/value_codec.hpp"
+
+#include "reference/random_cache.hpp"
+
+/// Inputs for `append`, and what it must write, judged in double precision.
+namespace commvq::testing_support {
+
+struct AppendShape {
+  int num_kv_heads = 2;
+  int head_dim = 64;
+  Index num_tokens = 40;
+  int group_pairs = 0;  ///< 0: as the paper
+  int codebook_size = 16;
+  int num_stages = 4;
+  bool tied = true;
+  int beam_width = 1;
+  RopeLayout layout = RopeLayout::kHalfSplit;
+  int page_size = 64;
+  int bits = 1;
+  int hidden_size = 96;
+  Index plane_bytes = 176 * 1024;  ///< less: more planes
+};
+
+/// A token as a page holds it.
+struct CodedToken {
+  std::vector<std::uint16_t> key_codes;
+  std::uint16_t key_norm = 0;
+  std::vector<std::uint8_t> value_code;
+  std::uint16_t value_scale = 0;
+};
+
+inline bool is_nan_bf16(std::uint16_t bits) {
+  return std::isnan(from_bf16(bits));
+}
+
+struct AppendCase {
+  AppendShape shape;
+  LayerCodec codec;
+  cuda::DevicePageLayout layout;
+  Index num_tokens = 0;
+  std::vector<float> keys, values;  ///< [num_tokens][channels]
+  std::vector<std::int64_t> slot_mapping;
+  std::vector<std::uint8_t> noise;  ///< pages before the call
+  bool is_exact = false;
+
+  int num_channels() const { return shape.num_kv_heads * shape.head_dim; }
+  const float* key(Index token) const { return keys.data() + token * num_channels(); }
+  const float* value(Index token) const { return values.data() + token * num_channels(); }
+
+  /// Keys, values, key codebooks and decoder in multiples of powers of two, so small that every sum
+  /// is exact in fp32, and keys whose norms are powers of two. Ties are frequent.
+  static AppendCase exact(Rng& rng, const AppendShape& shape) {
+    return AppendCase(rng, shape, true);
+  }
+  static AppendCase random(Rng& rng, const AppendShape& shape) {
+    return AppendCase(rng, shape, false);
+  }
+
+  AppendCase(Rng& rng, const AppendShape& shape_, bool exact_)
+      : shape(shape_), num_tokens(shape_.num_tokens), is_exact(exact_) {
+    const PairLayout pairs{shape.head_dim, shape.head_dim, shape.layout};
+    KeyCodecConfig config = KeyCodecConfig::paper_1bit(pairs);
+    if (shape.group_pairs > 0) config.group_pairs = shape.group_pairs;
+    config.codebook_size = shape.codebook_size;
+    config.num_stages = shape.num_stages;
+    config.tied = shape.tied;
+    config.beam_width = shape.beam_width;
+    if (is_exact) {
+      int exponent = 0;
+      while ((1 << 2 * exponent) < num_channels()) ++exponent;
+      const double unit = std::ldexp(1.0, -exponent);  // of a unit key
+      std::vector<KeyCodebook<float>> heads;
+      for (int head = 0; head < shape.num_kv_heads; ++head) {
+        KeyCodebook<float>& codebook = heads.emplace_back(config);
+        std::uniform_int_distribution<int> number(-3, 3);
+        for (float& value : codebook.rows) value = static_cast<float>(number(rng) * unit / 4);
+        if (config.tied) codebook.derive_tied_books();
+      }
+      codec.keys = std::make_shared<const KeyCodec>(std::move(heads));
+      keys = integers_of_norm(rng, 1 << 2 * exponent);
+      values = integers_of_norm(rng, 1 << 2 * exponent);
+    } else {
+      codec.keys = random_key_codec(rng, config, shape.num_kv_heads);
+      keys = normal_floats(rng, num_tokens * num_channels(), 2.0);
+      values = normal_floats(rng, num_tokens * num_channels(), 0.5);
+    }
+    codec.values = random_value_codec(rng, num_channels(), shape.bits, shape.hidden_size);
+    if (is_exact) {
+      ValueCodecWeights weights = codec.values->weights();
+      std::uniform_int_distribution<int> number(-2, 2);
+      for (float& value : weights.decoder) value = static_cast<float>(number(rng));
+      codec.values = std::make_shared<const ValueCodec>(codec.values->config(), std::move(weights));
+    }
+    layout = cuda::DevicePageLayout(codec.keys->config(), shape.num_kv_heads,
+                                    codec.values->config(), shape.page_size, shape.plane_bytes);
+    scatter(rng);
+  }
+
+  /// Gives every token a place of its own in twice as many pages as needed; every ninth has none.
+  void scatter(Rng& rng) {
+    const Index num_pages = 2 * ((num_tokens + shape.page_size - 1) / shape.page_size);
+    std::vector<std::int64_t> places(static_cast<std::size_t>(num_pages * shape.page_size));
+    std::iota(places.begin(), places.end(), 0);
+    std::shuffle(places.begin(), places.end(), rng);
+    slot_mapping.assign(places.begin(), places.begin() + num_tokens);
+    for (std::size_t i = 4; i < slot_mapping.size(); i += 9) slot_mapping[i] = -1;
+    noise.resize(static_cast<std::size_t>(num_pages * layout.page_bytes));
+    for (std::uint8_t& byte : noise) byte = static_cast<std::uint8_t>(rng());
+  }
+
+  /// Integers of every token whose squares add up to `sum`.
+  std::vector<float> integers_of_norm(Rng& rng, int sum) const {
+    std::vector<float> result;
+    std::vector<int> numbers(static_cast<std::size_t>(num_channels()));
+    for (Index t = 0; t < num_tokens; ++t) {
+      int rest = sum;
+      std::fill(numbers.begin(), numbers.end(), 0);
+      while (rest > 0) {
+        int& number = numbers[rng() % numbers.size()];
+        if (number < 4 && 2 * number + 1 <= rest) {
+          rest -= 2 * number + 1;
+          ++number;
+        } else if (number > 0) {
+          --number;
+          rest += 2 * number + 1;
+        }
+      }
+      for (const int number : numbers)
+        result.push_back(static_cast<float>(rng() % 2 == 0 ? number : -number));
+    }
+    return result;
+  }
+
+  std::uint8_t* page_of(std::vector<std::uint8_t>& pages, Index token) const {
+    return pages.data() +
+           slot_mapping[static_cast<std::size_t>(token)] / shape.page_size * layout.page_bytes;
+  }
+  int slot_of(Index token) const {
+    return static_cast<int>(slot_mapping[static_cast<std::size_t>(token)] % shape.page_size);
+  }
+
+  CodedToken token_in(std::vector<std::uint8_t>& pages, Index token) const {
+    CodedToken coded;
+    coded.key_codes.resize(
+        static_cast<std::size_t>(shape.num_kv_heads * layout.num_groups * layout.num_books));
+    coded.value_code.resize(static_cast<std::size_t>(layout.num_code_bits / 8));
+    cuda::get_token(layout, page_of(pages, token), slot_of(token), coded.key_codes.data(),
+                    &coded.key_norm, coded.value_code.data(), &coded.value_scale);
+    return coded;
+  }
+
+  /// Judges `pages` after a call on `noise`. Returns what is wrong, or nothing. `logit_tolerance`
+  /// bounds by how much a chosen logit may be below the largest one.
+  std::string judge(std::vector<std::uint8_t> pages, double logit_tolerance) const {
+    std::ostringstream wrong;
+    std::vector<std::uint8_t> expected = noise;
+    Index key_mismatches = 0, value_mismatches = 0, num_messages = 0, num_coded = 0;
+    std::vector<std::uint16_t> host_codes(
+        static_cast<std::size_t>(shape.num_kv_heads * layout.num_groups * layout.num_books));
+    double host_errors = 0, errors = 0;
+    const auto complain = [&](Index token, const auto&... parts) {
+      if (++num_messages > 8) return;
+      wrong << "token " << token << " at place " << slot_mapping[static_cast<std::size_t>(token)]
+            << ": ";
+      (wrong << ... << parts) << "\n";
+    };
+    for (Index t = 0; t < num_tokens; ++t) {
+      if (slot_mapping[static_cast<std::size_t>(t)] < 0) continue;
+      const CodedToken coded = token_in(pages, t);
+      cuda::put_token(layout, page_of(expected, t), slot_of(t), coded.key_codes.data(),
+                      &coded.key_norm, coded.value_code.data(), coded.value_scale);
+      if (!is_finite(key(t)) || !is_finite(value(t))) continue;
+      ++num_coded;
+      std::uint16_t norm = 0;
+      codec.keys->encode({key(t), 1, num_channels()},
+                         {host_codes.data(), 1, static_cast<Index>(host_codes.size())}, &norm);
+      if (norm != coded.key_norm)
+        complain(t, "key norm is ", from_bf16(coded.key_norm), ", the host's ", from_bf16(norm));
+      if (host_codes != coded.key_codes) {
+        ++key_mismatches;
+        const auto at =
+            std::mismatch(host_codes.begin(), host_codes.end(), coded.key_codes.begin());
+        const auto index = at.first - host_codes.begin();
+        const int per_head = layout.num_groups * layout.num_books;
+        if (is_exact)
+          complain(t, "key codes differ first in head ", index / per_head, ", group ",
+                   index % per_head / layout.num_books, ", stage ", index % layout.num_books / 2,
+                   ", book ", index % 2, ": ", *at.second, ", the host's ", *at.first);
+        else if (shape.beam_width == 1)
+          judge_greedy(t, norm, coded.key_codes, complain);
+      }
+      errors += key_error(t, norm, coded.key_codes);
+      host_errors += key_error(t, norm, host_codes);
+      value_mismatches += judge_value(t, coded, logit_tolerance, complain);
+    }
+    if (expected != pages) {
+      const auto at = std::mismatch(pages.begin(), pages.end(), expected.begin());
+      const auto byte = at.first - pages.begin();
+      wrong << "bits that belong to no token of the call have changed, first in page "
+            << byte / layout.page_bytes << ", byte " << byte % layout.page_bytes << "\n";
+    }
+    // A tie within rounding sends a search another way once in many thousand stages.
+    if (key_mismatches > num_coded / 50 + 1)
+      wrong << key_mismatches << " of " << num_coded << " tokens have other key codes\n";
+    if (std::abs(errors - host_errors) > 1e-3 * host_errors)
+      wrong << "key errors add up to " << errors << ", the host's to " << host_errors << "\n";
+    const auto groups = static_cast<double>(num_coded * layout.num_code_bits / 2);
+    if (static_cast<double>(value_mismatches) > 2 * logit_tolerance * groups + 1)
+      wrong << value_mismatches << " of " << groups << " value patterns differ\n";
+    return wrong.str();
+  }
+
+ private:
+  bool is_finite(const float* numbers) const {
+    return std::all_of(numbers, numbers + num_channels(), [](float x) { return std::isfinite(x); });
+  }
+
+  /// Numbers of one head's group of a unit key: real, then imaginary parts.
+  std::vector<double> unit_group(Index token, std::uint16_t norm, int head, int group) const {
+    const KeyCodecConfig& config = codec.keys->config();
+    const int g = config.group_pairs;
+    const double factor = from_bf16(norm) > 0 ? 1 / double{from_bf16(norm)} : 0;
+    std::vector<double> numbers;
+    for (int part = 0; part < 2; ++part)
+      for (int pair = group * g; pair < (group + 1) * g; ++pair) {
+        const int channel =
+            part == 0 ? config.pairs.real_channel(pair) : config.pairs.imag_channel(pair);
+        numbers.push_back(static_cast<float>(key(token)[head * shape.head_dim + channel] * factor));
+      }
+    return numbers;
+  }
+
+  double key_error(Index token, std::uint16_t norm, const std::vector<std::uint16_t>& codes) const {
+    double error = 0;
+    const std::uint16_t* code = codes.data();
+    for (int head = 0; head < shape.num_kv_heads; ++head)
+      for (int group = 0; group < layout.num_groups; ++group) {
+        std::vector<double> left = unit_group(token, norm, head, group);
+        for (int b = 0; b < layout.num_books; ++b, ++code)
+          for (std::size_t i = 0; i < left.size(); ++i)
+            left[i] -= codec.keys->codebook(head).book(
+                group, b / 2,
+                b % 2)[*code * static_cast<Index>(left.size()) + static_cast<Index>(i)];
+        for (const double x : left) error += x * x;
+      }
+    return error;
+  }
+
+  /// Every stage's choice must be the best one within rounding.
+  template <class Complain>
+  void judge_greedy(Index token, std::uint16_t norm, const std::vector<std::uint16_t>& codes,
+                    Complain complain) const {
+    const int size = layout.codebook_size;
+    const std::uint16_t* code = codes.data();
+    for (int head = 0; head < shape.num_kv_heads; ++head)
+      for (int group = 0; group < layout.num_groups; ++group) {
+        std::vector<double> left = unit_group(token, norm, head, group);
+        const auto width = static_cast<int>(left.size());
+        for (int stage = 0; stage < layout.num_books / 2; ++stage, code += 2) {
+          const float* const a_book = codec.keys->codebook(head).book(group, stage, 0);
+          const float* const b_book = codec.keys->codebook(head).book(group, stage, 1);
+          const auto error = [&](int a, int b) {
+            double sum = 0;
+            for (int i = 0; i < width; ++i)
+              sum += std::pow(
+                  left[static_cast<std::size_t>(i)] - a_book[a * width + i] - b_book[b * width + i],
+                  2);
+            return sum;
+          };
+          double least = error(0, 0);
+          for (int a = 0; a < size; ++a)
+            for (int b = 0; b < size; ++b) least = std::min(least, error(a, b));
+          const double chosen = error(code[0], code[1]);
+          double length = 0;
+          for (const double x : left) length += x * x;
+          if (!(chosen - least <= 1e-5 * (length + least)))
+            complain(token, "head ", head, ", group ", group, ", stage ", stage, ": codes (",
+                     code[0], ", ", code[1], ") leave ", chosen, ", the best ", least);
+          for (int i = 0; i < width; ++i)
+            left[static_cast<std::size_t>(i)] -=
+                double{a_book[code[0] * width + i]} + b_book[code[1] * width + i];
+        }
+      }
+  }
+
+  /// Returns in how many groups the pattern is not that of the largest logit in double.
+  template <class Complain>
+  Index judge_value(Index token, const CodedToken& coded, double tolerance,
+                    Complain complain) const {
+    const ValueCodecConfig& config = codec.values->config();
+    const ValueCodecWeights& weights = codec.values->weights();
+    const int C = config.num_channels, H = config.hidden_size;
+    double norm = 0;
+    for (int c = 0; c < C; ++c) norm += std::pow(double{value(token)[c]}, 2);
+    norm = std::sqrt(norm);
+    Index mismatches = 0;
+    if (norm > 0) {
+      std::vector<double> x(static_cast<std::size_t>(C)), hidden(static_cast<std::size_t>(H));
+      double mean = 0, variance = 0;
+      for (int c = 0; c < C; ++c) x[static_cast<std::size_t>(c)] = value(token)[c] / norm;
+      for (const double number : x) mean += number / C;
+      for (const double number : x) variance += std::pow(number - mean, 2) / C;
+      for (std::size_t c = 0; c < x.size(); ++c)
+        x[c] = (x[c] - mean) / std::sqrt(variance + kValueLayerNormEpsilon) * weights.norm_gain[c] +
+               weights.norm_bias[c];
+      const auto layer = [](const std::vector<float>& weight, const std::vector<float>& bias,
+                            const std::vector<double>& in, std::size_t output) {
+        double sum = bias[output];
+        for (std::size_t i = 0; i < in.size(); ++i) sum += in[i] * weight[output * in.size() + i];
+        return sum;
+      };
+      for (std::size_t h = 0; h < hidden.size(); ++h) {
+        const double sum = layer(weights.hidden_weight, weights.hidden_bias, x, h);
+        hidden[h] = sum * std::erfc(-sum * std::sqrt(0.5)) / 2;
+      }
+      for (int group = 0; group < config.num_groups(); ++group) {
+        double logits[4];
+        for (int i = 0; i < 4; ++i)
+          logits[i] = layer(weights.output_weight, weights.output_bias, hidden,
+                            static_cast<std::size_t>(4 * group + i));
+        const auto best = std::max_element(logits, logits + 4) - logits;
+        const std::uint32_t bits = get_bits(coded.value_code.data(), 2 * group, 2);
+        const auto pattern =
+            std::find(std::begin(kValuePatterns), std::end(kValuePatterns), bits) - kValuePatterns;
+        if (pattern == best) continue;
+        ++mismatches;
+        if (!(logits[best] - logits[pattern] <= tolerance))
+          complain(token, "value group ", group, " has pattern ", pattern, " with logit ",
+                   logits[pattern], "; the largest is ", best, " with ", logits[best]);
+      }
+    }
+    double length = 0;
+    for (int c = 0; c < C; ++c) {
+      double sum = 0;
+      for (Index b = 0; b < config.num_code_bits(); ++b)
+        if (get_bits(coded.value_code.data(), b, 1) != 0)
+          sum += weights.decoder[static_cast<std::size_t>(b * C + c)];
+      length += sum * sum;
+    }
+    length = std::sqrt(length);
+    const double scale = length > 0 ? norm / length : 0;
+    const double written = from_bf16(coded.value_scale);
+    const double allowed = is_exact ? 0 : 1e-3;  // of half a bf16 step
+    if (!(std::abs(written - scale) <= (1 + allowed) * std::ldexp(scale, -8)) ||
+        (is_exact && coded.value_scale != to_bf16(static_cast<float>(scale))))
+      complain(token, "value scale is ", written, "; it should be ", scale);
+    return mismatches;
+  }
+};
+
+}  // namespace commvq::testing_support
