@@ -4,9 +4,9 @@ if(COMMVQ_ENABLE_CUDA STREQUAL "OFF")
 endif()
 
 # An architecture must be set before the language is enabled; "native" fails where there is no
-# device. The last one also brings PTX for later devices.
+# device. The last one is PTX for later devices.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES "80-real;86-real;89-real;90" CACHE STRING "CUDA architectures")
+  set(CMAKE_CUDA_ARCHITECTURES "80-real;86-real;89-real;90a-real;90-virtual" CACHE STRING "CUDA architectures")
 endif()
 include(CheckLanguage)
 check_language(CUDA)

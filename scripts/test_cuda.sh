@@ -12,7 +12,7 @@ if has build; then
   generator=()
   command -v ninja >/dev/null && generator=(-G Ninja)
   cmake -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DCOMMVQ_ENABLE_CUDA=ON \
-    -DCMAKE_CUDA_ARCHITECTURES="${COMMVQ_CUDA_ARCHITECTURES:-90}" \
+    -DCMAKE_CUDA_ARCHITECTURES="${COMMVQ_CUDA_ARCHITECTURES:-90a}" \
     -DCOMMVQ_BUILD_EXAMPLES=OFF >/dev/null
   targets=$(cmake --build "$build" --target help | grep -oE '\bcuda_[a-z_]+_test\b|\b[a-z_]+_cuda_bench\b' | sort -u)
   # shellcheck disable=SC2086

@@ -173,7 +173,7 @@ __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, in
     const Index target = (Index{seq} * p.num_query_tokens + head_row / p.group) * num_q_heads +
                          head * p.group + head_row % p.group;
     const RowSum total = shared.totals[row];
-    store_float(p.output, p.type, target * dim + d, valid ? sum / total.sum : NAN);
+    store_float(p.output, p.type, target * dim + d, valid ? __fdividef(sum, total.sum) : NAN);
     if (d == 0 && p.lse != nullptr)
       p.lse[target] = valid ? (total.max + log2f(total.sum)) * 0.693147180559945f : NAN;
   }

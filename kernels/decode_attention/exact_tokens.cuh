@@ -13,8 +13,8 @@ using Config = ExactConfig;
 
 /// Shared memory, for heads of `dim` channels and `group` query heads.
 struct Shared {
-  std::uint8_t* keys;    ///< [kChunkTokens][dim] as stored
-  std::uint8_t* values;  ///< likewise
+  float2* keys;          ///< [kChunkTokens][dim / 2 + 1], turned by RoPE
+  std::uint8_t* values;  ///< [kChunkTokens][dim] as stored
   float2* queries;       ///< [group][dim / 2], turned to the query's position
   float* outputs;        ///< [kTokenGroups][group][dim]
   float* weights;        ///< [group][kChunkTokens]: scores, then weights
@@ -22,8 +22,8 @@ struct Shared {
   RowSum* sums;          ///< [group]
 
   __device__ Shared(std::uint8_t* memory, int dim, int group) {
-    keys = memory;
-    values = keys + Config::kChunkTokens * dim * 2;
+    keys = reinterpret_cast<float2*>(memory);
+    values = memory + Config::kChunkTokens * (dim / 2 + 1) * sizeof(float2);
     queries = reinterpret_cast<float2*>(values + Config::kChunkTokens * dim * 2);
     outputs = reinterpret_cast<float*>(queries + group * dim / 2);
     weights = outputs + Config::kTokenGroups * group * dim;
@@ -31,7 +31,7 @@ struct Shared {
     sums = reinterpret_cast<RowSum*>(keeps + group + group % 2);
   }
   static constexpr int bytes(int dim, int group) {
-    return Config::kChunkTokens * dim * 4 +
+    return Config::kChunkTokens * (dim * 6 + 8) +
            4 * group * (dim * (1 + Config::kTokenGroups) + Config::kChunkTokens + 4);
   }
 };
@@ -59,57 +59,54 @@ __device__ __forceinline__ void load_queries(const Problem& p, const Item& item,
   }
 }
 
-/// Starts copying keys and values of tokens `[first, first + count)`.
-__device__ __forceinline__ void copy_tokens(const Problem& p, const Item& item, int first,
+/// Starts copying values, and reads and turns keys, of tokens `[first, first + count)`.
+__device__ __forceinline__ void load_tokens(const Problem& p, const Item& item, int first,
                                             int count, const Shared& shared) {
   const int vectors = p.head_dim / 8;  // of 16 bytes a head
+  const int pairs = p.head_dim / 2;
   const Index slot = p.exact_slots[item.seq];
+  const auto head_of = [&](int t) {
+    return (p.exact.row(slot, first + t) * p.num_kv_heads + item.head) * p.head_dim;
+  };
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count * vectors; i += Config::kThreads) {
-    const Index row = p.exact.row(slot, first + i / vectors) * p.num_kv_heads + item.head;
-    const Index at = (row * p.head_dim + i % vectors * 8) * 2;
-    copy_async_16(shared_address(shared.keys + i * 16),
-                  static_cast<const std::uint8_t*>(p.exact.keys) + at);
+  for (int i = threadIdx.x; i < count * vectors; i += Config::kThreads)
     copy_async_16(shared_address(shared.values + i * 16),
-                  static_cast<const std::uint8_t*>(p.exact.values) + at);
+                  static_cast<const std::uint8_t*>(p.exact.values) +
+                      (head_of(i / vectors) + i % vectors * 8) * 2);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count * pairs; i += Config::kThreads) {
+    const int t = i / pairs, pair = i % pairs;
+    const Index head = head_of(t);
+    const float re = load_float(p.exact.keys, p.exact.type, head + p.channels[pair]);
+    const float im = load_float(p.exact.keys, p.exact.type, head + p.channels[pairs + pair]);
+    const float2 turn = rotation_of(first + t, p.turns[pair]);
+    shared.keys[t * (pairs + 1) + pair] =
+        make_float2(re * turn.x - im * turn.y, re * turn.y + im * turn.x);
   }
 }
 
-/// Scores: a warp a token, a lane a few pairs of the head.
-__device__ __forceinline__ void score(const Problem& p, int first, int count,
-                                      const Shared& shared) {
-  const int lane = threadIdx.x % 32, pairs = p.head_dim / 2;
+/// Scores: a thread a token and query head; two lanes share its pairs.
+__device__ __forceinline__ void score(const Problem& p, int count, const Shared& shared) {
+  const int pairs = p.head_dim / 2, half = pairs / 2;
 #pragma unroll 1
-  for (int t = threadIdx.x / 32; t < count; t += Config::kThreads / 32) {
-    float2 key[Config::kMaxDim / 64];
-#pragma unroll
-    for (int i = 0; i < Config::kMaxDim / 64; ++i) {
-      const int pair = lane + 32 * i;
-      if (pair >= pairs) break;
-      const float re = load_float(shared.keys, p.exact.type, t * p.head_dim + p.channels[pair]);
-      const float im =
-          load_float(shared.keys, p.exact.type, t * p.head_dim + p.channels[pairs + pair]);
-      const float2 turn = rotation_of(first + t, p.turns[pair]);
-      key[i] = make_float2(re * turn.x - im * turn.y, re * turn.y + im * turn.x);
+  for (int i = threadIdx.x; i < Config::kChunkTokens * p.group * 2; i += Config::kThreads) {
+    // Sixteen tokens a warp: the trip count is the same for all its lanes.
+    const int part = i % 32 / 16;
+    const int t = i / 32 * 16 % Config::kChunkTokens + i % 16;
+    const int row = i / 32 * 16 / Config::kChunkTokens;
+    const float2* const key = shared.keys + t * (pairs + 1) + part * half;
+    const float2* const query = shared.queries + row * pairs + part * half;
+    float sums[2] = {};
+#pragma unroll 8
+    for (int pair = 0; pair < half; ++pair) {
+      sums[0] += query[pair].x * key[pair].x;
+      sums[1] += query[pair].y * key[pair].y;
     }
-#pragma unroll 1
-    for (int row = 0; row < p.group; ++row) {
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < Config::kMaxDim / 64; ++i) {
-        const int pair = lane + 32 * i;
-        if (pair >= pairs) break;
-        const float2 query = shared.queries[row * pairs + pair];
-        sum += query.x * key[i].x + query.y * key[i].y;
-      }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (lane == 0) {
-        sum *= p.score_scale;
-        if (p.soft_cap > 0) sum = p.soft_cap * tanhf(sum / p.soft_cap);
-        shared.weights[row * Config::kChunkTokens + t] = sum;
-      }
-    }
+    float sum = sums[0] + sums[1];
+    sum += __shfl_xor_sync(~0u, sum, 16);
+    sum *= p.score_scale;
+    if (p.soft_cap > 0) sum = p.soft_cap * tanhf(sum / p.soft_cap);
+    if (part == 0) shared.weights[row * Config::kChunkTokens + t] = t < count ? sum : 0;
   }
 }
 
@@ -179,10 +176,10 @@ __device__ __forceinline__ void run(const Problem& p, const Item& item, std::uin
     while (first <= position) {
       const int end = first < sinks_end ? sinks_end : position + 1;
       const int count = min(Config::kChunkTokens, end - first);
-      copy_tokens(p, item, first, count, shared);
+      load_tokens(p, item, first, count, shared);
       wait_for_copies();
       __syncthreads();
-      score(p, first, count, shared);
+      score(p, count, shared);
       __syncthreads();
       weigh(p, count, shared);
       __syncthreads();

@@ -7,6 +7,7 @@
 #include "decode_attention/code_reader.cuh"
 #include "decode_attention/config.hpp"
 #include "decode_attention/problem.cuh"
+#include "decode_attention/value_sums.cuh"
 
 /// Scores of coded keys. A thread block keeps the rows of one plane of one head in shared memory as
 /// 8-bit integers and decodes every token once for all query heads that read it:
@@ -35,6 +36,29 @@ struct Arguments {
   KeyCodes codes;
 };
 
+/// A sequence's blocks in one part. Kept in shared memory, since registers are scarce.
+struct Segment {
+  Cursor cursor;       ///< at the first block
+  int count;           ///< blocks
+  int num_steps;       ///< of kStepBlocks blocks
+  int first_token;     ///< of the first block
+  int last_position;   ///< of the sequence's queries
+  int last_token;      ///< that has codes
+  int seen_begin;      ///< every query sees the coded tokens from here ...
+  int seen_end;        ///< ... to here
+
+  __device__ Segment(const Problem& p, const Cursor& cursor_) : cursor(cursor_) {
+    const Sequence sequence(p, cursor.seq);
+    count = cursor.count(INT_MAX);
+    num_steps = (count + Config::kStepBlocks - 1) / Config::kStepBlocks;
+    first_token = cursor.block * kBlockTokens;
+    last_position = sequence.length - 1;
+    last_token = sequence.coded_end(p, last_position) - 1;
+    seen_begin = sequence.coded_begin(p, last_position);
+    seen_end = sequence.coded_end(p, sequence.position(p, 0));
+  }
+};
+
 /// What lies in shared memory before the rows. A tile of turned queries, for four rows, is
 /// [width / 16][32 lanes] of 16 bytes, as mma fragments: columns 0 to 3 are the rows for tokens g of
 /// a warp, 4 to 7 for tokens g + 16, so that both may be turned alike.
@@ -51,6 +75,7 @@ struct Shared {
   int lags[Config::kMaxRows];       ///< how far a row's position is from the last one
   std::uint64_t full[Config::kBuffers];
   std::uint64_t empty[Config::kBuffers];
+  Segment segment;
 };
 
 /// Dynamic shared memory begins behind what the system reserves, at least so many bytes.
@@ -237,6 +262,7 @@ __device__ __forceinline__ void multiply(const std::uint32_t (&sums)[2][kWidth /
                                          const uint2* zero_points, const TokenTurns<kWidth>& turns,
                                          const uint4* queries, float (&scores)[4]) {
   const int q = threadIdx.x % 4;
+  float other[4] = {};  // so that products do not all wait for the one before
 #pragma unroll
   for (int k = 0; k < kWidth / 8; ++k) {
     const uint2 zero = zero_points[k * 4 + q];
@@ -253,8 +279,10 @@ __device__ __forceinline__ void multiply(const std::uint32_t (&sums)[2][kWidth /
       keys[2 + t] = as_bits(__hfma2(real, s, __hmul2(imag, c)));
     }
     const uint2 query = reinterpret_cast<const uint2*>(queries + k / 2 * 32)[k % 2];
-    mma_16x8x16(scores, keys[0], keys[1], keys[2], keys[3], query.x, query.y);
+    mma_16x8x16(k % 2 == 0 ? scores : other, keys[0], keys[1], keys[2], keys[3], query.x, query.y);
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) scores[i] += other[i];
 }
 
 /// A token's key norm (low half) and value scale, both bf16.
@@ -319,6 +347,8 @@ __device__ __forceinline__ void store_weights(const Problem& p, const Half& half
   for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (!is_row) return;
   // A scale that is NaN, of a token that could not be coded, shows.
+  first += value_sums::log_factor(g);
+  second += value_sums::log_factor(g);
   const float w0 = first_log < kLeastLog ? 0.0f : exp2_approx(first + first_log);
   const float w1 = second_log < kLeastLog ? 0.0f : exp2_approx(second + second_log);
   p.weights[(Index{half.block} * p.row_stride + call_row) * 16 + half.which * 8 + g] =
@@ -381,45 +411,35 @@ struct TokenPair {
   }
 };
 
-/// A sequence's blocks in one part, in steps of kStepBlocks. `steps_done` counts the steps of all
-/// segments.
+/// Scores the blocks of `shared.segment`, step by step. `steps_done` counts the steps of all segments.
 template <int kWidth, class Reader>
 __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& shared,
                                             std::uint32_t rows,
                                             const TokenTurns<kWidth>& token_turns,
-                                            const Place& place, const Cursor& cursor, int offset,
-                                            int& steps_done) {
+                                            const Place& place, int& steps_done) {
   const Problem& p = a.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int count = cursor.count(INT_MAX);
-  const int num_steps = (count + Config::kStepBlocks - 1) / Config::kStepBlocks;
-  const Sequence sequence(p, cursor.seq);
-  const int first_position = sequence.position(p, 0), last_position = sequence.length - 1;
-  const int last_token = sequence.coded_end(p, last_position) - 1;
-  // Tokens that every query sees.
-  const int seen_begin = sequence.coded_begin(p, last_position);
-  const int seen_end = sequence.coded_end(p, first_position);
-  const int first_token = cursor.block * kBlockTokens;
+  const Segment& segment = shared.segment;
   constexpr int kStepTokens = Config::kStepBlocks * kBlockTokens;
 
   // Queries are turned two steps ahead, codes read one step ahead.
   TokenPair<Reader> next;
 #pragma unroll 1
-  for (int step = -2; step < num_steps; ++step) {
+  for (int step = -2; step < segment.num_steps; ++step) {
     const TokenPair<Reader> current = next;
-    if (step >= -1 && step + 1 < num_steps)
-      next.fetch(p, a.codes, cursor.seq, place.head,
-                 first_token + min((step + 1) * Config::kStepBlocks + warp / 2, count - 1) *
+    if (step >= -1 && step + 1 < segment.num_steps)
+      next.fetch(p, a.codes, segment.cursor.seq, place.head,
+                 segment.first_token + min((step + 1) * Config::kStepBlocks + warp / 2, segment.count - 1) *
                                    kBlockTokens,
-                 warp % 2 * 8 + lane / 4, last_token);
-    if (step + 2 < num_steps) {
+                 warp % 2 * 8 + lane / 4, segment.last_token);
+    if (step + 2 < segment.num_steps) {
       const int number = steps_done + step + 2;
       const int buffer = number % Config::kBuffers;
       if (warp / Config::kTurningWarps == number % (Config::kWarps / Config::kTurningWarps)) {
         const int round = number / Config::kBuffers;
         if (round > 0) WarpBarrier(&shared.empty[buffer]).wait((round - 1) % 2);
         turn_queries<kWidth>(a, shared, shared.queries[buffer],
-                             last_position - first_token - (step + 2) * kStepTokens, place.rows,
+                             segment.last_position - segment.first_token - (step + 2) * kStepTokens, place.rows,
                              threadIdx.x % (Config::kTurningWarps * 32));
         WarpBarrier(&shared.full[buffer]).arrive();
       }
@@ -429,15 +449,15 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     const int block = step * Config::kStepBlocks + warp / 2;
     const int number = steps_done + step;
     const int buffer = number % Config::kBuffers;
-    const bool active = block < count;
+    const bool active = block < segment.count;
     std::uint32_t sums[2][kWidth / 8];
     if (active) sum_rows<kWidth>(rows, current.readers, sums);
     WarpBarrier(&shared.full[buffer]).wait(number / Config::kBuffers % 2);
     if (active) {
-      const int block_token = first_token + block * kBlockTokens;
-      const Half half{cursor.seq, cursor.index + block, warp % 2,
-                      first_token + step * kStepTokens + offset,
-                      block_token >= seen_begin && block_token + kBlockTokens <= seen_end};
+      const int token = segment.first_token + block * kBlockTokens;
+      const Half half{segment.cursor.seq, segment.cursor.index + block, warp % 2,
+                      token + warp % 2 * 8 + lane / 4,
+                      token >= segment.seen_begin && token + kBlockTokens <= segment.seen_end};
       const NormAndScale(&data)[2] = current.norms_and_scales;
 #pragma unroll 1
       for (int tile = 0; tile * Config::kTileRows < place.rows; ++tile) {
@@ -464,7 +484,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     }
     WarpBarrier(&shared.empty[buffer]).arrive();
   }
-  steps_done += num_steps;
+  steps_done += segment.num_steps;
 }
 
 template <int kWidth, class Reader>
@@ -511,12 +531,15 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   if (!fits(p, total)) cursor.stop = cursor.index;
   int steps_done = 0;
 #pragma unroll 1
-  for (; !cursor.done(); cursor.advance(p, cursor.count(INT_MAX))) {
+  while (!cursor.done()) {
     __syncthreads();  // nobody needs the last sequence's queries any more
+    if (threadIdx.x == 0) shared.segment = Segment(p, cursor);
     load_queries<kWidth>(a, shared, cursor.seq, place);
     wait_for_copies();
     __syncthreads();
-    run_segment<kWidth, Reader>(a, shared, rows, token_turns, place, cursor, offset, steps_done);
+    run_segment<kWidth, Reader>(a, shared, rows, token_turns, place, steps_done);
+    cursor = shared.segment.cursor;
+    cursor.advance(p, cursor.count(INT_MAX));
   }
   wait_for_copies();
 }

@@ -10,7 +10,8 @@
 ///
 /// A 32-bit word holds one code bit of tokens 0 to 15 (low half) and 16 to 31 (high half) of a
 /// block. A mask leaves bit s of either half: as fp16 numbers these are bit * 2^(s - 24), operands of
-/// a matrix product as they are. The weights take 2^(3 - s) to make up for it.
+/// a matrix product as they are. The weights take 2^(3 - s % 4) to make up for it: the word is
+/// shifted by whole fours.
 namespace commvq::cuda::value_sums {
 
 using Config = ValueSumsConfig;
@@ -20,6 +21,8 @@ constexpr int kLaneBits = Config::kWarpBits / 8;
 constexpr int kRowTiles = Config::kRows / 8;
 /// What a sum is to be multiplied by: 2^21.
 constexpr float kSumScale = 2097152.0f;
+/// log2 of what the weights of tokens s and s + 16 of a block take.
+__device__ __forceinline__ float log_factor(int s) { return static_cast<float>(3 - s % 4); }
 
 /// Adds `other` to `total`.
 __device__ __forceinline__ void merge(RowSum& total, RowSum other) {
@@ -108,20 +111,19 @@ __device__ __forceinline__ void copy_block(const Problem& p, const Cursor& curso
                       first_row + lane * 2);
 }
 
-/// Weights of rows g, 8 + g, ... relative to `maxima`, with the bits' powers of two: lane 4g + q
-/// holds tokens 4q to 4q + 3 of either half.
+/// Weights of rows g, 8 + g, ... relative to `maxima`: lane 4g + q holds tokens 4q to 4q + 3 of
+/// either half.
 __device__ __forceinline__ void load_weights(const Stage& stage, const float (&maxima)[kRowTiles],
                                              std::uint32_t (&weights)[kRowTiles][4]) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t) {
-    const float factor = exp2_approx(stage.sums[q / 2][8 * t + g].max - maxima[t]);
+    const __half2 factor =
+        __float2half2_rn(exp2_approx(stage.sums[q / 2][8 * t + g].max - maxima[t]));
     const uint4 v = stage.weights[8 * t + g][q];
     const std::uint32_t raw[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      weights[t][i] =
-          as_bits(__hmul2(as_half2(raw[i]), __float2half2_rn(factor * static_cast<float>(8 >> i))));
+    for (int i = 0; i < 4; ++i) weights[t][i] = as_bits(__hmul2(as_half2(raw[i]), factor));
   }
 }
 
