@@ -72,33 +72,32 @@ __device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, i
   }
 }
 
-/// Sums of code bits over all parts, some parts at once.
-__device__ __forceinline__ void merge_parts(const Problem& p, PartRange parts, int seq, int first_row,
-                                   int rows, int first_bit, const float* factors, Shared& shared) {
-  const int num_parts = parts.last - parts.first + 1;
-  const int bit = threadIdx.x % Config::kChunkBits;
-  constexpr int kRowLanes = Config::kThreads / Config::kChunkBits;
-  constexpr int kAtOnce = 12;
-  const Index stride = Index{p.row_stride} * p.page.num_code_bits;
-#pragma unroll 1
-  for (int row = threadIdx.x / Config::kChunkBits; row < rows; row += kRowLanes) {
+/// Sums of one code bit of one row over all parts, some parts at once. The first are read before
+/// their factors are known.
+struct PartSums {
+  static constexpr int kAtOnce = 36;
+  static constexpr int kRowLanes = Config::kThreads / Config::kChunkBits;
+  float some[kAtOnce];
+
+  __device__ __forceinline__ void load(const Problem& p, PartRange parts, int seq, int row,
+                                       int bit, int first) {
     const float* const source =
         p.value_sums +
-        ((Index{parts.first} + seq) * p.row_stride + first_row + row) * p.page.num_code_bits +
-        first_bit + bit;
-    float sum = 0;
-#pragma unroll 1
-    for (int i = 0; i < num_parts; i += kAtOnce) {
-      float some[kAtOnce];
+        ((Index{parts.first} + first + seq) * p.row_stride + row) * p.page.num_code_bits + bit;
+    const Index stride = Index{p.row_stride} * p.page.num_code_bits;
+    const int left = parts.last - parts.first + 1 - first;
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        some[j] = i + j < num_parts ? source[(i + j) * stride] * factors[row * num_parts + i + j] : 0;
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) sum += some[j];
-    }
-    shared.sums[bit][row] = sum * value_sums::kSumScale;
+    for (int j = 0; j < kAtOnce; ++j) some[j] = j < left ? source[j * stride] : 0;
   }
-}
+  __device__ __forceinline__ float sum(const float* factors, int num_factors) const {
+    float total = 0;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (j < num_factors) total += some[j] * factors[j];
+    return total;
+  }
+};
+static_assert(PartSums::kRowLanes >= Config::kRows);
 
 /// A thread's share of the value decoder: channel threadIdx.x % dim of the head; the bits of the
 /// chunk are shared out among the threads of a channel, and read some at a time.
@@ -199,9 +198,22 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder, floa
     const PartRange parts = parts_of(p, total, seq);
     for (int i = threadIdx.x; i < Config::kRows * Config::kChunkBits; i += Config::kThreads)
       shared.sums[i / Config::kRows][i % Config::kRows] = 0;
+    const int num_parts = parts.last - parts.first + 1;
+    const int bit = threadIdx.x % Config::kChunkBits, row = threadIdx.x / Config::kChunkBits;
+    PartSums part_sums;
+    if (row < rows) part_sums.load(p, parts, seq, first_row + row, first_bit + bit, 0);
     weigh_parts(p, parts, seq, first_row, rows, factors, shared);
     __syncthreads();
-    merge_parts(p, parts, seq, first_row, rows, first_bit, factors, shared);
+    if (row < rows) {
+      const float* const row_factors = factors + row * num_parts;
+      float sum = part_sums.sum(row_factors, num_parts);
+#pragma unroll 1
+      for (int i = PartSums::kAtOnce; i < num_parts; i += PartSums::kAtOnce) {
+        part_sums.load(p, parts, seq, first_row + row, first_bit + bit, i);
+        sum += part_sums.sum(row_factors + i, num_parts - i);
+      }
+      shared.sums[bit][row] = sum * value_sums::kSumScale;
+    }
     __syncthreads();
     float* const outputs =
         p.chunk_outputs +

@@ -18,6 +18,7 @@ struct Shared {
   float2* queries;       ///< [group][dim / 2], turned to the query's position
   float* outputs;        ///< [kTokenGroups][group][dim]
   float* weights;        ///< [group][kChunkTokens]: scores, then weights
+  int* rows;             ///< [kChunkTokens] of the exact copies, in the sequence's slot
   float* keeps;          ///< [group]: what earlier chunks' outputs are to be multiplied by
   RowSum* sums;          ///< [group]
 
@@ -27,11 +28,12 @@ struct Shared {
     queries = reinterpret_cast<float2*>(values + Config::kChunkTokens * dim * 2);
     outputs = reinterpret_cast<float*>(queries + group * dim / 2);
     weights = outputs + Config::kTokenGroups * group * dim;
-    keeps = weights + group * Config::kChunkTokens;
+    rows = reinterpret_cast<int*>(weights + group * Config::kChunkTokens);
+    keeps = reinterpret_cast<float*>(rows + Config::kChunkTokens);
     sums = reinterpret_cast<RowSum*>(keeps + group + group % 2);
   }
   static constexpr int bytes(int dim, int group) {
-    return Config::kChunkTokens * (dim * 6 + 8) +
+    return Config::kChunkTokens * (dim * 6 + 12) +
            4 * group * (dim * (1 + Config::kTokenGroups) + Config::kChunkTokens + 4);
   }
 };
@@ -64,9 +66,13 @@ __device__ __forceinline__ void load_tokens(const Problem& p, const Item& item, 
                                             int count, const Shared& shared) {
   const int vectors = p.head_dim / 8;  // of 16 bytes a head
   const int pairs = p.head_dim / 2;
-  const Index slot = p.exact_slots[item.seq];
+  if (threadIdx.x < count)
+    shared.rows[threadIdx.x] =
+        static_cast<int>(p.exact.row(0, first + static_cast<int>(threadIdx.x)));
+  __syncthreads();
+  const Index slot_row = Index{p.exact_slots[item.seq]} * p.exact.rows_per_slot();
   const auto head_of = [&](int t) {
-    return (p.exact.row(slot, first + t) * p.num_kv_heads + item.head) * p.head_dim;
+    return ((slot_row + shared.rows[t]) * p.num_kv_heads + item.head) * p.head_dim;
   };
 #pragma unroll 1
   for (int i = threadIdx.x; i < count * vectors; i += Config::kThreads)

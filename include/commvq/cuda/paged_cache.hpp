@@ -25,7 +25,7 @@ struct ExactTokens {
   int sinks = 0;     ///< the first so many tokens of a sequence keep their copies for good
   int capacity = 0;  ///< rows for the newest of the others, used in turn
 
-  int rows_per_slot() const { return sinks + capacity; }
+  COMMVQ_HOST_DEVICE int rows_per_slot() const { return sinks + capacity; }
   /// Row of token `token` of the sequence in slot `slot`.
   COMMVQ_HOST_DEVICE Index row(Index slot, Index token) const {
     const Index in_slot = token < sinks ? token : sinks + (token - sinks) % capacity;
