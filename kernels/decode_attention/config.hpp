@@ -44,11 +44,9 @@ struct CombineConfig {
 struct ExactConfig {
   static constexpr int kThreads = KeyScoresConfig::kThreads;
   static constexpr int kChunkTokens = 64;
-  static constexpr int kTokenGroups = 2;  ///< of threads that share a channel's tokens
   static constexpr int kMaxGroup = 32;    ///< query heads of a KV head
-  static constexpr int kMaxDim = 256;
   /// Coded tokens that a thread block scores in the time that one exact token takes.
-  static constexpr int kCostInCodedTokens = 6;
+  static constexpr int kCostInCodedTokens = 12;
 };
 
 }  // namespace commvq::cuda

@@ -16,7 +16,7 @@ struct Shared {
   float2* keys;          ///< [kChunkTokens][dim / 2 + 1], turned by RoPE
   std::uint8_t* values;  ///< [kChunkTokens][dim] as stored
   float2* queries;       ///< [group][dim / 2], turned to the query's position
-  float* outputs;        ///< [kTokenGroups][group][dim]
+  float* outputs;        ///< [kThreads / dim][group][dim]: threads share a channel's tokens
   float* weights;        ///< [group][kChunkTokens]: scores, then weights
   int* rows;             ///< [kChunkTokens] of the exact copies, in the sequence's slot
   float* keeps;          ///< [group]: what earlier chunks' outputs are to be multiplied by
@@ -27,14 +27,14 @@ struct Shared {
     values = memory + Config::kChunkTokens * (dim / 2 + 1) * sizeof(float2);
     queries = reinterpret_cast<float2*>(values + Config::kChunkTokens * dim * 2);
     outputs = reinterpret_cast<float*>(queries + group * dim / 2);
-    weights = outputs + Config::kTokenGroups * group * dim;
+    weights = outputs + group * Config::kThreads;
     rows = reinterpret_cast<int*>(weights + group * Config::kChunkTokens);
     keeps = reinterpret_cast<float*>(rows + Config::kChunkTokens);
     sums = reinterpret_cast<RowSum*>(keeps + group + group % 2);
   }
   static constexpr int bytes(int dim, int group) {
     return Config::kChunkTokens * (dim * 6 + 12) +
-           4 * group * (dim * (1 + Config::kTokenGroups) + Config::kChunkTokens + 4);
+           4 * group * (dim + Config::kThreads + Config::kChunkTokens + 4);
   }
 };
 
@@ -141,21 +141,29 @@ __device__ __forceinline__ void weigh(const Problem& p, int count, const Shared&
   }
 }
 
-/// Adds values: a thread takes one channel and, with others, every kTokenGroups-th token.
+/// Adds values: a thread takes one channel and, with others, every (kThreads / dim)-th token, for
+/// four query heads at once.
 __device__ __forceinline__ void add_values(const Problem& p, int count, const Shared& shared) {
   const int dim = p.head_dim;
+  const int channel = threadIdx.x % dim, token_group = threadIdx.x / dim;
+  const int token_groups = Config::kThreads / dim;
+  float* const outputs = shared.outputs + token_group * p.group * dim + channel;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Config::kTokenGroups * dim; i += Config::kThreads) {
-    const int channel = i % dim, token_group = i / dim;
-#pragma unroll 1
-    for (int row = 0; row < p.group; ++row) {
-      float* const output = shared.outputs + (token_group * p.group + row) * dim + channel;
-      const float* const weights = shared.weights + row * Config::kChunkTokens;
-      float sum = *output * shared.keeps[row];
-#pragma unroll 8
-      for (int t = token_group; t < count; t += Config::kTokenGroups)
-        sum += weights[t] * load_float(shared.values, p.exact.type, t * dim + channel);
-      *output = sum;
+  for (int first = 0; first < p.group; first += 4) {
+    const int rows = min(4, p.group - first);
+    float sums[4] = {};
+#pragma unroll 4
+    for (int t = token_group; t < count; t += token_groups) {
+      const float value = load_float(shared.values, p.exact.type, t * dim + channel);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sums[i] += shared.weights[min(first + i, p.group - 1) * Config::kChunkTokens + t] * value;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i >= rows) break;
+      float& output = outputs[(first + i) * dim];
+      output = output * shared.keeps[first + i] + sums[i];
     }
   }
 }
@@ -169,7 +177,7 @@ __device__ __forceinline__ void run(const Problem& p, const Item& item, std::uin
   for (int row = threadIdx.x; row < p.group; row += Config::kThreads)
     shared.sums[row] = {-INFINITY, 0};
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Config::kTokenGroups * p.group * dim; i += Config::kThreads)
+  for (int i = threadIdx.x; i < p.group * Config::kThreads; i += Config::kThreads)
     shared.outputs[i] = 0;
   if (position >= 0 && p.exact.capacity > 0) {
     load_queries(p, item, position, shared);
@@ -203,8 +211,8 @@ __device__ __forceinline__ void run(const Problem& p, const Item& item, std::uin
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.group * dim; i += Config::kThreads) {
     float sum = 0;
-#pragma unroll
-    for (int token_group = 0; token_group < Config::kTokenGroups; ++token_group)
+#pragma unroll 1
+    for (int token_group = 0; token_group < Config::kThreads / dim; ++token_group)
       sum += shared.outputs[token_group * p.group * dim + i];
     p.exact_outputs[first_row * dim + i] = sum;
   }

@@ -373,14 +373,16 @@ struct TokenPair {
   Reader readers[2];
   NormAndScale norms_and_scales[2];
 
-  /// Of the tokens `place` and `place + 16` of the block that begins at `token`. `last` is the last
-  /// token that has codes.
-  __device__ __forceinline__ void fetch(const Problem& p, const KeyCodes& codes,
-                                        int seq, int head, int token, int place,
-                                        int last) {
-    const std::int32_t* const table = p.block_table + Index{seq} * p.max_blocks;
-    if (Reader::kAnyBitsAreCodes && p.page.size >= kBlockTokens) {
-      const std::uint8_t* const page = p.pages + table[token >> p.page.shift] * p.page_stride;
+  /// True if blocks lie on one page and what is read beyond the last token does no harm.
+  __device__ __forceinline__ static bool reads_whole_blocks(const Problem& p) {
+    return Reader::kAnyBitsAreCodes && p.page.size >= kBlockTokens;
+  }
+  /// Of the tokens `place` and `place + 16` of the block that begins at `token`; `page_index` is
+  /// its page where whole blocks are read. `last` is the last token that has codes.
+  __device__ __forceinline__ void fetch(const Problem& p, const KeyCodes& codes, int page_index,
+                                        int seq, int head, int token, int place, int last) {
+    if (reads_whole_blocks(p)) {
+      const std::uint8_t* const page = p.pages + page_index * p.page_stride;
       const int slot = (token & (p.page.size - 1)) + place;
       if constexpr (Reader::kAnyBitsAreCodes)
         Reader::fetch_two(codes, page, head * p.page.size + slot, readers);
@@ -392,6 +394,7 @@ struct TokenPair {
         norms_and_scales[t] = pack(norms + 32 * t, scales + 32 * t);
       return;
     }
+    const std::int32_t* const table = p.block_table + Index{seq} * p.max_blocks;
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const int at = min(token + place + 16 * t, last);  // beyond it there may be no page
@@ -422,16 +425,23 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
   const Segment& segment = shared.segment;
   constexpr int kStepTokens = Config::kStepBlocks * kBlockTokens;
 
-  // Queries are turned two steps ahead, codes read one step ahead.
+  // First token of the warp's block in a step; of the last block where it has none.
+  const auto token_of = [&](int step) {
+    return segment.first_token +
+           min(step * Config::kStepBlocks + warp / 2, segment.count - 1) * kBlockTokens;
+  };
+  // Queries are turned two steps ahead, codes read one step ahead and the block table two.
+  int page_index = 0;
   TokenPair<Reader> next;
 #pragma unroll 1
   for (int step = -2; step < segment.num_steps; ++step) {
     const TokenPair<Reader> current = next;
     if (step >= -1 && step + 1 < segment.num_steps)
-      next.fetch(p, a.codes, segment.cursor.seq, place.head,
-                 segment.first_token + min((step + 1) * Config::kStepBlocks + warp / 2, segment.count - 1) *
-                                   kBlockTokens,
+      next.fetch(p, a.codes, page_index, segment.cursor.seq, place.head, token_of(step + 1),
                  warp % 2 * 8 + lane / 4, segment.last_token);
+    if (TokenPair<Reader>::reads_whole_blocks(p))
+      page_index = p.block_table[Index{segment.cursor.seq} * p.max_blocks +
+                                 (token_of(step + 2) >> p.page.shift)];
     if (step + 2 < segment.num_steps) {
       const int number = steps_done + step + 2;
       const int buffer = number % Config::kBuffers;
