@@ -18,10 +18,10 @@ extern template cudaError_t launch_key_scores<64, AnyCodes>(const key_scores::Ar
                                                             cudaStream_t);
 extern template cudaError_t launch_key_scores<32, AnyCodes>(const key_scores::Arguments&, dim3, int,
                                                             cudaStream_t);
-// 22 and 20 books of 64 rows: the paper's 1-bit shape whole, and a half of its 2-bit shape.
+// 22 and 21 books of 64 rows: the paper's 1-bit shape whole, and a half of its 2-bit shape.
 extern template cudaError_t launch_key_scores<64, FixedCodes<6, 22>>(const key_scores::Arguments&,
                                                                      dim3, int, cudaStream_t);
-extern template cudaError_t launch_key_scores<64, FixedCodes<6, 20>>(const key_scores::Arguments&,
+extern template cudaError_t launch_key_scores<64, FixedCodes<6, 21>>(const key_scores::Arguments&,
                                                                      dim3, int, cudaStream_t);
 // Few wide books.
 extern template cudaError_t launch_key_scores<64, FixedCodes<7, 10>>(const key_scores::Arguments&,

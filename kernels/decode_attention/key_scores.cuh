@@ -36,18 +36,29 @@ struct Arguments {
   KeyCodes codes;
 };
 
+/// What a thread block works on.
+struct Place {
+  int head;
+  int first_row;  ///< of the head's
+  int rows;
+};
+
 /// A sequence's blocks in one part. Kept in shared memory, since registers are scarce.
 struct Segment {
+  Place place;
   Cursor cursor;       ///< at the first block
   int count;           ///< blocks
   int num_steps;       ///< of kStepBlocks blocks
+  int steps_before;    ///< of earlier segments
   int first_token;     ///< of the first block
   int last_position;   ///< of the sequence's queries
   int last_token;      ///< that has codes
   int seen_begin;      ///< every query sees the coded tokens from here ...
   int seen_end;        ///< ... to here
 
-  __device__ Segment(const Problem& p, const Cursor& cursor_) : cursor(cursor_) {
+  __device__ Segment(const Problem& p, const Place& place_, const Cursor& cursor_,
+                     int steps_before_)
+      : place(place_), cursor(cursor_), steps_before(steps_before_) {
     const Sequence sequence(p, cursor.seq);
     count = cursor.count(INT_MAX);
     num_steps = (count + Config::kStepBlocks - 1) / Config::kStepBlocks;
@@ -96,13 +107,6 @@ __device__ std::uint32_t rows_address(const std::uint8_t* memory) {
   return (begin + static_cast<std::uint32_t>(sizeof(Shared<kWidth>)) + Config::kRowAlignment - 1) /
          Config::kRowAlignment * Config::kRowAlignment;
 }
-
-/// What a thread block works on.
-struct Place {
-  int head;
-  int first_row;  ///< of the head's
-  int rows;
-};
 
 /// Reads the queries of a sequence: one warp a row.
 template <int kWidth>
@@ -414,12 +418,11 @@ struct TokenPair {
   }
 };
 
-/// Scores the blocks of `shared.segment`, step by step. `steps_done` counts the steps of all segments.
+/// Scores the blocks of `shared.segment`, step by step.
 template <int kWidth, class Reader>
 __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& shared,
                                             std::uint32_t rows,
-                                            const TokenTurns<kWidth>& token_turns,
-                                            const Place& place, int& steps_done) {
+                                            const TokenTurns<kWidth>& token_turns) {
   const Problem& p = a.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Segment& segment = shared.segment;
@@ -437,19 +440,19 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
   for (int step = -2; step < segment.num_steps; ++step) {
     const TokenPair<Reader> current = next;
     if (step >= -1 && step + 1 < segment.num_steps)
-      next.fetch(p, a.codes, page_index, segment.cursor.seq, place.head, token_of(step + 1),
+      next.fetch(p, a.codes, page_index, segment.cursor.seq, segment.place.head, token_of(step + 1),
                  warp % 2 * 8 + lane / 4, segment.last_token);
     if (TokenPair<Reader>::reads_whole_blocks(p))
       page_index = p.block_table[Index{segment.cursor.seq} * p.max_blocks +
                                  (token_of(step + 2) >> p.page.shift)];
     if (step + 2 < segment.num_steps) {
-      const int number = steps_done + step + 2;
+      const int number = segment.steps_before + step + 2;
       const int buffer = number % Config::kBuffers;
       if (warp / Config::kTurningWarps == number % (Config::kWarps / Config::kTurningWarps)) {
         const int round = number / Config::kBuffers;
         if (round > 0) WarpBarrier(&shared.empty[buffer]).wait((round - 1) % 2);
         turn_queries<kWidth>(a, shared, shared.queries[buffer],
-                             segment.last_position - segment.first_token - (step + 2) * kStepTokens, place.rows,
+                             segment.last_position - segment.first_token - (step + 2) * kStepTokens, segment.place.rows,
                              threadIdx.x % (Config::kTurningWarps * 32));
         WarpBarrier(&shared.full[buffer]).arrive();
       }
@@ -457,7 +460,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     if (step < 0) continue;
 
     const int block = step * Config::kStepBlocks + warp / 2;
-    const int number = steps_done + step;
+    const int number = segment.steps_before + step;
     const int buffer = number % Config::kBuffers;
     const bool active = block < segment.count;
     std::uint32_t sums[2][kWidth / 8];
@@ -470,7 +473,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
                       token >= segment.seen_begin && token + kBlockTokens <= segment.seen_end};
       const NormAndScale(&data)[2] = current.norms_and_scales;
 #pragma unroll 1
-      for (int tile = 0; tile * Config::kTileRows < place.rows; ++tile) {
+      for (int tile = 0; tile * Config::kTileRows < segment.place.rows; ++tile) {
         float products[4] = {};
         multiply<kWidth>(sums, shared.zero_points, token_turns,
                          shared.queries[buffer] + tile * Shared<kWidth>::kTileVectors + lane,
@@ -480,11 +483,11 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
         const float kept = is_second ? products[3] : products[0];
         const float other = __shfl_xor_sync(~0u, is_second ? products[2] : products[1], 2);
         const int row = tile * Config::kTileRows + tile_row();
-        const bool is_row = row < place.rows;
+        const bool is_row = row < segment.place.rows;
         const float factor = shared.factors[row];
         float first = (is_second ? other : kept) * (norm_of(data[0]) * factor);
         float second = (is_second ? kept : other) * (norm_of(data[1]) * factor);
-        const int call_row = place.head * p.rows_per_head + place.first_row + row;
+        const int call_row = segment.place.head * p.rows_per_head + segment.place.first_row + row;
         if (a.turn != Turn::kOnly) {
           if (is_row) add_slices(p, a.turn, half, call_row, first, second);
           if (a.turn != Turn::kLast) continue;
@@ -494,7 +497,6 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     }
     WarpBarrier(&shared.empty[buffer]).arrive();
   }
-  steps_done += segment.num_steps;
 }
 
 template <int kWidth, class Reader>
@@ -543,11 +545,12 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
 #pragma unroll 1
   while (!cursor.done()) {
     __syncthreads();  // nobody needs the last sequence's queries any more
-    if (threadIdx.x == 0) shared.segment = Segment(p, cursor);
+    if (threadIdx.x == 0) shared.segment = Segment(p, place, cursor, steps_done);
     load_queries<kWidth>(a, shared, cursor.seq, place);
     wait_for_copies();
     __syncthreads();
-    run_segment<kWidth, Reader>(a, shared, rows, token_turns, place, steps_done);
+    run_segment<kWidth, Reader>(a, shared, rows, token_turns);
+    steps_done = shared.segment.steps_before + shared.segment.num_steps;
     cursor = shared.segment.cursor;
     cursor.advance(p, cursor.count(INT_MAX));
   }

@@ -72,44 +72,59 @@ struct Stage {
 };
 constexpr int kStages = 6;
 
-/// Starts copying block `i` of a segment: this warp's bits, and its share of the group's weights.
-__device__ __forceinline__ void copy_block(const Problem& p, const Cursor& cursor, int i, int bit,
-                                           int first_row, Stage& stage) {
-  const int lane = threadIdx.x % 32;
-  const int bit_group = threadIdx.x / 32 % Config::kBitGroups;
-  constexpr int kVectors = Config::kWarpBits / 8;  // of 16 bytes, for sixteen tokens
-  if (lane < 2 * kVectors) {
-    const std::int32_t* const table = p.block_table + Index{cursor.seq} * p.max_blocks;
-    const int half = lane / kVectors;
-    int token = (cursor.block + i) * kBlockTokens + 16 * half;
-    // The second half may lie beyond the last page; its weights are zero, so any bits will do.
-    if (token >= p.seq_lens[cursor.seq]) token -= 16;
-    const std::uint8_t* const page = p.pages + table[token >> p.page.shift] * p.page_stride;
-    const int slot = token & (p.page.size - 1);
+/// What a lane copies of each block that its token group takes: 16 bytes of its warp's bits, of the
+/// group's weights, and of their sums.
+class BlockCopy {
+ public:
+  __device__ __forceinline__ BlockCopy(const Problem& p, const Cursor& cursor, int group, int bit,
+                                       int first_row)
+      : table_(p.block_table + Index{cursor.seq} * p.max_blocks), length_(p.seq_lens[cursor.seq]) {
+    const int lane = threadIdx.x % 32, bit_group = threadIdx.x / 32 % Config::kBitGroups;
+    const int rows_left = p.row_stride - first_row;
+    const Index block = Index{cursor.index} + group;
+    const int vector = 32 * bit_group + lane;
+    copies_weights_ = vector / 4 < rows_left;
+    weights_ = p.weights + (block * p.row_stride + first_row + vector / 4) * 16 + vector % 4 * 4;
+    copies_sums_ = bit_group < kHalves && lane < Config::kRows / 2 && lane * 2 < rows_left;
+    sums_ = p.block_sums + (block * kHalves + bit_group) * p.row_stride + first_row + lane * 2;
+    copies_bits_ = lane < 2 * kVectors;
+    token_ = (cursor.block + group) * kBlockTokens + 16 * (lane / kVectors);
     const int first_bit = bit + lane % kVectors * 8;
-    const int offset =
-        p.page.value_codes + 2 * (slot / 16 * p.page.num_code_bits +
-                                  (first_bit < p.page.num_code_bits ? first_bit : 0));
-    copy_async_16(shared_address(&stage.bits[half][bit_group][lane % kVectors]), page + offset);
+    bits_ = p.page.value_codes + 2 * (first_bit < p.page.num_code_bits ? first_bit : 0);
+  }
+  /// Starts copying the next block.
+  __device__ __forceinline__ void next(const Problem& p, Stage& stage) {
+    const int lane = threadIdx.x % 32, bit_group = threadIdx.x / 32 % Config::kBitGroups;
+    if (copies_bits_) {
+      // The second half may lie beyond the last page; its weights are zero, so any bits will do.
+      const int token = token_ < length_ ? token_ : token_ - 16;
+      const std::uint8_t* const page = p.pages + table_[token >> p.page.shift] * p.page_stride;
+      const int slot = token & (p.page.size - 1);
+      copy_async_16(
+          shared_address(&stage.bits[lane / kVectors][bit_group][lane % kVectors]),
+          page + (bits_ + slot / 16 * 2 * p.page.num_code_bits));
+    }
+    const int vector = 32 * bit_group + lane;
+    if (copies_weights_)
+      copy_async_16(shared_address(&stage.weights[vector / 4][vector % 4]), weights_);
+    if (copies_sums_) copy_async_16(shared_address(&stage.sums[bit_group][lane * 2]), sums_);
+    token_ += Config::kTokenGroups * kBlockTokens;
+    weights_ += Config::kTokenGroups * 16 * p.row_stride;
+    sums_ += Config::kTokenGroups * kHalves * p.row_stride;
   }
 
-  const int rows_left = p.row_stride - first_row;
-  constexpr int kParts = Config::kRows * 4 / (32 * Config::kBitGroups);
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    const int vector = (kParts * bit_group + part) * 32 + lane;
-    if (vector / 4 < rows_left)
-      copy_async_16(
-          shared_address(&stage.weights[vector / 4][vector % 4]),
-          p.weights +
-              (Index{cursor.index + i} * p.row_stride + first_row + vector / 4) * 16 +
-              vector % 4 * 4);
-  }
-  if (bit_group < kHalves && lane < Config::kRows / 2 && lane * 2 < rows_left)
-    copy_async_16(shared_address(&stage.sums[bit_group][lane * 2]),
-                  p.block_sums + (Index{cursor.index + i} * kHalves + bit_group) * p.row_stride +
-                      first_row + lane * 2);
-}
+ private:
+  static constexpr int kVectors = Config::kWarpBits / 8;  ///< of bits of sixteen tokens
+  static_assert(Config::kRows * 4 == 32 * Config::kBitGroups, "a lane copies 16 bytes of weights");
+
+  const std::int32_t* table_;
+  int length_;
+  int token_;
+  int bits_;
+  bool copies_bits_, copies_weights_, copies_sums_;
+  const std::uint32_t* weights_;
+  const RowSum* sums_;
+};
 
 /// Weights of rows g, 8 + g, ... relative to `maxima`: lane 4g + q holds tokens 4q to 4q + 3 of
 /// either half.
@@ -209,18 +224,19 @@ __device__ __forceinline__ void add_segment(const Problem& p, const Cursor& curs
   const int warp = threadIdx.x / 32;
   const int bit = first_bit + warp % Config::kBitGroups * Config::kWarpBits;
   const int group = warp / Config::kBitGroups;
-  const auto copy = [&](int turn) {
-    const int i = group + turn * Config::kTokenGroups;
-    if (i < count) copy_block(p, cursor, i, bit, first_row, stages[turn % kStages]);
+  BlockCopy copy(p, cursor, group, bit, first_row);
+  const int turns = (count - group + Config::kTokenGroups - 1) / Config::kTokenGroups;
+#pragma unroll 1
+  for (int turn = 0; turn < kStages - 1; ++turn) {
+    if (turn < turns) copy.next(p, stages[turn]);
     commit_copies();
-  };
+  }
 #pragma unroll 1
-  for (int turn = 0; turn < kStages - 1; ++turn) copy(turn);
-#pragma unroll 1
-  for (int turn = 0; group + turn * Config::kTokenGroups < count; ++turn) {
+  for (int turn = 0; turn < turns; ++turn) {
     wait_for_copies_but<kStages - 2>();
     sync_warps(1 + group, 32 * Config::kBitGroups);
-    copy(turn + kStages - 1);
+    if (turn + kStages - 1 < turns) copy.next(p, stages[(turn + kStages - 1) % kStages]);
+    commit_copies();
     const Stage& stage = stages[turn % kStages];
     std::uint32_t weights[kRowTiles][4];
     load_weights(stage, maxima, weights);
