@@ -13,15 +13,14 @@ class WarpBarrier {
 
   /// By one thread, before any other use.
   __device__ void init(int warps) const {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(address_), "r"(warps) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(address_), "r"(warps * 32)
+                 : "memory");
   }
-  /// By a whole warp: what its lanes wrote before is seen by those who waited.
+  /// By all lanes of a warp: what they wrote and read before is done for those who waited.
   __device__ void arrive() const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-      asm volatile(
-          "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}\n" ::"r"(address_)
-          : "memory");
+    asm volatile(
+        "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}\n" ::"r"(address_)
+        : "memory");
   }
   /// Until the phase of this parity is complete.
   __device__ void wait(int parity) const {

@@ -33,7 +33,7 @@ class FixedCodes {
   __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
                                         int index) {
     fetch_at(page + (codes.words + index * (kWords * 4)),
-             page + (codes.tails + index * kTail / 32 * 4), index * kTail);
+             page + (codes.tails + index * kTail / 32 * 4));
   }
   /// The codes of a token and of the sixteenth after it, on the same page.
   __device__ __forceinline__ static void fetch_two(const KeyCodes& codes, const std::uint8_t* page,
@@ -41,8 +41,15 @@ class FixedCodes {
     static_assert(kTail % 2 == 0);
     const std::uint8_t* const words = page + (codes.words + index * (kWords * 4));
     const std::uint8_t* const tail = page + (codes.tails + index * kTail / 32 * 4);
-    two[0].fetch_at(words, tail, index * kTail);
-    two[1].fetch_at(words + 16 * kWords * 4, tail + 16 * kTail / 8, index * kTail);
+    two[0].fetch_at(words, tail);
+    two[1].fetch_at(words + 16 * kWords * 4, tail + 16 * kTail / 8);
+  }
+
+  /// Uses what was fetched of `index`: until then the loads may be under way.
+  __device__ __forceinline__ void finish(int index) {
+    if constexpr (kTail > 0)
+      words_[kWords] = __funnelshift_r(words_[kWords], next_tail_,
+                                       static_cast<std::uint32_t>(index * kTail));
   }
 
   /// Sixteen bytes at `address` as `row_address` gives it.
@@ -78,8 +85,7 @@ class FixedCodes {
   static constexpr int kWords = kNumBooks * kCodeBits / 32;
   static constexpr int kTail = kNumBooks * kCodeBits % 32;
 
-  __device__ __forceinline__ void fetch_at(const std::uint8_t* words, const std::uint8_t* tail,
-                                           int tail_bit) {
+  __device__ __forceinline__ void fetch_at(const std::uint8_t* words, const std::uint8_t* tail) {
     if constexpr (kWords == 4) {
       const uint4 v = *reinterpret_cast<const uint4*>(words);
       words_[0] = v.x, words_[1] = v.y, words_[2] = v.z, words_[3] = v.w;
@@ -93,9 +99,9 @@ class FixedCodes {
     }
     if constexpr (kTail > 0) {
       const auto* const two = reinterpret_cast<const std::uint32_t*>(tail);
+      words_[kWords] = two[0];
       // The next word belongs to the page as well: norms follow the tails.
-      const std::uint32_t next = 32 % kTail == 0 ? 0 : two[1];
-      words_[kWords] = __funnelshift_r(two[0], next, static_cast<std::uint32_t>(tail_bit));
+      next_tail_ = 32 % kTail == 0 ? 0 : two[1];
     }
   }
 
@@ -108,6 +114,7 @@ class FixedCodes {
   }
 
   std::uint32_t words_[kWords + (kTail > 0 ? 1 : 0)];
+  std::uint32_t next_tail_;
 };
 
 /// Codes of any shape: each is read from the page when it is used.
@@ -125,6 +132,8 @@ class AnyCodes {
     const auto* const tail = reinterpret_cast<const std::uint32_t*>(page + codes.tails) + bit / 32;
     tail_ = __funnelshift_r(tail[0], tail[1], static_cast<std::uint32_t>(bit));
   }
+
+  __device__ __forceinline__ void finish(int) {}
 
   __device__ __forceinline__ static uint4 load(int, std::uint32_t address) {
     return load_shared_16<0>(address);

@@ -266,7 +266,6 @@ __device__ __forceinline__ void multiply(const std::uint32_t (&sums)[2][kWidth /
                                          const uint2* zero_points, const TokenTurns<kWidth>& turns,
                                          const uint4* queries, float (&scores)[4]) {
   const int q = threadIdx.x % 4;
-  float other[4] = {};  // so that products do not all wait for the one before
 #pragma unroll
   for (int k = 0; k < kWidth / 8; ++k) {
     const uint2 zero = zero_points[k * 4 + q];
@@ -283,18 +282,8 @@ __device__ __forceinline__ void multiply(const std::uint32_t (&sums)[2][kWidth /
       keys[2 + t] = as_bits(__hfma2(real, s, __hmul2(imag, c)));
     }
     const uint2 query = reinterpret_cast<const uint2*>(queries + k / 2 * 32)[k % 2];
-    mma_16x8x16(k % 2 == 0 ? scores : other, keys[0], keys[1], keys[2], keys[3], query.x, query.y);
+    mma_16x8x16(scores, keys[0], keys[1], keys[2], keys[3], query.x, query.y);
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) scores[i] += other[i];
-}
-
-/// A token's key norm (low half) and value scale, both bf16.
-using NormAndScale = std::uint32_t;
-
-__device__ __forceinline__ float norm_of(NormAndScale bits) { return __uint_as_float(bits << 16); }
-__device__ __forceinline__ float scale_of(NormAndScale bits) {
-  return __uint_as_float(bits & 0xffff0000u);
 }
 
 /// cap * tanh(score / cap).
@@ -319,14 +308,15 @@ __device__ __forceinline__ int tile_row() {
   return q % 2 * 2 + q / 2;
 }
 
-/// Scores of a lane's two tokens and one row to weights and their sums in the workspace. Value
-/// scales below 2^-100 count as zero. `row` is the head's, `call_row` the call's.
+/// Scores of a lane's two tokens and one row to weights and their sums in the workspace. `data` are
+/// the tokens' `norm_and_scale`; value scales below 2^-100 count as zero. `call_row` is the row of the call.
 __device__ __forceinline__ void store_weights(const Problem& p, const Half& half,
-                                              const NormAndScale (&data)[2], float first,
+                                              const std::uint32_t (&data)[2], float first,
                                               float second, int lag, int call_row, bool is_row) {
   const int g = threadIdx.x % 32 / 4;
   constexpr float kLeastLog = -100.0f;
-  float first_log = __log2f(scale_of(data[0])), second_log = __log2f(scale_of(data[1]));
+  float first_log = __log2f(__uint_as_float(data[0] & 0xffff0000u));
+  float second_log = __log2f(__uint_as_float(data[1] & 0xffff0000u));
   if (p.soft_cap > 0) {
     first = capped(first, p.soft_cap);
     second = capped(second, p.soft_cap);
@@ -375,7 +365,8 @@ __device__ __forceinline__ void add_slices(const Problem& p, Turn turn, const Ha
 template <class Reader>
 struct TokenPair {
   Reader readers[2];
-  NormAndScale norms_and_scales[2];
+  std::uint16_t norms[2];
+  std::uint16_t scales[2];
 
   /// True if blocks lie on one page and what is read beyond the last token does no harm.
   __device__ __forceinline__ static bool reads_whole_blocks(const Problem& p) {
@@ -390,12 +381,14 @@ struct TokenPair {
       const int slot = (token & (p.page.size - 1)) + place;
       if constexpr (Reader::kAnyBitsAreCodes)
         Reader::fetch_two(codes, page, head * p.page.size + slot, readers);
-      const std::uint8_t* const norms =
+      const std::uint8_t* const norm =
           page + (p.page.key_norms + head * p.page.norm_stride + 2 * slot);
-      const std::uint8_t* const scales = page + (p.page.value_scales + 2 * slot);
+      const std::uint8_t* const scale = page + (p.page.value_scales + 2 * slot);
 #pragma unroll
-      for (int t = 0; t < 2; ++t)
-        norms_and_scales[t] = pack(norms + 32 * t, scales + 32 * t);
+      for (int t = 0; t < 2; ++t) {
+        norms[t] = *reinterpret_cast<const std::uint16_t*>(norm + 32 * t);
+        scales[t] = *reinterpret_cast<const std::uint16_t*>(scale + 32 * t);
+      }
       return;
     }
     const std::int32_t* const table = p.block_table + Index{seq} * p.max_blocks;
@@ -405,16 +398,23 @@ struct TokenPair {
       const std::uint8_t* const page = p.pages + table[at >> p.page.shift] * p.page_stride;
       const int slot = at & (p.page.size - 1);
       readers[t].fetch(codes, page, head * p.page.size + slot);
-      norms_and_scales[t] = pack(page + (p.page.key_norms + head * p.page.norm_stride + 2 * slot),
-                                 page + (p.page.value_scales + 2 * slot));
+      norms[t] = *reinterpret_cast<const std::uint16_t*>(
+          page + (p.page.key_norms + head * p.page.norm_stride + 2 * slot));
+      scales[t] = *reinterpret_cast<const std::uint16_t*>(page + (p.page.value_scales + 2 * slot));
     }
   }
-
- private:
-  __device__ __forceinline__ static NormAndScale pack(const std::uint8_t* norm,
-                                                      const std::uint8_t* scale) {
-    return *reinterpret_cast<const std::uint16_t*>(norm) |
-           static_cast<std::uint32_t>(*reinterpret_cast<const std::uint16_t*>(scale)) << 16;
+  /// The key norm of a token (low half) and its value scale, both bf16.
+  __device__ __forceinline__ std::uint32_t norm_and_scale(int t) const {
+    return norms[t] | static_cast<std::uint32_t>(scales[t]) << 16;
+  }
+  /// Uses what was fetched with the same arguments: until then the loads may be under way.
+  __device__ __forceinline__ void finish(const Problem& p, int head, int token, int place,
+                                         int last) {
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const int at = reads_whole_blocks(p) ? token + place : min(token + place + 16 * t, last);
+      readers[t].finish(head * p.page.size + (at & (p.page.size - 1)));
+    }
   }
 };
 
@@ -434,17 +434,10 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
            min(step * Config::kStepBlocks + warp / 2, segment.count - 1) * kBlockTokens;
   };
   // Queries are turned two steps ahead, codes read one step ahead and the block table two.
+  TokenPair<Reader> tokens;
   int page_index = 0;
-  TokenPair<Reader> next;
 #pragma unroll 1
   for (int step = -2; step < segment.num_steps; ++step) {
-    const TokenPair<Reader> current = next;
-    if (step >= -1 && step + 1 < segment.num_steps)
-      next.fetch(p, a.codes, page_index, segment.cursor.seq, segment.place.head, token_of(step + 1),
-                 warp % 2 * 8 + lane / 4, segment.last_token);
-    if (TokenPair<Reader>::reads_whole_blocks(p))
-      page_index = p.block_table[Index{segment.cursor.seq} * p.max_blocks +
-                                 (token_of(step + 2) >> p.page.shift)];
     if (step + 2 < segment.num_steps) {
       const int number = segment.steps_before + step + 2;
       const int buffer = number % Config::kBuffers;
@@ -452,26 +445,37 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
         const int round = number / Config::kBuffers;
         if (round > 0) WarpBarrier(&shared.empty[buffer]).wait((round - 1) % 2);
         turn_queries<kWidth>(a, shared, shared.queries[buffer],
-                             segment.last_position - segment.first_token - (step + 2) * kStepTokens, segment.place.rows,
-                             threadIdx.x % (Config::kTurningWarps * 32));
+                             segment.last_position - segment.first_token - (step + 2) * kStepTokens,
+                             segment.place.rows, threadIdx.x % (Config::kTurningWarps * 32));
         WarpBarrier(&shared.full[buffer]).arrive();
       }
     }
-    if (step < 0) continue;
 
     const int block = step * Config::kStepBlocks + warp / 2;
+    const bool active = step >= 0 && block < segment.count;
+    std::uint32_t sums[2][kWidth / 8];
+    if (active) {
+      tokens.finish(p, segment.place.head, token_of(step), warp % 2 * 8 + lane / 4,
+                    segment.last_token);
+      sum_rows<kWidth>(rows, tokens.readers, sums);
+    }
+    const std::uint32_t data[2] = {tokens.norm_and_scale(0), tokens.norm_and_scale(1)};
+    if (step >= -1 && step + 1 < segment.num_steps)
+      tokens.fetch(p, a.codes, page_index, segment.cursor.seq, segment.place.head,
+                   token_of(step + 1), warp % 2 * 8 + lane / 4, segment.last_token);
+    if (TokenPair<Reader>::reads_whole_blocks(p))
+      page_index = p.block_table[Index{segment.cursor.seq} * p.max_blocks +
+                                 (token_of(step + 2) >> p.page.shift)];
+    if (step < 0) continue;
+
     const int number = segment.steps_before + step;
     const int buffer = number % Config::kBuffers;
-    const bool active = block < segment.count;
-    std::uint32_t sums[2][kWidth / 8];
-    if (active) sum_rows<kWidth>(rows, current.readers, sums);
     WarpBarrier(&shared.full[buffer]).wait(number / Config::kBuffers % 2);
     if (active) {
       const int token = segment.first_token + block * kBlockTokens;
       const Half half{segment.cursor.seq, segment.cursor.index + block, warp % 2,
                       token + warp % 2 * 8 + lane / 4,
                       token >= segment.seen_begin && token + kBlockTokens <= segment.seen_end};
-      const NormAndScale(&data)[2] = current.norms_and_scales;
 #pragma unroll 1
       for (int tile = 0; tile * Config::kTileRows < segment.place.rows; ++tile) {
         float products[4] = {};
@@ -485,8 +489,8 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
         const int row = tile * Config::kTileRows + tile_row();
         const bool is_row = row < segment.place.rows;
         const float factor = shared.factors[row];
-        float first = (is_second ? other : kept) * (norm_of(data[0]) * factor);
-        float second = (is_second ? kept : other) * (norm_of(data[1]) * factor);
+        float first = (is_second ? other : kept) * (__uint_as_float(data[0] << 16) * factor);
+        float second = (is_second ? kept : other) * (__uint_as_float(data[1] << 16) * factor);
         const int call_row = segment.place.head * p.rows_per_head + segment.place.first_row + row;
         if (a.turn != Turn::kOnly) {
           if (is_row) add_slices(p, a.turn, half, call_row, first, second);
