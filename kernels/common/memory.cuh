@@ -25,11 +25,6 @@ template <int kGroups>
 __device__ __forceinline__ void wait_for_copies_but() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroups) : "memory");
 }
-/// A barrier of `threads` threads, by number; 0 is that of __syncthreads.
-__device__ __forceinline__ void sync_warps(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }

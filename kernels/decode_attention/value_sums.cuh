@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/barrier.cuh"
 #include "common/memory.cuh"
 #include "common/mma.cuh"
 #include "decode_attention/config.hpp"
@@ -220,6 +221,7 @@ __device__ inline void store(const Problem& p, Index slot, int first_bit, int fi
 __device__ __forceinline__ void add_segment(const Problem& p, const Cursor& cursor, int count,
                                             int first_bit, int first_row,
                                             const float (&maxima)[kRowTiles], Stage* stages,
+                                            const WarpBarrier& barrier, int& turns_done,
                                             float (&sums)[kTiles][kRowTiles][4]) {
   const int warp = threadIdx.x / 32;
   const int bit = first_bit + warp % Config::kBitGroups * Config::kWarpBits;
@@ -234,7 +236,8 @@ __device__ __forceinline__ void add_segment(const Problem& p, const Cursor& curs
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     wait_for_copies_but<kStages - 2>();
-    sync_warps(1 + group, 32 * Config::kBitGroups);
+    barrier.arrive();
+    barrier.wait(turns_done++ % 2);
     if (turn + kStages - 1 < turns) copy.next(p, stages[(turn + kStages - 1) % kStages]);
     commit_copies();
     const Stage& stage = stages[turn % kStages];
@@ -249,6 +252,7 @@ __device__ __forceinline__ void add_segment(const Problem& p, const Cursor& curs
 __device__ inline void run(const Problem& p, std::uint8_t* memory) {
   __shared__ RowSum merge_scratch[Config::kThreads];
   __shared__ float shared_maxima[Config::kRows];
+  __shared__ std::uint64_t barriers[Config::kTokenGroups];  // of a token group's warps
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Stage* const stages = reinterpret_cast<Stage*>(memory) + warp / Config::kBitGroups * kStages;
   const int first_bit = blockIdx.y * Config::kChunkBits;
@@ -259,6 +263,11 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
   if (!fits(p, total) || blockIdx.x >= parts) return;
   Cursor cursor = cursor_at(p, part_begin(total, blockIdx.x, parts),
                             part_begin(total, blockIdx.x + 1, parts));
+  const WarpBarrier barrier(&barriers[warp / Config::kBitGroups]);
+  if (threadIdx.x < Config::kTokenGroups)
+    WarpBarrier(&barriers[threadIdx.x]).init(Config::kBitGroups);
+  __syncthreads();
+  int turns_done = 0;
 #pragma unroll 1
   while (!cursor.done()) {
     const int count = cursor.count(INT_MAX);
@@ -271,7 +280,8 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
 #pragma unroll
     for (int t = 0; t < kRowTiles; ++t) maxima[t] = shared_maxima[8 * t + lane / 4];
     float sums[kTiles][kRowTiles][4] = {};
-    add_segment(p, cursor, count, first_bit, first_row, maxima, stages, sums);
+    add_segment(p, cursor, count, first_bit, first_row, maxima, stages, barrier, turns_done,
+                sums);
     __syncthreads();  // the stages' memory serves the sums now
     store(p, slot, first_bit, first_row, rows, sums, reinterpret_cast<float*>(memory));
     cursor.advance(p, count);
