@@ -39,8 +39,9 @@ class Fields {
   Fields(const Json& object, std::string where) : object_(object), where_(std::move(where)) {
     require(object.is_object(), "codebook file: ", where_, " is not a JSON object");
   }
+  bool has(const char* name) const { return object_.contains(name); }
   const Json& at(const char* name) const {
-    require(object_.contains(name), "codebook file: ", where_, " has no field ", name);
+    require(has(name), "codebook file: ", where_, " has no field ", name);
     return object_[name];
   }
   int whole(const char* name) const {
@@ -110,7 +111,8 @@ Json to_json(const KeyCodecConfig& keys) {
           {"codebook_size", keys.codebook_size},
           {"num_stages", keys.num_stages},
           {"tied", keys.tied},
-          {"beam_width", keys.beam_width}};
+          {"beam_width", keys.beam_width},
+          {"norm_per_head", keys.norm_per_head}};
 }
 
 KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs) {
@@ -121,6 +123,7 @@ KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs) {
   keys.num_stages = fields.whole("num_stages");
   keys.tied = fields.flag("tied");
   keys.beam_width = fields.whole("beam_width");
+  keys.norm_per_head = fields.has("norm_per_head") && fields.flag("norm_per_head");
   keys.validate();
   return keys;
 }

@@ -8,11 +8,12 @@
 namespace commvq {
 namespace {
 
-/// The bf16 L2 norm of a key, all heads. Throws `Error` for what no bf16 can hold.
-std::uint16_t rounded_norm(MatrixView<const float> keys, Index token) {
+/// The bf16 L2 norm of channels `[first, first + count)` of a key. Throws `Error` for what no bf16
+/// can hold.
+std::uint16_t rounded_norm(MatrixView<const float> keys, Index token, Index first, Index count) {
   double sum = 0;
   const float* const key = keys.row(token);
-  for (Index i = 0; i < keys.cols; ++i) {
+  for (Index i = first; i < first + count; ++i) {
     require(std::isfinite(key[i]), "key of token ", token, ", channel ", i, " is ", key[i],
             "; only finite keys can be coded");
     sum += static_cast<double>(key[i]) * key[i];
@@ -48,13 +49,16 @@ void KeyCodec::encode(MatrixView<const float> keys, MatrixView<std::uint16_t> co
   require(codes.rows == keys.rows && codes.cols == num_kv_heads() * num_codes, "codes are [",
           codes.rows, ", ", codes.cols, "]; these keys need [", keys.rows, ", ",
           num_kv_heads() * num_codes, "]");
-  for (Index t = 0; t < keys.rows; ++t) norms[t] = rounded_norm(keys, t);
+  const Index norm_channels = keys.cols / num_norms();
+  for (Index t = 0; t < keys.rows; ++t)
+    for (Index i = 0; i < num_norms(); ++i)
+      norms[t * num_norms() + i] = rounded_norm(keys, t, i * norm_channels, norm_channels);
 
   std::vector<float> planar(static_cast<std::size_t>(keys.rows * head_dim));
   std::vector<float> unit(static_cast<std::size_t>(head_dim));
   for (int head = 0; head < num_kv_heads(); ++head) {
     for (Index t = 0; t < keys.rows; ++t) {
-      const double norm = from_bf16(norms[t]);
+      const double norm = from_bf16(norms[norm_index(t, head)]);
       const double factor = norm > 0 ? 1 / norm : 0;
       const float* const key = keys.row(t) + head * head_dim;
       for (Index i = 0; i < head_dim; ++i) unit[i] = static_cast<float>(key[i] * factor);
@@ -81,8 +85,8 @@ void KeyCodec::decode(MatrixView<const std::uint16_t> codes, const std::uint16_t
 
   std::vector<float> planar(static_cast<std::size_t>(head_dim));
   for (Index t = 0; t < codes.rows; ++t) {
-    const float norm = from_bf16(norms[t]);
     for (int head = 0; head < num_kv_heads(); ++head) {
+      const float norm = from_bf16(norms[norm_index(t, head)]);
       decode_key(codebook(head), codes.row(t) + head * num_codes, planar.data());
       for (float& value : planar) value *= norm;
       config().pairs.from_planar(planar.data(), keys.row(t) + head * head_dim);

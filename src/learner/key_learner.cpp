@@ -118,6 +118,30 @@ void check_keys(MatrixView<const float> keys, Index cols) {
               "; only finite keys can be learnt from");
 }
 
+/// Keys of one head whose norm is not zero, `[tokens][head_dim]`: planar and divided by the norm that
+/// `KeyCodec` would store.
+Matrix unit_keys(MatrixView<const float> keys, const KeyCodecConfig& config, int head) {
+  const int head_dim = config.pairs.head_dim;
+  const Index first = config.norm_per_head ? Index{head} * head_dim : 0;
+  const Index count = config.norm_per_head ? head_dim : keys.cols;
+  Matrix planar(keys.rows, head_dim);
+  Index used = 0;
+  std::vector<float> unit(static_cast<std::size_t>(head_dim));
+  for (Index t = 0; t < keys.rows; ++t) {
+    double sum = 0;
+    for (Index i = first; i < first + count; ++i) sum += static_cast<double>(keys(t, i)) * keys(t, i);
+    const double norm = from_bf16(to_bf16(static_cast<float>(std::sqrt(sum))));
+    if (!(norm > 0) || !std::isfinite(norm)) continue;
+    for (int c = 0; c < head_dim; ++c)
+      unit[static_cast<std::size_t>(c)] =
+          static_cast<float>(keys(t, Index{head} * head_dim + c) / norm);
+    config.pairs.to_planar(unit.data(), planar.row(used++).data());
+  }
+  if (used == 0) planar.row(used++).setZero();  // a head that is always zero learns zeros
+  planar.conservativeResize(used, Eigen::NoChange);
+  return planar;
+}
+
 }  // namespace
 
 void KeyLearnerOptions::validate() const {
@@ -187,29 +211,15 @@ KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& 
           " channels; expected a multiple of head_dim = ", head_dim);
   check_keys(keys, keys.cols);
   const auto num_heads = static_cast<int>(keys.cols / head_dim);
-
-  std::vector<std::pair<Index, double>> tokens;  // of keys that are not zero: index, 1 / norm
-  for (Index t = 0; t < keys.rows; ++t) {
-    double sum = 0;
-    for (Index i = 0; i < keys.cols; ++i) sum += static_cast<double>(keys(t, i)) * keys(t, i);
-    const double norm = from_bf16(to_bf16(static_cast<float>(std::sqrt(sum))));
-    if (norm > 0 && std::isfinite(norm)) tokens.emplace_back(t, 1 / norm);
-  }
-  require(!tokens.empty(), "all ", keys.rows, " keys are zero; there is nothing to learn");
+  bool all_zero = true;
+  for (Index t = 0; t < keys.rows; ++t)
+    all_zero &= std::all_of(keys.row(t), keys.row(t) + keys.cols, [](float x) { return x == 0; });
+  require(!all_zero, "all ", keys.rows, " keys are zero; there is nothing to learn");
 
   std::vector<KeyCodebook<float>> codebooks;
   if (reports != nullptr) reports->assign(static_cast<std::size_t>(num_heads), {});
-  const auto num_tokens = static_cast<Index>(tokens.size());
-  Matrix planar(num_tokens, head_dim);
-  std::vector<float> unit(static_cast<std::size_t>(head_dim));
   for (int head = 0; head < num_heads; ++head) {
-    for (Index i = 0; i < num_tokens; ++i) {
-      const auto [t, factor] = tokens[static_cast<std::size_t>(i)];
-      for (int c = 0; c < head_dim; ++c)
-        unit[static_cast<std::size_t>(c)] =
-            static_cast<float>(keys(t, Index{head} * head_dim + c) * factor);
-      options.codec.pairs.to_planar(unit.data(), planar.row(i).data());
-    }
+    const Matrix units = unit_keys(keys, options.codec, head);
     KeyLearnerOptions of_head = options;
     of_head.seed = options.seed + static_cast<std::uint64_t>(head);
     if (options.progress)
@@ -218,7 +228,7 @@ KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& 
         progress.fraction = (head + progress.fraction) / num_heads;
         options.progress(progress);
       };
-    codebooks.push_back(learn_key_codebook({planar.data(), num_tokens, head_dim}, of_head,
+    codebooks.push_back(learn_key_codebook({units.data(), units.rows(), head_dim}, of_head,
                                            reports != nullptr ? &(*reports)[head] : nullptr));
   }
   return KeyCodec(std::move(codebooks));

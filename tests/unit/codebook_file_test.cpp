@@ -40,6 +40,7 @@ std::shared_ptr<const KeyCodec> random_keys(const PairLayout& pairs, bool tied,
   config.num_stages = 3;
   config.tied = tied;
   config.beam_width = 2;
+  config.norm_per_head = !tied;
   std::vector<KeyCodebook<float>> heads;
   for (int head = 0; head < kHeads; ++head) {
     KeyCodebook<float> codebook(config);
@@ -227,6 +228,7 @@ TEST_F(CodebookFileTest, RefusesConfigurationsOutOfRange) {
       {"/layers/0/keys/tied", 1, "tied"},
       {"/layers/0/keys/tied", false, "shape"},
       {"/layers/0/keys/beam_width", -1, "beam_width"},
+      {"/layers/0/keys/norm_per_head", 1, "norm_per_head"},
       {"/layers/0/values/bits", 3, "bits"},
       {"/layers/0/values/bits", 2, "shape"},
       {"/layers/0/values/num_channels", 24, "shape"},

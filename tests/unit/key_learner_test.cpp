@@ -116,6 +116,32 @@ TEST(KeyLearner, FewerKeysThanCentroids) {
   EXPECT_LT(error_of(codebook, keys), 0.05);
 }
 
+/// Relative squared error of a head's key after coding, mean over tokens and heads that are not
+/// zero.
+double relative_error_of(const KeyCodec& codec, const std::vector<float>& keys, Index tokens) {
+  const Index num_codes = Index{codec.num_kv_heads()} * codec.config().num_codes();
+  const Index channels = Index{codec.num_kv_heads()} * kHeadDim;
+  std::vector<std::uint16_t> codes(static_cast<std::size_t>(tokens * num_codes));
+  std::vector<std::uint16_t> norms(static_cast<std::size_t>(tokens * codec.num_norms()));
+  std::vector<float> decoded(keys.size());
+  codec.encode(as_matrix(keys, tokens, channels), as_matrix(codes, tokens, num_codes),
+               norms.data());
+  codec.decode(as_matrix(codes, tokens, num_codes), norms.data(),
+               as_matrix(decoded, tokens, channels));
+  double sum = 0, count = 0;
+  for (std::size_t first = 0; first < keys.size(); first += kHeadDim) {
+    double error = 0, size = 0;
+    for (std::size_t i = first; i < first + kHeadDim; ++i) {
+      error += std::pow(keys[i] - decoded[i], 2);
+      size += std::pow(keys[i], 2);
+    }
+    if (size == 0) continue;
+    sum += error / size;
+    ++count;
+  }
+  return sum / count;
+}
+
 TEST(KeyLearner, LayerLearnsEveryHeadAndSkipsZeroKeys) {
   std::vector<float> keys = clustered_keys(kTokens, 2);
   std::fill_n(keys.begin(), 3 * 2 * kHeadDim, 0.0f);
@@ -125,16 +151,30 @@ TEST(KeyLearner, LayerLearnsEveryHeadAndSkipsZeroKeys) {
       learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), small_options(), &reports);
   EXPECT_EQ(codec.num_kv_heads(), 2);
   EXPECT_EQ(reports.size(), 2u);
-  std::vector<std::uint16_t> codes(static_cast<std::size_t>(kTokens) * 16), norms(kTokens);
-  std::vector<float> decoded(keys.size());
-  codec.encode(as_matrix(keys, kTokens, 2 * kHeadDim), as_matrix(codes, kTokens, 16), norms.data());
-  codec.decode(as_matrix(codes, kTokens, 16), norms.data(), as_matrix(decoded, kTokens, 2 * kHeadDim));
-  double error = 0, size = 0;
-  for (std::size_t i = 0; i < keys.size(); ++i) {
-    error += std::pow(keys[i] - decoded[i], 2);
-    size += std::pow(keys[i], 2);
-  }
-  EXPECT_LT(error, 0.2 * size);
+  EXPECT_LT(relative_error_of(codec, keys, kTokens), 0.2);
+}
+
+TEST(KeyLearner, NormPerHeadFitsHeadsWhoseLengthsVary) {
+  std::vector<float> keys = clustered_keys(kTokens, 2);
+  for (Index t = 0; t < kTokens; ++t)
+    for (int c = 0; c < kHeadDim; ++c)
+      keys[static_cast<std::size_t>(t * 2 * kHeadDim + c)] *= std::ldexp(1.0f, static_cast<int>(t % 7));
+  KeyLearnerOptions options = small_options();
+  const KeyCodec per_token = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);
+  options.codec.norm_per_head = true;
+  const KeyCodec per_head = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);
+  EXPECT_LT(relative_error_of(per_head, keys, kTokens),
+            0.5 * relative_error_of(per_token, keys, kTokens));
+}
+
+TEST(KeyLearner, AHeadOfZerosLearnsZeros) {
+  std::vector<float> keys = clustered_keys(kTokens, 2);
+  for (Index t = 0; t < kTokens; ++t) std::fill_n(&keys[static_cast<std::size_t>(t * 32)], 16, 0.0f);
+  KeyLearnerOptions options = small_options();
+  options.codec.norm_per_head = true;
+  const KeyCodec codec = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);
+  for (const float number : codec.codebook(0).rows) EXPECT_EQ(number, 0.0f);
+  EXPECT_LT(relative_error_of(codec, keys, kTokens), 0.2);
 }
 
 TEST(KeyLearner, ReportsProgress) {

@@ -13,6 +13,7 @@ struct KeyCodecConfig {
   int num_stages = 11;     ///< R: residual stages, in [1, 1024]
   bool tied = true;        ///< paper: the second book of a stage is j times the first
   int beam_width = 1;      ///< candidates kept per stage when encoding; 1 is the paper's greedy
+  bool norm_per_head = false;  ///< paper: one norm a token over all heads; true: one a head
 
   bool operator==(const KeyCodecConfig&) const = default;
 
@@ -21,8 +22,10 @@ struct KeyCodecConfig {
   int num_codes() const { return num_groups() * num_stages * 2; }
   /// Bits of one code.
   int code_bits() const { return bits_for(codebook_size); }
-  /// Bits of one token and head, without the norm.
+  /// Bits of one token and head, without norms.
   int bits_per_head() const { return num_codes() * code_bits(); }
+  /// Norms of one token of `num_kv_heads` heads.
+  int num_norms(int num_kv_heads) const { return norm_per_head ? num_kv_heads : 1; }
 
   /// Throws `Error` naming the first field that is out of range.
   void validate() const;

@@ -57,7 +57,8 @@ KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys, const KeyLea
                                       KeyLearnerReport* report = nullptr);
 
 /// Learns a layer's codec from `keys` `[tokens][num_kv_heads * head_dim]`, channel order, before
-/// RoPE, not normalised: divides by the norms, then learns each head. Zero keys are left out.
+/// RoPE, not normalised: divides by the norms that the codec will store, then learns each head.
+/// Keys with norm 0 are left out; throws `Error` if all keys are zero.
 /// `reports` is null or receives one report a head.
 KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& options,
                          std::vector<KeyLearnerReport>* reports = nullptr);
