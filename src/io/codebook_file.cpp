@@ -173,12 +173,24 @@ void add_keys(SafetensorsWriter& writer, const std::string& prefix, const KeyCod
                         book + Index{config.codebook_size} * keys.codebook(head).row_size());
         }
   writer.add(prefix + "keys.codebooks", codebook_shape(config, keys.num_kv_heads()), stored);
+  if (!keys.is_weighted()) return;
+  std::vector<float> weights;
+  for (int head = 0; head < keys.num_kv_heads(); ++head) {
+    const std::vector<float>& of_head = keys.codebook(head).pair_weights;
+    weights.insert(weights.end(), of_head.begin(), of_head.end());
+  }
+  writer.add(prefix + "keys.pair_weights", {keys.num_kv_heads(), config.pairs.num_pairs()},
+             weights);
 }
 
 std::shared_ptr<const KeyCodec> read_keys(const SafetensorsFile& file, const std::string& prefix,
                                           const KeyCodecConfig& config, int num_heads) {
   const std::vector<float> stored =
       file.at(prefix + "keys.codebooks").to_floats(codebook_shape(config, num_heads));
+  const int num_pairs = config.pairs.num_pairs();
+  std::vector<float> weights;
+  if (const std::string name = prefix + "keys.pair_weights"; file.contains(name))
+    weights = file.at(name).to_floats({num_heads, num_pairs});
   const Index book_size = Index{config.codebook_size} * 2 * config.group_pairs;
   auto next = stored.begin();
   std::vector<KeyCodebook<float>> codebooks;
@@ -189,6 +201,9 @@ std::shared_ptr<const KeyCodec> read_keys(const SafetensorsFile& file, const std
         for (int which = 0; which < stored_books(config); ++which, next += book_size)
           std::copy_n(next, book_size, codebook.book(group, stage, which));
     if (config.tied) codebook.derive_tied_books();
+    if (!weights.empty())
+      codebook.pair_weights.assign(weights.begin() + head * num_pairs,
+                                   weights.begin() + (head + 1) * num_pairs);
     codebooks.push_back(std::move(codebook));
   }
   return std::make_shared<KeyCodec>(std::move(codebooks));

@@ -32,6 +32,8 @@ KeyCodec::KeyCodec(std::vector<KeyCodebook<float>> codebooks) {
   for (std::size_t head = 0; head < codebooks.size(); ++head) {
     require(codebooks[head].config == codebooks[0].config, "the codebook of head ", head,
             " has another configuration than that of head 0; all heads of a layer share one");
+    require(codebooks[head].pair_weights.empty() == codebooks[0].pair_weights.empty(),
+            "the codebooks of heads 0 and ", head, " differ in having weights");
     for (std::size_t i = 0; i < codebooks[head].rows.size(); ++i)
       require(std::isfinite(codebooks[head].rows[i]), "number ", i, " of the codebook of head ",
               head, " is ", codebooks[head].rows[i], "; it must be finite");

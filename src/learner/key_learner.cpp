@@ -118,6 +118,39 @@ void check_keys(MatrixView<const float> keys, Index cols) {
               "; only finite keys can be learnt from");
 }
 
+void check_weights(const std::vector<float>& weights, Index needed) {
+  require(weights.empty() || static_cast<Index>(weights.size()) == needed, "there are ",
+          weights.size(), " pair weights; expected ", needed, " or none");
+  for (std::size_t i = 0; i < weights.size(); ++i)
+    require(weights[i] > 0 && std::isfinite(weights[i]), "pair weight ", i, " is ", weights[i],
+            "; it must be positive and finite");
+}
+
+/// A random choice of at most `max_tokens` keys, with the weights applied.
+Matrix sample_of(MatrixView<const float> keys, const KeyLearnerOptions& options,
+                 std::mt19937_64& random) {
+  Matrix sample(std::min<Index>(keys.rows, options.max_tokens), keys.cols);
+  const std::vector<Index> chosen = choose(keys.rows, sample.rows(), random);
+  for (Index t = 0; t < sample.rows(); ++t)
+    std::copy_n(keys.row(chosen[static_cast<std::size_t>(t)]), keys.cols, sample.row(t).data());
+  if (options.pair_weights.empty()) return sample;
+  const Eigen::Map<const Eigen::RowVectorXf> weights(options.pair_weights.data(), keys.cols / 2);
+  for (Index t = 0; t < sample.rows(); ++t) {
+    sample.row(t).head(weights.size()).array() *= weights.array();
+    sample.row(t).tail(weights.size()).array() *= weights.array();
+  }
+  return sample;
+}
+
+/// Divides the rows of a codebook learnt from weighted keys by the weights, which it then carries.
+void fold_weights(const std::vector<float>& weights, KeyCodebook<float>& codebook) {
+  if (weights.empty()) return;
+  std::vector<float> inverse = weights;
+  for (float& factor : inverse) factor = 1.0f / factor;
+  codebook.rows = codebook.scaled_rows(inverse);
+  codebook.pair_weights = weights;
+}
+
 /// Keys of one head whose norm is not zero, `[tokens][head_dim]`: planar and divided by the norm that
 /// `KeyCodec` would store.
 Matrix unit_keys(MatrixView<const float> keys, const KeyCodecConfig& config, int head) {
@@ -168,11 +201,9 @@ KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
                                       const KeyLearnerOptions& options, KeyLearnerReport* report) {
   options.validate();
   check_keys(keys, options.codec.pairs.head_dim);
+  check_weights(options.pair_weights, options.codec.pairs.num_pairs());
   std::mt19937_64 random(options.seed);
-  Matrix sample(std::min<Index>(keys.rows, options.max_tokens), keys.cols);
-  const std::vector<Index> chosen = choose(keys.rows, sample.rows(), random);
-  for (Index t = 0; t < sample.rows(); ++t)
-    std::copy_n(keys.row(chosen[static_cast<std::size_t>(t)]), keys.cols, sample.row(t).data());
+  const Matrix sample = sample_of(keys, options, random);
   const MatrixView<const float> sampled(sample.data(), sample.rows(), sample.cols());
 
   Reporter reporter(options);
@@ -199,6 +230,7 @@ KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
                            steps, objective);
         });
   }
+  fold_weights(options.pair_weights, codebook);
   if (report != nullptr) *report = std::move(result);
   return codebook;
 }
@@ -211,6 +243,8 @@ KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& 
           " channels; expected a multiple of head_dim = ", head_dim);
   check_keys(keys, keys.cols);
   const auto num_heads = static_cast<int>(keys.cols / head_dim);
+  const int num_pairs = options.codec.pairs.num_pairs();
+  check_weights(options.pair_weights, Index{num_heads} * num_pairs);
   bool all_zero = true;
   for (Index t = 0; t < keys.rows; ++t)
     all_zero &= std::all_of(keys.row(t), keys.row(t) + keys.cols, [](float x) { return x == 0; });
@@ -222,6 +256,8 @@ KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& 
     const Matrix units = unit_keys(keys, options.codec, head);
     KeyLearnerOptions of_head = options;
     of_head.seed = options.seed + static_cast<std::uint64_t>(head);
+    if (const auto weights = options.pair_weights.begin(); !options.pair_weights.empty())
+      of_head.pair_weights.assign(weights + head * num_pairs, weights + (head + 1) * num_pairs);
     if (options.progress)
       of_head.progress = [&](Progress progress) {
         progress.phase += ", head " + std::to_string(head + 1) + "/" + std::to_string(num_heads);

@@ -46,6 +46,10 @@ std::shared_ptr<const KeyCodec> random_keys(const PairLayout& pairs, bool tied,
     KeyCodebook<float> codebook(config);
     codebook.rows = random_floats(codebook.rows.size(), random);
     if (tied) codebook.derive_tied_books();
+    if (!tied) {
+      codebook.pair_weights = random_floats(kHeadDim / 2, random);
+      for (float& weight : codebook.pair_weights) weight += 2.0f;
+    }
     heads.push_back(codebook);
   }
   return std::make_shared<const KeyCodec>(heads);
@@ -96,8 +100,10 @@ void expect_equal(const ModelCodecs& a, const ModelCodecs& b) {
     ASSERT_EQ(a.layers[i].values == nullptr, b.layers[i].values == nullptr);
     if (const auto& keys = a.layers[i].keys) {
       EXPECT_EQ(keys->config(), b.layers[i].keys->config());
-      for (int head = 0; head < kHeads; ++head)
+      for (int head = 0; head < kHeads; ++head) {
         EXPECT_EQ(keys->codebook(head).rows, b.layers[i].keys->codebook(head).rows);
+        EXPECT_EQ(keys->codebook(head).pair_weights, b.layers[i].keys->codebook(head).pair_weights);
+      }
     }
     if (const auto& values = a.layers[i].values) {
       const ValueCodecWeights& x = values->weights();
@@ -177,7 +183,9 @@ TEST_F(CodebookFileTest, StoresTheDocumentedTensors) {
   EXPECT_THAT(file.at("layers.0.values.decoder").shape, ElementsAre(16, 16));
   EXPECT_THAT(file.at("layers.2.values.decoder").shape, ElementsAre(32, 16));
   EXPECT_THAT(file.at("layers.2.values.output_weight").shape, ElementsAre(64, 3));
-  EXPECT_EQ(file.tensors().size(), 2u + 2u * 7u);
+  EXPECT_FALSE(file.contains("layers.0.keys.pair_weights"));
+  EXPECT_THAT(file.at("layers.1.keys.pair_weights").shape, ElementsAre(kHeads, 4));
+  EXPECT_EQ(file.tensors().size(), 3u + 2u * 7u);
 }
 
 TEST_F(CodebookFileTest, UneditedCopyLoads) {

@@ -162,6 +162,14 @@ TEST_P(KeyCodecTest, CodebooksMustFitTogetherAndBeFinite) {
   EXPECT_THROW(KeyCodec({bad}), Error);
   bad.rows.pop_back();
   EXPECT_THROW(KeyCodec({bad}), Error);
+  KeyCodebook<float> weighted = codec_->codebook(0);
+  weighted.pair_weights.assign(8, 1.0f);
+  EXPECT_NO_THROW(KeyCodec({weighted, weighted}));
+  EXPECT_THROW(KeyCodec({weighted, codec_->codebook(0)}), Error);
+  weighted.pair_weights[3] = 0;
+  EXPECT_THAT([&] { KeyCodec({weighted}); }, ThrowsMessage<Error>(HasSubstr("pair weight 3 is 0")));
+  weighted.pair_weights.pop_back();
+  EXPECT_THAT([&] { KeyCodec({weighted}); }, ThrowsMessage<Error>(HasSubstr("7 pair weights")));
 }
 
 TEST_P(KeyCodecTest, CountsBitsExactly) {

@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "commvq/learner/key_learner.hpp"
+#include "reference/key_reference.hpp"
 #include "reference/random_cache.hpp"
 
 #include <gmock/gmock.h>
@@ -92,6 +93,51 @@ TEST(KeyLearner, UntiedBooksFitBetter) {
     return error_of(learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), small_options(tied)), keys);
   };
   EXPECT_LT(error(false), error(true));
+}
+
+/// Mean of |k_i - decoded_i|^2 times the squared weights, with the codebook's own encoder.
+double weighted_error_of(KeyCodebook<float> codebook, const std::vector<float>& keys,
+                         const std::vector<float>& weights) {
+  const KeyEncoder<float> encoder(codebook);
+  codebook.pair_weights = weights;
+  std::vector<std::uint16_t> codes(static_cast<std::size_t>(kTokens * codebook.config.num_codes()));
+  encoder.encode(as_matrix(keys, kTokens, kHeadDim), 8,
+                 as_matrix(codes, kTokens, codebook.config.num_codes()));
+  double sum = 0;
+  for (std::size_t t = 0; t < static_cast<std::size_t>(kTokens); ++t)
+    sum += reference::squared_error(
+        codebook, &keys[t * kHeadDim],
+        &codes[t * static_cast<std::size_t>(codebook.config.num_codes())]);
+  return sum / static_cast<double>(kTokens);
+}
+
+TEST(KeyLearner, WeightsLowerTheWeightedError) {
+  const std::vector<float> keys = clustered_keys();
+  const std::vector<float> weights = {0.1f, 0.1f, 2.0f, 1.0f, 0.1f, 0.1f, 0.5f, 0.1f};
+  for (const bool tied : {true, false}) {
+    KeyLearnerOptions options = small_options(tied);
+    options.refinement.rounds = 2;
+    const auto plain = learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), options);
+    options.pair_weights = weights;
+    KeyLearnerReport report;
+    const auto weighted = learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), options, &report);
+    EXPECT_EQ(weighted.pair_weights, weights);
+    const double error = weighted_error_of(weighted, keys, weights);
+    EXPECT_LT(error, 0.5 * weighted_error_of(plain, keys, weights));
+    EXPECT_NEAR(error, report.refinement_objectives.back(), 0.05 * error);
+  }
+}
+
+TEST(KeyLearner, WeightsOfALayerGoToTheirHeads) {
+  const std::vector<float> keys = clustered_keys(kTokens, 2);
+  KeyLearnerOptions options = small_options();
+  for (int i = 0; i < kHeadDim; ++i) options.pair_weights.push_back(1.0f + static_cast<float>(i));
+  const KeyCodec codec = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);
+  EXPECT_EQ(codec.codebook(0).pair_weights.front(), 1.0f);
+  EXPECT_EQ(codec.codebook(1).pair_weights.front(), 9.0f);
+  options.pair_weights.pop_back();
+  EXPECT_THAT([&] { learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options); },
+              ThrowsMessage<Error>(HasSubstr("15 pair weights")));
 }
 
 TEST(KeyLearner, SameSeedAndThreadsGiveTheSameCodebook) {

@@ -12,12 +12,13 @@ namespace commvq {
 /// RoPE. Immutable after construction.
 class KeyCodec {
  public:
-  /// One codebook a head; all must have the same configuration. Throws `Error` if none is given,
-  /// if they differ, or if a row holds NaN or infinity.
+  /// One codebook a head; all must have the same configuration, and weights or none. Throws `Error`
+  /// if none is given, if they differ, or if a row holds NaN or infinity.
   explicit KeyCodec(std::vector<KeyCodebook<float>> codebooks);
 
   const KeyCodecConfig& config() const { return heads_.front().codebook().config; }
   int num_kv_heads() const { return static_cast<int>(heads_.size()); }
+  bool is_weighted() const { return !codebook(0).pair_weights.empty(); }
   const KeyCodebook<float>& codebook(int head) const { return encoder(head).codebook(); }
   const KeyEncoder<float>& encoder(int head) const { return heads_[static_cast<std::size_t>(head)]; }
 

@@ -25,13 +25,17 @@ struct KeyLearnerOptions {
   int batch_tokens = 4096;          ///< tokens whose assignments are in memory at once
   std::uint64_t seed = 1;
   KeyRefinement refinement;
+  /// Of the error that is minimised, learning and later encoding, `[num_kv_heads][num_pairs]` (one
+  /// head for `learn_key_codebook`); empty: all ones. See `KeyCodebook` and `QueryStatistics`.
+  std::vector<float> pair_weights;
   ProgressCallback progress;        ///< may be empty
 
   /// Throws `Error` naming the first field that is out of range.
   void validate() const;
 };
 
-/// Mean squared error per key (not per channel), of keys that were divided by their norm.
+/// Mean squared error per key (not per channel), of keys that were divided by their norm, with
+/// weights.
 struct KeyLearnerReport {
   /// `[num_groups * num_stages][steps taken + 1]`: error of the hard assignment before the first
   /// step and after each; the stage keeps the smallest.
@@ -51,8 +55,8 @@ struct KeyLearnerReport {
 /// least squares of all books at fixed codes, alternating with re-encoding.
 ///
 /// The same seed, input and number of threads give the same codebook. Fewer tokens than centroids
-/// are allowed; an empty cluster keeps its centroid. Throws `Error` for no tokens, wrong shapes, or
-/// NaN and infinity.
+/// are allowed; an empty cluster keeps its centroid. Throws `Error` for no tokens, wrong shapes,
+/// weights that are not positive, or NaN and infinity.
 KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys, const KeyLearnerOptions& options,
                                       KeyLearnerReport* report = nullptr);
 
