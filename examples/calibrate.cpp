@@ -23,9 +23,9 @@ struct Options {
   int context = 1024;
   int tokens = 65536;
   int key_tokens = 32768;
-  int em_steps = 100;
-  int refine = 0;
-  bool untied = false;
+  std::string method = "commvq";
+  int em_steps = 0;  ///< 0: the method's
+  int refine = -1;   ///< -1: the method's
   int value_steps = 3000;
   std::uint64_t seed = 1;
 };
@@ -33,6 +33,7 @@ struct Options {
 /// What a layer computed over the calibration text, one row a token.
 struct LayerData {
   std::vector<float> keys, values;
+  commvq::QueryStatistics queries;
 };
 
 void append(std::vector<float>& to, engine::MatrixView<const float> rows) {
@@ -60,21 +61,47 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
                             [&](int written) { progress.update(double(written) / length); });
 }
 
-/// Runs the model over the text exactly and keeps every layer's keys and values.
+/// Runs the model over the text exactly and keeps every layer's keys and values, and what its
+/// queries weigh.
 std::vector<LayerData> collect(const engine::Model& model,
                                const std::vector<std::vector<int>>& windows) {
-  std::vector<LayerData> layers(static_cast<std::size_t>(model.config().num_layers));
+  const engine::ModelConfig& config = model.config();
+  std::vector<LayerData> layers(
+      static_cast<std::size_t>(config.num_layers),
+      {{}, {}, commvq::QueryStatistics(config.rope.pairs, config.num_kv_heads)});
   engine::ProgressLine progress("Running the model");
   for (std::size_t i = 0; i < windows.size(); ++i) {
     progress.update(double(i) / double(windows.size()));
     commvq::Cache cache = model.make_cache({});
     model.prefill(windows[i], cache, engine::Logits::kNone,
-                  [&](int layer, auto, auto keys, auto values) {
-                    append(layers[static_cast<std::size_t>(layer)].keys, keys);
-                    append(layers[static_cast<std::size_t>(layer)].values, values);
+                  [&](int layer, auto queries, auto keys, auto values) {
+                    LayerData& data = layers[static_cast<std::size_t>(layer)];
+                    data.queries.add(queries);
+                    append(data.keys, keys);
+                    append(data.values, values);
                   });
   }
   return layers;
+}
+
+commvq::KeyLearnerOptions key_options(const Options& options, const commvq::PairLayout& pairs,
+                                      const commvq::QueryStatistics& queries) {
+  using commvq::KeyCodecConfig;
+  using commvq::KeyLearnerOptions;
+  const bool one_bit = options.bits == 1;
+  KeyLearnerOptions keys;
+  if (options.method == "paper") {
+    keys = KeyLearnerOptions::paper(one_bit ? KeyCodecConfig::paper_1bit(pairs)
+                                            : KeyCodecConfig::paper_2bit(pairs));
+  } else {
+    keys = KeyLearnerOptions::commvq(one_bit ? KeyCodecConfig::commvq_1bit(pairs)
+                                             : KeyCodecConfig::commvq_2bit(pairs));
+    keys.pair_weights = queries.pair_weights();
+  }
+  keys.max_tokens = options.key_tokens;
+  if (options.em_steps > 0) keys.max_steps = options.em_steps;
+  if (options.refine >= 0) keys.refinement.rounds = options.refine;
+  return keys;
 }
 
 commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig& config,
@@ -82,13 +109,7 @@ commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig
                                std::uint64_t seed) {
   const Index channels = config.kv_size();
   const auto rows = static_cast<Index>(data.keys.size()) / channels;
-  commvq::KeyLearnerOptions keys;
-  keys.codec = options.bits == 1 ? commvq::KeyCodecConfig::paper_1bit(config.rope.pairs)
-                                 : commvq::KeyCodecConfig::paper_2bit(config.rope.pairs);
-  keys.codec.tied = !options.untied;
-  keys.max_tokens = options.key_tokens;
-  keys.max_steps = options.em_steps;
-  keys.refinement.rounds = options.refine;
+  commvq::KeyLearnerOptions keys = key_options(options, config.rope.pairs, data.queries);
   keys.seed = seed;
   keys.progress = [&](commvq::Progress step) {
     step.fraction *= 0.5;
@@ -121,7 +142,7 @@ int calibrate(const Options& options) {
   codecs.rope = model.config().rope;
   codecs.num_kv_heads = model.config().num_kv_heads;
   codecs.model_digest = model.digest();
-  codecs.provenance = "calibrate, " + std::to_string(windows.size() * windows[0].size()) +
+  codecs.provenance = "calibrate, method " + options.method + ", " + std::to_string(windows.size() * windows[0].size()) +
                       " tokens of " + (options.self ? "its own text" : "given text") + ", seed " +
                       std::to_string(options.seed);
   {
@@ -167,13 +188,17 @@ int main(int argc, char** argv) {
   app.add_option("--key-tokens", options.key_tokens, "At most so many of them for the keys")
       ->check(CLI::Range(64, 1 << 24))
       ->capture_default_str();
-  app.add_option("--em-steps", options.em_steps, "EM steps of each key stage")
-      ->check(CLI::Range(1, 10000))
+  app.add_option("--method", options.method,
+                 "commvq: this library's keys; paper: those of the CommVQ paper")
+      ->check(CLI::IsMember({"commvq", "paper"}))
       ->capture_default_str();
-  app.add_option("--refine", options.refine, "Rounds of joint least squares; 0: the paper's keys")
-      ->check(CLI::Range(0, 1000))
+  app.add_option("--em-steps", options.em_steps, "EM steps of each key stage; 0: the method's")
+      ->check(CLI::Range(0, 10000))
       ->capture_default_str();
-  app.add_flag("--untied", options.untied, "Two books a stage (same bits, better keys)");
+  app.add_option("--refine", options.refine,
+                 "Rounds of joint least squares over all key stages; -1: the method's")
+      ->check(CLI::Range(-1, 1000))
+      ->capture_default_str();
   app.add_option("--value-steps", options.value_steps, "Training steps of each value codec")
       ->check(CLI::Range(1, 10000000))
       ->capture_default_str();

@@ -197,6 +197,21 @@ void KeyLearnerOptions::validate() const {
           refinement.ridge, "; it must be positive");
 }
 
+KeyLearnerOptions KeyLearnerOptions::paper(const KeyCodecConfig& codec) {
+  KeyLearnerOptions options;
+  options.codec = codec;
+  return options;
+}
+
+KeyLearnerOptions KeyLearnerOptions::commvq(const KeyCodecConfig& codec) {
+  KeyLearnerOptions options;
+  options.codec = codec;
+  options.max_steps = 8;
+  options.first_temperature = 1e-2;
+  options.refinement.rounds = 2;
+  return options;
+}
+
 KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
                                       const KeyLearnerOptions& options, KeyLearnerReport* report) {
   options.validate();

@@ -194,6 +194,22 @@ TEST(KeyCodecConfigTest, PaperPresetsCountTheirBits) {
   EXPECT_EQ(KeyCodecConfig::paper_2bit({}).bits_per_head(), 252);
 }
 
+TEST(KeyCodecConfigTest, OwnPresetsDecodeAtMostAsManyRowsAsThePapers) {
+  for (const int head_dim : {64, 96, 128, 256}) {
+    const PairLayout pairs{head_dim, head_dim, RopeLayout::kHalfSplit};
+    const KeyCodecConfig one = KeyCodecConfig::commvq_1bit(pairs);
+    const KeyCodecConfig two = KeyCodecConfig::commvq_2bit(pairs);
+    EXPECT_LE(one.num_codes(), KeyCodecConfig::paper_1bit(pairs).num_codes());
+    EXPECT_LE(two.num_codes(), KeyCodecConfig::paper_2bit(pairs).num_codes());
+    for (const KeyCodecConfig& config : {one, two}) {
+      EXPECT_NO_THROW(config.validate());
+      EXPECT_FALSE(config.tied);
+      EXPECT_TRUE(config.norm_per_head);
+      EXPECT_EQ(config.beam_width, 8);
+    }
+  }
+}
+
 TEST(KeyCodecConfigTest, NamesTheFieldThatIsOutOfRange) {
   const auto with = [](auto change) {
     return [change] {

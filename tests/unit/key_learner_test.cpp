@@ -223,6 +223,23 @@ TEST(KeyLearner, AHeadOfZerosLearnsZeros) {
   EXPECT_LT(relative_error_of(codec, keys, kTokens), 0.2);
 }
 
+// At the same stages: what the library adds to the paper's learner must leave less error.
+TEST(KeyLearner, OwnPresetBeatsThePapers) {
+  testing_support::Rng rng(5);
+  std::vector<float> keys = testing_support::normal_floats(rng, kTokens * 2 * kHeadDim);
+  for (std::size_t i = 0; i < keys.size(); ++i) keys[i] *= 1.0f / static_cast<float>(1 + i % 16);
+  const auto error = [&](KeyLearnerOptions options) {
+    options.codec.codebook_size = 8;
+    options.codec.num_stages = 3;
+    return relative_error_of(learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options), keys,
+                             kTokens);
+  };
+  const PairLayout pairs = small_options().codec.pairs;
+  const double paper = error(KeyLearnerOptions::paper(KeyCodecConfig::paper_1bit(pairs)));
+  const double own = error(KeyLearnerOptions::commvq(KeyCodecConfig::commvq_1bit(pairs)));
+  EXPECT_LT(own, 0.8 * paper);
+}
+
 TEST(KeyLearner, ReportsProgress) {
   const std::vector<float> keys = clustered_keys();
   KeyLearnerOptions options = small_options();

@@ -32,6 +32,11 @@ struct KeyLearnerOptions {
 
   /// Throws `Error` naming the first field that is out of range.
   void validate() const;
+
+  /// The paper's learner: EM alone.
+  static KeyLearnerOptions paper(const KeyCodecConfig& codec);
+  /// The library's own: a few EM steps, then joint least squares. Weights are for the caller to add.
+  static KeyLearnerOptions commvq(const KeyCodecConfig& codec);
 };
 
 /// Mean squared error per key (not per channel), of keys that were divided by their norm, with
