@@ -43,9 +43,14 @@ void append(std::vector<float>& to, engine::MatrixView<const float> rows) {
 std::vector<std::vector<int>> calibration_text(const Options& options, const engine::Model& model,
                                                const engine::Tokenizer& tokenizer) {
   if (!options.self) {
-    const auto tokens = tokenizer.encode(engine::read_text_file(options.text));
-    return engine::windows_of(tokens, options.context,
-                              std::max(1, options.tokens / options.context));
+    // Spread over the text: its beginning may be all of one kind.
+    const auto all = engine::windows_of(tokenizer.encode(engine::read_text_file(options.text)),
+                                        options.context, 0);
+    const std::size_t count = std::clamp<std::size_t>(
+        static_cast<std::size_t>(options.tokens / options.context), 1, all.size());
+    std::vector<std::vector<int>> windows;
+    for (std::size_t i = 0; i < count; ++i) windows.push_back(all[i * all.size() / count]);
+    return windows;
   }
   // Many short texts side by side: writing is sequential within each.
   const int length = std::min(options.context, 512);
@@ -179,7 +184,7 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({1, 2}))
       ->capture_default_str();
   app.add_option("--out", options.out, "Codebook file to write")->required();
-  app.add_option("--tokens", options.tokens, "Tokens to calibrate on")
+  app.add_option("--tokens", options.tokens, "Tokens to calibrate on, spread over the text")
       ->check(CLI::Range(64, 1 << 24))
       ->capture_default_str();
   app.add_option("--context", options.context, "Tokens of one context")
