@@ -26,7 +26,7 @@ struct Options {
   std::string method = "commvq";
   int em_steps = 0;  ///< 0: the method's
   int refine = -1;   ///< -1: the method's
-  int value_steps = 3000;
+  int value_steps = 0;  ///< 0: the method's
   std::uint64_t seed = 1;
 };
 
@@ -109,6 +109,20 @@ commvq::KeyLearnerOptions key_options(const Options& options, const commvq::Pair
   return keys;
 }
 
+commvq::ValueTrainerOptions value_options(const Options& options, int channels) {
+  using commvq::ValueCodecConfig;
+  using commvq::ValueTrainerOptions;
+  const bool one_bit = options.bits == 1;
+  ValueTrainerOptions values =
+      options.method == "paper"
+          ? ValueTrainerOptions::paper(one_bit ? ValueCodecConfig::paper_1bit(channels)
+                                               : ValueCodecConfig::paper_2bit(channels))
+          : ValueTrainerOptions::commvq(one_bit ? ValueCodecConfig::commvq_1bit(channels)
+                                                : ValueCodecConfig::commvq_2bit(channels));
+  if (options.value_steps > 0) values.steps = options.value_steps;
+  return values;
+}
+
 commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig& config,
                                LayerData data, const commvq::ProgressCallback& progress,
                                std::uint64_t seed) {
@@ -120,11 +134,7 @@ commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig
     step.fraction *= 0.5;
     progress(step);
   };
-  commvq::ValueTrainerOptions values;
-  values.codec = options.bits == 1
-                     ? commvq::ValueCodecConfig::paper_1bit(static_cast<int>(channels))
-                     : commvq::ValueCodecConfig::paper_2bit(static_cast<int>(channels));
-  values.steps = options.value_steps;
+  commvq::ValueTrainerOptions values = value_options(options, static_cast<int>(channels));
   values.seed = seed;
   values.progress = [&](commvq::Progress step) {
     step.fraction = 0.5 + 0.5 * step.fraction;
@@ -194,7 +204,7 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(64, 1 << 24))
       ->capture_default_str();
   app.add_option("--method", options.method,
-                 "commvq: this library's keys; paper: those of the CommVQ paper")
+                 "commvq: this library's own; paper: that of the CommVQ paper")
       ->check(CLI::IsMember({"commvq", "paper"}))
       ->capture_default_str();
   app.add_option("--em-steps", options.em_steps, "EM steps of each key stage; 0: the method's")
@@ -204,8 +214,9 @@ int main(int argc, char** argv) {
                  "Rounds of joint least squares over all key stages; -1: the method's")
       ->check(CLI::Range(-1, 1000))
       ->capture_default_str();
-  app.add_option("--value-steps", options.value_steps, "Training steps of each value codec")
-      ->check(CLI::Range(1, 10000000))
+  app.add_option("--value-steps", options.value_steps,
+                 "Training steps of each value codec; 0: the method's")
+      ->check(CLI::Range(0, 10000000))
       ->capture_default_str();
   app.add_option("--seed", options.seed, "Seed of everything random")->capture_default_str();
   CLI11_PARSE(app, argc, argv);

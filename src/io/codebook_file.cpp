@@ -131,7 +131,8 @@ KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs) {
 Json to_json(const ValueCodecConfig& values) {
   return {{"num_channels", values.num_channels},
           {"bits", values.bits},
-          {"hidden_size", values.hidden_size}};
+          {"hidden_size", values.hidden_size},
+          {"polish_sweeps", values.polish_sweeps}};
 }
 
 ValueCodecConfig value_config_from(const Fields& fields) {
@@ -139,6 +140,7 @@ ValueCodecConfig value_config_from(const Fields& fields) {
   values.num_channels = fields.whole("num_channels");
   values.bits = fields.whole("bits");
   values.hidden_size = fields.whole("hidden_size");
+  if (fields.has("polish_sweeps")) values.polish_sweeps = fields.whole("polish_sweeps");
   values.validate();
   return values;
 }

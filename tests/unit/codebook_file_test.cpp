@@ -56,7 +56,7 @@ std::shared_ptr<const KeyCodec> random_keys(const PairLayout& pairs, bool tied,
 }
 
 std::shared_ptr<const ValueCodec> random_values(int bits, std::mt19937_64& random) {
-  const ValueCodecConfig config{kHeads * kHeadDim, bits, 3};
+  const ValueCodecConfig config{kHeads * kHeadDim, bits, 3, 2 * (bits - 1)};
   const auto C = static_cast<std::size_t>(config.num_channels);
   const auto L = static_cast<std::size_t>(config.num_logits());
   ValueCodecWeights weights;
@@ -238,6 +238,7 @@ TEST_F(CodebookFileTest, RefusesConfigurationsOutOfRange) {
       {"/layers/0/keys/beam_width", -1, "beam_width"},
       {"/layers/0/keys/norm_per_head", 1, "norm_per_head"},
       {"/layers/0/values/bits", 3, "bits"},
+      {"/layers/0/values/polish_sweeps", 65, "polish_sweeps"},
       {"/layers/0/values/bits", 2, "shape"},
       {"/layers/0/values/num_channels", 24, "shape"},
       {"/layers/0/values/hidden_size", 4, "shape"},
