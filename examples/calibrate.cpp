@@ -23,16 +23,17 @@ struct Options {
   int context = 1024;
   int tokens = 65536;
   int key_tokens = 32768;
-  int em_steps = 100;
-  int refine = 0;
-  bool untied = false;
-  int value_steps = 3000;
+  std::string method = "commvq";
+  int em_steps = 0;  ///< 0: the method's
+  int refine = -1;   ///< -1: the method's
+  int value_steps = 0;  ///< 0: the method's
   std::uint64_t seed = 1;
 };
 
 /// What a layer computed over the calibration text, one row a token.
 struct LayerData {
   std::vector<float> keys, values;
+  commvq::QueryStatistics queries;
 };
 
 void append(std::vector<float>& to, engine::MatrixView<const float> rows) {
@@ -42,9 +43,14 @@ void append(std::vector<float>& to, engine::MatrixView<const float> rows) {
 std::vector<std::vector<int>> calibration_text(const Options& options, const engine::Model& model,
                                                const engine::Tokenizer& tokenizer) {
   if (!options.self) {
-    const auto tokens = tokenizer.encode(engine::read_text_file(options.text));
-    return engine::windows_of(tokens, options.context,
-                              std::max(1, options.tokens / options.context));
+    // Spread over the text: its beginning may be all of one kind.
+    const auto all = engine::windows_of(tokenizer.encode(engine::read_text_file(options.text)),
+                                        options.context, 0);
+    const std::size_t count = std::clamp<std::size_t>(
+        static_cast<std::size_t>(options.tokens / options.context), 1, all.size());
+    std::vector<std::vector<int>> windows;
+    for (std::size_t i = 0; i < count; ++i) windows.push_back(all[i * all.size() / count]);
+    return windows;
   }
   // Many short texts side by side: writing is sequential within each.
   const int length = std::min(options.context, 512);
@@ -60,21 +66,61 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
                             [&](int written) { progress.update(double(written) / length); });
 }
 
-/// Runs the model over the text exactly and keeps every layer's keys and values.
+/// Runs the model over the text exactly and keeps every layer's keys and values, and what its
+/// queries weigh.
 std::vector<LayerData> collect(const engine::Model& model,
                                const std::vector<std::vector<int>>& windows) {
-  std::vector<LayerData> layers(static_cast<std::size_t>(model.config().num_layers));
+  const engine::ModelConfig& config = model.config();
+  std::vector<LayerData> layers(
+      static_cast<std::size_t>(config.num_layers),
+      {{}, {}, commvq::QueryStatistics(config.rope.pairs, config.num_kv_heads)});
   engine::ProgressLine progress("Running the model");
   for (std::size_t i = 0; i < windows.size(); ++i) {
     progress.update(double(i) / double(windows.size()));
     commvq::Cache cache = model.make_cache({});
     model.prefill(windows[i], cache, engine::Logits::kNone,
-                  [&](int layer, auto, auto keys, auto values) {
-                    append(layers[static_cast<std::size_t>(layer)].keys, keys);
-                    append(layers[static_cast<std::size_t>(layer)].values, values);
+                  [&](int layer, auto queries, auto keys, auto values) {
+                    LayerData& data = layers[static_cast<std::size_t>(layer)];
+                    data.queries.add(queries);
+                    append(data.keys, keys);
+                    append(data.values, values);
                   });
   }
   return layers;
+}
+
+commvq::KeyLearnerOptions key_options(const Options& options, const commvq::PairLayout& pairs,
+                                      const commvq::QueryStatistics& queries) {
+  using commvq::KeyCodecConfig;
+  using commvq::KeyLearnerOptions;
+  const bool one_bit = options.bits == 1;
+  KeyLearnerOptions keys;
+  if (options.method == "paper") {
+    keys = KeyLearnerOptions::paper(one_bit ? KeyCodecConfig::paper_1bit(pairs)
+                                            : KeyCodecConfig::paper_2bit(pairs));
+  } else {
+    keys = KeyLearnerOptions::commvq(one_bit ? KeyCodecConfig::commvq_1bit(pairs)
+                                             : KeyCodecConfig::commvq_2bit(pairs));
+    keys.pair_weights = queries.pair_weights();
+  }
+  keys.max_tokens = options.key_tokens;
+  if (options.em_steps > 0) keys.max_steps = options.em_steps;
+  if (options.refine >= 0) keys.refinement.rounds = options.refine;
+  return keys;
+}
+
+commvq::ValueTrainerOptions value_options(const Options& options, int channels) {
+  using commvq::ValueCodecConfig;
+  using commvq::ValueTrainerOptions;
+  const bool one_bit = options.bits == 1;
+  ValueTrainerOptions values =
+      options.method == "paper"
+          ? ValueTrainerOptions::paper(one_bit ? ValueCodecConfig::paper_1bit(channels)
+                                               : ValueCodecConfig::paper_2bit(channels))
+          : ValueTrainerOptions::commvq(one_bit ? ValueCodecConfig::commvq_1bit(channels)
+                                                : ValueCodecConfig::commvq_2bit(channels));
+  if (options.value_steps > 0) values.steps = options.value_steps;
+  return values;
 }
 
 commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig& config,
@@ -82,23 +128,13 @@ commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig
                                std::uint64_t seed) {
   const Index channels = config.kv_size();
   const auto rows = static_cast<Index>(data.keys.size()) / channels;
-  commvq::KeyLearnerOptions keys;
-  keys.codec = options.bits == 1 ? commvq::KeyCodecConfig::paper_1bit(config.rope.pairs)
-                                 : commvq::KeyCodecConfig::paper_2bit(config.rope.pairs);
-  keys.codec.tied = !options.untied;
-  keys.max_tokens = options.key_tokens;
-  keys.max_steps = options.em_steps;
-  keys.refinement.rounds = options.refine;
+  commvq::KeyLearnerOptions keys = key_options(options, config.rope.pairs, data.queries);
   keys.seed = seed;
   keys.progress = [&](commvq::Progress step) {
     step.fraction *= 0.5;
     progress(step);
   };
-  commvq::ValueTrainerOptions values;
-  values.codec = options.bits == 1
-                     ? commvq::ValueCodecConfig::paper_1bit(static_cast<int>(channels))
-                     : commvq::ValueCodecConfig::paper_2bit(static_cast<int>(channels));
-  values.steps = options.value_steps;
+  commvq::ValueTrainerOptions values = value_options(options, static_cast<int>(channels));
   values.seed = seed;
   values.progress = [&](commvq::Progress step) {
     step.fraction = 0.5 + 0.5 * step.fraction;
@@ -121,7 +157,7 @@ int calibrate(const Options& options) {
   codecs.rope = model.config().rope;
   codecs.num_kv_heads = model.config().num_kv_heads;
   codecs.model_digest = model.digest();
-  codecs.provenance = "calibrate, " + std::to_string(windows.size() * windows[0].size()) +
+  codecs.provenance = "calibrate, method " + options.method + ", " + std::to_string(windows.size() * windows[0].size()) +
                       " tokens of " + (options.self ? "its own text" : "given text") + ", seed " +
                       std::to_string(options.seed);
   {
@@ -158,7 +194,7 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({1, 2}))
       ->capture_default_str();
   app.add_option("--out", options.out, "Codebook file to write")->required();
-  app.add_option("--tokens", options.tokens, "Tokens to calibrate on")
+  app.add_option("--tokens", options.tokens, "Tokens to calibrate on, spread over the text")
       ->check(CLI::Range(64, 1 << 24))
       ->capture_default_str();
   app.add_option("--context", options.context, "Tokens of one context")
@@ -167,15 +203,20 @@ int main(int argc, char** argv) {
   app.add_option("--key-tokens", options.key_tokens, "At most so many of them for the keys")
       ->check(CLI::Range(64, 1 << 24))
       ->capture_default_str();
-  app.add_option("--em-steps", options.em_steps, "EM steps of each key stage")
-      ->check(CLI::Range(1, 10000))
+  app.add_option("--method", options.method,
+                 "commvq: this library's own; paper: that of the CommVQ paper")
+      ->check(CLI::IsMember({"commvq", "paper"}))
       ->capture_default_str();
-  app.add_option("--refine", options.refine, "Rounds of joint least squares; 0: the paper's keys")
-      ->check(CLI::Range(0, 1000))
+  app.add_option("--em-steps", options.em_steps, "EM steps of each key stage; 0: the method's")
+      ->check(CLI::Range(0, 10000))
       ->capture_default_str();
-  app.add_flag("--untied", options.untied, "Two books a stage (same bits, better keys)");
-  app.add_option("--value-steps", options.value_steps, "Training steps of each value codec")
-      ->check(CLI::Range(1, 10000000))
+  app.add_option("--refine", options.refine,
+                 "Rounds of joint least squares over all key stages; -1: the method's")
+      ->check(CLI::Range(-1, 1000))
+      ->capture_default_str();
+  app.add_option("--value-steps", options.value_steps,
+                 "Training steps of each value codec; 0: the method's")
+      ->check(CLI::Range(0, 10000000))
       ->capture_default_str();
   app.add_option("--seed", options.seed, "Seed of everything random")->capture_default_str();
   CLI11_PARSE(app, argc, argv);

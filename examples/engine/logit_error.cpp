@@ -28,7 +28,7 @@ void add_layer(const ModelConfig& config, const commvq::KeyCodec& codec, Matrix 
                Matrix keys, Index exact_window, LogitError& error) {
   std::vector<std::uint16_t> codes(
       static_cast<std::size_t>(keys.rows() * codec.num_kv_heads() * codec.config().num_codes()));
-  std::vector<std::uint16_t> norms(static_cast<std::size_t>(keys.rows()));
+  std::vector<std::uint16_t> norms(static_cast<std::size_t>(keys.rows() * codec.num_norms()));
   const MatrixView<std::uint16_t> code_view(codes.data(), keys.rows(),
                                             codec.num_kv_heads() * codec.config().num_codes());
   Matrix coded(keys.rows(), keys.cols());

@@ -11,6 +11,7 @@
 #include "commvq/io/safetensors.hpp"
 #include "commvq/key_codec/key_codec.hpp"
 #include "commvq/learner/key_learner.hpp"
+#include "commvq/learner/query_statistics.hpp"
 #include "commvq/learner/value_trainer.hpp"
 #include "commvq/rope/rope.hpp"
 #include "commvq/value_codec/value_codec.hpp"

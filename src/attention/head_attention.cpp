@@ -296,7 +296,7 @@ void HeadAttention::load_coded_keys(const Tile& tile, int first, int count) {
     rotate(sums_.data(), problem_.offset_rotations.data() + t * problem_.key_width,
            problem_.padded_pairs, keys_.data() + t * problem_.key_width);
     norms_[static_cast<std::size_t>(first + t)] =
-        bf16_at(tile.page + layout.key_norms() + 2 * (tile.slot + first + t));
+        bf16_at(tile.page + layout.key_norm(tile.slot + first + t, head_));
   }
 }
 

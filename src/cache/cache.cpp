@@ -75,7 +75,7 @@ void code_tokens(const PageLayout& layout, const LayerCodec& codec, Index first_
       static_cast<std::size_t>(count * layout.num_kv_heads * layout.key_codes));
   std::vector<std::uint8_t> value_codes(
       static_cast<std::size_t>(count * (layout.value_code_bits / 8)));
-  std::vector<std::uint16_t> norms(static_cast<std::size_t>(count));
+  std::vector<std::uint16_t> norms(static_cast<std::size_t>(count * layout.num_key_norms));
   std::vector<std::uint16_t> scales(static_cast<std::size_t>(count));
   const auto key_rows = as_matrix(key_codes, count, Index{layout.num_kv_heads} * layout.key_codes);
   const auto value_rows = as_matrix(value_codes, count, layout.value_code_bits / 8);
@@ -87,7 +87,7 @@ void code_tokens(const PageLayout& layout, const LayerCodec& codec, Index first_
     const Index slot = (first_token + i) % layout.page_size;
     const auto at = static_cast<std::size_t>(i);
     if (codec.keys) {
-      layout.put_key(page, slot, key_rows.row(i), norms[at]);
+      layout.put_key(page, slot, key_rows.row(i), norms.data() + i * layout.num_key_norms);
     } else {
       round_floats(keys.row(i), layout.num_channels, layout.exact_type,
                    page.data() + layout.exact_keys(slot));
@@ -108,9 +108,9 @@ void decode_token(const PageLayout& layout, const LayerCodec& codec, const Page&
   if (codec.keys) {
     std::vector<std::uint16_t> codes(
         static_cast<std::size_t>(Index{layout.num_kv_heads} * layout.key_codes));
-    std::uint16_t norm = 0;
-    layout.get_key(page, slot, codes.data(), norm);
-    codec.keys->decode({codes.data(), 1, static_cast<Index>(codes.size())}, &norm,
+    std::vector<std::uint16_t> norms(static_cast<std::size_t>(layout.num_key_norms));
+    layout.get_key(page, slot, codes.data(), norms.data());
+    codec.keys->decode({codes.data(), 1, static_cast<Index>(codes.size())}, norms.data(),
                        {keys, 1, channels});
   } else {
     widen_floats(page.data() + layout.exact_keys(slot), channels, layout.exact_type, keys);

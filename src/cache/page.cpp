@@ -17,6 +17,7 @@ PageLayout::PageLayout(Index page_size_, FloatType exact_type_, int num_kv_heads
   if (codec.keys) {
     key_codes = codec.keys->config().num_codes();
     key_code_bits = codec.keys->config().code_bits();
+    num_key_norms = codec.keys->config().num_norms(num_kv_heads);
   }
   if (codec.values) value_code_bits = codec.values->config().num_code_bits();
 }
@@ -27,8 +28,8 @@ Index PageLayout::bits_per_token() const {
 }
 
 void PageLayout::put_key(Page& page, Index token, const std::uint16_t* key_codes_row,
-                         std::uint16_t norm) const {
-  std::memcpy(page.data() + key_norms() + 2 * token, &norm, 2);
+                         const std::uint16_t* norms) const {
+  std::memcpy(page.data() + key_norm(token, 0), norms, static_cast<std::size_t>(key_row_bytes()));
   for (int head = 0; head < num_kv_heads; ++head) {
     std::uint8_t* const stream = page.data() + key_stream(head);
     Index position = token * key_codes * key_code_bits;
@@ -38,8 +39,8 @@ void PageLayout::put_key(Page& page, Index token, const std::uint16_t* key_codes
 }
 
 void PageLayout::get_key(const Page& page, Index token, std::uint16_t* key_codes_row,
-                         std::uint16_t& norm) const {
-  std::memcpy(&norm, page.data() + key_norms() + 2 * token, 2);
+                         std::uint16_t* norms) const {
+  std::memcpy(norms, page.data() + key_norm(token, 0), static_cast<std::size_t>(key_row_bytes()));
   for (int head = 0; head < num_kv_heads; ++head) {
     const std::uint8_t* const stream = page.data() + key_stream(head);
     Index position = token * key_codes * key_code_bits;

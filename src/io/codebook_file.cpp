@@ -39,8 +39,9 @@ class Fields {
   Fields(const Json& object, std::string where) : object_(object), where_(std::move(where)) {
     require(object.is_object(), "codebook file: ", where_, " is not a JSON object");
   }
+  bool has(const char* name) const { return object_.contains(name); }
   const Json& at(const char* name) const {
-    require(object_.contains(name), "codebook file: ", where_, " has no field ", name);
+    require(has(name), "codebook file: ", where_, " has no field ", name);
     return object_[name];
   }
   int whole(const char* name) const {
@@ -110,7 +111,8 @@ Json to_json(const KeyCodecConfig& keys) {
           {"codebook_size", keys.codebook_size},
           {"num_stages", keys.num_stages},
           {"tied", keys.tied},
-          {"beam_width", keys.beam_width}};
+          {"beam_width", keys.beam_width},
+          {"norm_per_head", keys.norm_per_head}};
 }
 
 KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs) {
@@ -121,6 +123,7 @@ KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs) {
   keys.num_stages = fields.whole("num_stages");
   keys.tied = fields.flag("tied");
   keys.beam_width = fields.whole("beam_width");
+  keys.norm_per_head = fields.has("norm_per_head") && fields.flag("norm_per_head");
   keys.validate();
   return keys;
 }
@@ -128,7 +131,8 @@ KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs) {
 Json to_json(const ValueCodecConfig& values) {
   return {{"num_channels", values.num_channels},
           {"bits", values.bits},
-          {"hidden_size", values.hidden_size}};
+          {"hidden_size", values.hidden_size},
+          {"polish_sweeps", values.polish_sweeps}};
 }
 
 ValueCodecConfig value_config_from(const Fields& fields) {
@@ -136,6 +140,7 @@ ValueCodecConfig value_config_from(const Fields& fields) {
   values.num_channels = fields.whole("num_channels");
   values.bits = fields.whole("bits");
   values.hidden_size = fields.whole("hidden_size");
+  if (fields.has("polish_sweeps")) values.polish_sweeps = fields.whole("polish_sweeps");
   values.validate();
   return values;
 }
@@ -170,12 +175,24 @@ void add_keys(SafetensorsWriter& writer, const std::string& prefix, const KeyCod
                         book + Index{config.codebook_size} * keys.codebook(head).row_size());
         }
   writer.add(prefix + "keys.codebooks", codebook_shape(config, keys.num_kv_heads()), stored);
+  if (!keys.is_weighted()) return;
+  std::vector<float> weights;
+  for (int head = 0; head < keys.num_kv_heads(); ++head) {
+    const std::vector<float>& of_head = keys.codebook(head).pair_weights;
+    weights.insert(weights.end(), of_head.begin(), of_head.end());
+  }
+  writer.add(prefix + "keys.pair_weights", {keys.num_kv_heads(), config.pairs.num_pairs()},
+             weights);
 }
 
 std::shared_ptr<const KeyCodec> read_keys(const SafetensorsFile& file, const std::string& prefix,
                                           const KeyCodecConfig& config, int num_heads) {
   const std::vector<float> stored =
       file.at(prefix + "keys.codebooks").to_floats(codebook_shape(config, num_heads));
+  const int num_pairs = config.pairs.num_pairs();
+  std::vector<float> weights;
+  if (const std::string name = prefix + "keys.pair_weights"; file.contains(name))
+    weights = file.at(name).to_floats({num_heads, num_pairs});
   const Index book_size = Index{config.codebook_size} * 2 * config.group_pairs;
   auto next = stored.begin();
   std::vector<KeyCodebook<float>> codebooks;
@@ -186,6 +203,9 @@ std::shared_ptr<const KeyCodec> read_keys(const SafetensorsFile& file, const std
         for (int which = 0; which < stored_books(config); ++which, next += book_size)
           std::copy_n(next, book_size, codebook.book(group, stage, which));
     if (config.tied) codebook.derive_tied_books();
+    if (!weights.empty())
+      codebook.pair_weights.assign(weights.begin() + head * num_pairs,
+                                   weights.begin() + (head + 1) * num_pairs);
     codebooks.push_back(std::move(codebook));
   }
   return std::make_shared<KeyCodec>(std::move(codebooks));

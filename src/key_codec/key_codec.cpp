@@ -8,11 +8,12 @@
 namespace commvq {
 namespace {
 
-/// The bf16 L2 norm of a key, all heads. Throws `Error` for what no bf16 can hold.
-std::uint16_t rounded_norm(MatrixView<const float> keys, Index token) {
+/// The bf16 L2 norm of channels `[first, first + count)` of a key. Throws `Error` for what no bf16
+/// can hold.
+std::uint16_t rounded_norm(MatrixView<const float> keys, Index token, Index first, Index count) {
   double sum = 0;
   const float* const key = keys.row(token);
-  for (Index i = 0; i < keys.cols; ++i) {
+  for (Index i = first; i < first + count; ++i) {
     require(std::isfinite(key[i]), "key of token ", token, ", channel ", i, " is ", key[i],
             "; only finite keys can be coded");
     sum += static_cast<double>(key[i]) * key[i];
@@ -31,6 +32,8 @@ KeyCodec::KeyCodec(std::vector<KeyCodebook<float>> codebooks) {
   for (std::size_t head = 0; head < codebooks.size(); ++head) {
     require(codebooks[head].config == codebooks[0].config, "the codebook of head ", head,
             " has another configuration than that of head 0; all heads of a layer share one");
+    require(codebooks[head].pair_weights.empty() == codebooks[0].pair_weights.empty(),
+            "the codebooks of heads 0 and ", head, " differ in having weights");
     for (std::size_t i = 0; i < codebooks[head].rows.size(); ++i)
       require(std::isfinite(codebooks[head].rows[i]), "number ", i, " of the codebook of head ",
               head, " is ", codebooks[head].rows[i], "; it must be finite");
@@ -48,13 +51,16 @@ void KeyCodec::encode(MatrixView<const float> keys, MatrixView<std::uint16_t> co
   require(codes.rows == keys.rows && codes.cols == num_kv_heads() * num_codes, "codes are [",
           codes.rows, ", ", codes.cols, "]; these keys need [", keys.rows, ", ",
           num_kv_heads() * num_codes, "]");
-  for (Index t = 0; t < keys.rows; ++t) norms[t] = rounded_norm(keys, t);
+  const Index norm_channels = keys.cols / num_norms();
+  for (Index t = 0; t < keys.rows; ++t)
+    for (Index i = 0; i < num_norms(); ++i)
+      norms[t * num_norms() + i] = rounded_norm(keys, t, i * norm_channels, norm_channels);
 
   std::vector<float> planar(static_cast<std::size_t>(keys.rows * head_dim));
   std::vector<float> unit(static_cast<std::size_t>(head_dim));
   for (int head = 0; head < num_kv_heads(); ++head) {
     for (Index t = 0; t < keys.rows; ++t) {
-      const double norm = from_bf16(norms[t]);
+      const double norm = from_bf16(norms[norm_index(t, head)]);
       const double factor = norm > 0 ? 1 / norm : 0;
       const float* const key = keys.row(t) + head * head_dim;
       for (Index i = 0; i < head_dim; ++i) unit[i] = static_cast<float>(key[i] * factor);
@@ -81,8 +87,8 @@ void KeyCodec::decode(MatrixView<const std::uint16_t> codes, const std::uint16_t
 
   std::vector<float> planar(static_cast<std::size_t>(head_dim));
   for (Index t = 0; t < codes.rows; ++t) {
-    const float norm = from_bf16(norms[t]);
     for (int head = 0; head < num_kv_heads(); ++head) {
+      const float norm = from_bf16(norms[norm_index(t, head)]);
       decode_key(codebook(head), codes.row(t) + head * num_codes, planar.data());
       for (float& value : planar) value *= norm;
       config().pairs.from_planar(planar.data(), keys.row(t) + head * head_dim);

@@ -118,6 +118,63 @@ void check_keys(MatrixView<const float> keys, Index cols) {
               "; only finite keys can be learnt from");
 }
 
+void check_weights(const std::vector<float>& weights, Index needed) {
+  require(weights.empty() || static_cast<Index>(weights.size()) == needed, "there are ",
+          weights.size(), " pair weights; expected ", needed, " or none");
+  for (std::size_t i = 0; i < weights.size(); ++i)
+    require(weights[i] > 0 && std::isfinite(weights[i]), "pair weight ", i, " is ", weights[i],
+            "; it must be positive and finite");
+}
+
+/// A random choice of at most `max_tokens` keys, with the weights applied.
+Matrix sample_of(MatrixView<const float> keys, const KeyLearnerOptions& options,
+                 std::mt19937_64& random) {
+  Matrix sample(std::min<Index>(keys.rows, options.max_tokens), keys.cols);
+  const std::vector<Index> chosen = choose(keys.rows, sample.rows(), random);
+  for (Index t = 0; t < sample.rows(); ++t)
+    std::copy_n(keys.row(chosen[static_cast<std::size_t>(t)]), keys.cols, sample.row(t).data());
+  if (options.pair_weights.empty()) return sample;
+  const Eigen::Map<const Eigen::RowVectorXf> weights(options.pair_weights.data(), keys.cols / 2);
+  for (Index t = 0; t < sample.rows(); ++t) {
+    sample.row(t).head(weights.size()).array() *= weights.array();
+    sample.row(t).tail(weights.size()).array() *= weights.array();
+  }
+  return sample;
+}
+
+/// Divides the rows of a codebook learnt from weighted keys by the weights, which it then carries.
+void fold_weights(const std::vector<float>& weights, KeyCodebook<float>& codebook) {
+  if (weights.empty()) return;
+  std::vector<float> inverse = weights;
+  for (float& factor : inverse) factor = 1.0f / factor;
+  codebook.rows = codebook.scaled_rows(inverse);
+  codebook.pair_weights = weights;
+}
+
+/// Keys of one head whose norm is not zero, `[tokens][head_dim]`: planar and divided by the norm that
+/// `KeyCodec` would store.
+Matrix unit_keys(MatrixView<const float> keys, const KeyCodecConfig& config, int head) {
+  const int head_dim = config.pairs.head_dim;
+  const Index first = config.norm_per_head ? Index{head} * head_dim : 0;
+  const Index count = config.norm_per_head ? head_dim : keys.cols;
+  Matrix planar(keys.rows, head_dim);
+  Index used = 0;
+  std::vector<float> unit(static_cast<std::size_t>(head_dim));
+  for (Index t = 0; t < keys.rows; ++t) {
+    double sum = 0;
+    for (Index i = first; i < first + count; ++i) sum += static_cast<double>(keys(t, i)) * keys(t, i);
+    const double norm = from_bf16(to_bf16(static_cast<float>(std::sqrt(sum))));
+    if (!(norm > 0) || !std::isfinite(norm)) continue;
+    for (int c = 0; c < head_dim; ++c)
+      unit[static_cast<std::size_t>(c)] =
+          static_cast<float>(keys(t, Index{head} * head_dim + c) / norm);
+    config.pairs.to_planar(unit.data(), planar.row(used++).data());
+  }
+  if (used == 0) planar.row(used++).setZero();  // a head that is always zero learns zeros
+  planar.conservativeResize(used, Eigen::NoChange);
+  return planar;
+}
+
 }  // namespace
 
 void KeyLearnerOptions::validate() const {
@@ -140,15 +197,28 @@ void KeyLearnerOptions::validate() const {
           refinement.ridge, "; it must be positive");
 }
 
+KeyLearnerOptions KeyLearnerOptions::paper(const KeyCodecConfig& codec) {
+  KeyLearnerOptions options;
+  options.codec = codec;
+  return options;
+}
+
+KeyLearnerOptions KeyLearnerOptions::commvq(const KeyCodecConfig& codec) {
+  KeyLearnerOptions options;
+  options.codec = codec;
+  options.max_steps = 8;
+  options.first_temperature = 1e-2;
+  options.refinement.rounds = 2;
+  return options;
+}
+
 KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
                                       const KeyLearnerOptions& options, KeyLearnerReport* report) {
   options.validate();
   check_keys(keys, options.codec.pairs.head_dim);
+  check_weights(options.pair_weights, options.codec.pairs.num_pairs());
   std::mt19937_64 random(options.seed);
-  Matrix sample(std::min<Index>(keys.rows, options.max_tokens), keys.cols);
-  const std::vector<Index> chosen = choose(keys.rows, sample.rows(), random);
-  for (Index t = 0; t < sample.rows(); ++t)
-    std::copy_n(keys.row(chosen[static_cast<std::size_t>(t)]), keys.cols, sample.row(t).data());
+  const Matrix sample = sample_of(keys, options, random);
   const MatrixView<const float> sampled(sample.data(), sample.rows(), sample.cols());
 
   Reporter reporter(options);
@@ -175,6 +245,7 @@ KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
                            steps, objective);
         });
   }
+  fold_weights(options.pair_weights, codebook);
   if (report != nullptr) *report = std::move(result);
   return codebook;
 }
@@ -187,38 +258,28 @@ KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& 
           " channels; expected a multiple of head_dim = ", head_dim);
   check_keys(keys, keys.cols);
   const auto num_heads = static_cast<int>(keys.cols / head_dim);
-
-  std::vector<std::pair<Index, double>> tokens;  // of keys that are not zero: index, 1 / norm
-  for (Index t = 0; t < keys.rows; ++t) {
-    double sum = 0;
-    for (Index i = 0; i < keys.cols; ++i) sum += static_cast<double>(keys(t, i)) * keys(t, i);
-    const double norm = from_bf16(to_bf16(static_cast<float>(std::sqrt(sum))));
-    if (norm > 0 && std::isfinite(norm)) tokens.emplace_back(t, 1 / norm);
-  }
-  require(!tokens.empty(), "all ", keys.rows, " keys are zero; there is nothing to learn");
+  const int num_pairs = options.codec.pairs.num_pairs();
+  check_weights(options.pair_weights, Index{num_heads} * num_pairs);
+  bool all_zero = true;
+  for (Index t = 0; t < keys.rows; ++t)
+    all_zero &= std::all_of(keys.row(t), keys.row(t) + keys.cols, [](float x) { return x == 0; });
+  require(!all_zero, "all ", keys.rows, " keys are zero; there is nothing to learn");
 
   std::vector<KeyCodebook<float>> codebooks;
   if (reports != nullptr) reports->assign(static_cast<std::size_t>(num_heads), {});
-  const auto num_tokens = static_cast<Index>(tokens.size());
-  Matrix planar(num_tokens, head_dim);
-  std::vector<float> unit(static_cast<std::size_t>(head_dim));
   for (int head = 0; head < num_heads; ++head) {
-    for (Index i = 0; i < num_tokens; ++i) {
-      const auto [t, factor] = tokens[static_cast<std::size_t>(i)];
-      for (int c = 0; c < head_dim; ++c)
-        unit[static_cast<std::size_t>(c)] =
-            static_cast<float>(keys(t, Index{head} * head_dim + c) * factor);
-      options.codec.pairs.to_planar(unit.data(), planar.row(i).data());
-    }
+    const Matrix units = unit_keys(keys, options.codec, head);
     KeyLearnerOptions of_head = options;
     of_head.seed = options.seed + static_cast<std::uint64_t>(head);
+    if (const auto weights = options.pair_weights.begin(); !options.pair_weights.empty())
+      of_head.pair_weights.assign(weights + head * num_pairs, weights + (head + 1) * num_pairs);
     if (options.progress)
       of_head.progress = [&](Progress progress) {
         progress.phase += ", head " + std::to_string(head + 1) + "/" + std::to_string(num_heads);
         progress.fraction = (head + progress.fraction) / num_heads;
         options.progress(progress);
       };
-    codebooks.push_back(learn_key_codebook({planar.data(), num_tokens, head_dim}, of_head,
+    codebooks.push_back(learn_key_codebook({units.data(), units.rows(), head_dim}, of_head,
                                            reports != nullptr ? &(*reports)[head] : nullptr));
   }
   return KeyCodec(std::move(codebooks));

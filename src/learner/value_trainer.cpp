@@ -1,11 +1,13 @@
 #include "commvq/learner/value_trainer.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <random>
 #include <utility>
 
 #include "learner/value_network.hpp"
+#include "learner/value_refinement.hpp"
 
 namespace commvq {
 namespace {
@@ -108,6 +110,34 @@ void draw_batch(MatrixView<const float> values, const std::vector<Index>& rows,
   }
 }
 
+/// At most `count` of the given rows, evenly spread.
+Matrix spread_over(MatrixView<const float> values, const std::vector<Index>& rows, Index count) {
+  const auto size = static_cast<Index>(rows.size());
+  Matrix chosen(std::min(count, size), values.cols);
+  for (Index i = 0; i < chosen.rows(); ++i)
+    std::copy_n(values.row(rows[static_cast<std::size_t>(i * size / chosen.rows())]), values.cols,
+                chosen.row(i).data());
+  return chosen;
+}
+
+/// Reports progress in units of Adam steps.
+class Reporter {
+ public:
+  explicit Reporter(const ValueTrainerOptions& options)
+      : options_(options), total_(options.steps + kStepsPerRound * options.refinement.rounds) {}
+  void advance(const char* phase, double steps, double objective) {
+    done_ += steps;
+    if (options_.progress) options_.progress({phase, std::min(1.0, done_ / total_), objective});
+  }
+  /// A refinement round costs about so many Adam steps.
+  static constexpr double kStepsPerRound = 20.0;
+
+ private:
+  const ValueTrainerOptions& options_;
+  double total_;
+  double done_ = 0;
+};
+
 ValueCodecWeights weights_of(const Network& network) {
   const auto copy = [&](const Network::Parameter& parameter) {
     const auto first = network.parameters.begin() + parameter.offset;
@@ -129,6 +159,26 @@ void ValueTrainerOptions::validate() const {
           "; it must be positive");
   require(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
           "; it must be positive");
+  require(refinement.rounds >= 0 && refinement.rounds <= 10000, "refinement.rounds is ",
+          refinement.rounds, "; it must be in [0, 10000]");
+  require(refinement.max_tokens >= 1, "refinement.max_tokens is ", refinement.max_tokens,
+          "; it must be at least 1");
+  require(std::isfinite(refinement.ridge) && refinement.ridge > 0, "refinement.ridge is ",
+          refinement.ridge, "; it must be positive");
+}
+
+ValueTrainerOptions ValueTrainerOptions::paper(const ValueCodecConfig& codec) {
+  ValueTrainerOptions options;
+  options.codec = codec;
+  return options;
+}
+
+ValueTrainerOptions ValueTrainerOptions::commvq(const ValueCodecConfig& codec) {
+  ValueTrainerOptions options;
+  options.codec = codec;
+  options.steps = 500;
+  options.refinement.rounds = 5;
+  return options;
 }
 
 ValueCodec train_value_codec(MatrixView<const float> values, const ValueTrainerOptions& options,
@@ -145,6 +195,7 @@ ValueCodec train_value_codec(MatrixView<const float> values, const ValueTrainerO
   Matrix units(options.batch_tokens, values.cols);
   Matrix noise(options.batch_tokens, options.codec.num_logits());
   ValueTrainerReport result;
+  Reporter reporter(options);
   for (int step = 0; step < options.steps; ++step) {
     draw_batch(values, rows, random, units);
     fill_gumbel(random, noise);
@@ -155,11 +206,19 @@ ValueCodec train_value_codec(MatrixView<const float> values, const ValueTrainerO
     network.backward();
     adam.step(network.gradients, rate_at(options, step), network.parameters);
     result.objectives.push_back(loss);
-    if (options.progress)
-      options.progress({"values", static_cast<double>(step + 1) / options.steps, loss});
+    reporter.advance("values", 1, loss);
+  }
+  ValueCodecWeights weights = weights_of(network);
+  if (options.refinement.rounds > 0) {
+    const Matrix chosen = spread_over(values, rows, options.refinement.max_tokens);
+    result.refinement_objectives = refine_value_decoder(
+        {chosen.data(), chosen.rows(), chosen.cols()}, options.refinement, options.codec, weights,
+        [&](int, double error) {
+          reporter.advance("values: refinement", Reporter::kStepsPerRound, error);
+        });
   }
   if (report != nullptr) *report = std::move(result);
-  return ValueCodec(options.codec, weights_of(network));
+  return ValueCodec(options.codec, std::move(weights));
 }
 
 }  // namespace commvq

@@ -11,6 +11,7 @@
 #include "commvq/core/error.hpp"
 #include "commvq/core/float16.hpp"
 #include "value_codec/value_layers.hpp"
+#include "value_codec/value_polish.hpp"
 
 namespace commvq {
 namespace {
@@ -50,7 +51,8 @@ void check_finite(MatrixView<const float> values) {
 
 /// Activations of one block of tokens.
 struct Block {
-  Matrix<float> unit;    // [tokens][C]: values of unit norm, then after LayerNorm; later u
+  Matrix<float> unit;    // [tokens][C]: values of unit norm, or zero
+  Matrix<float> normed;  // [tokens][C]: after LayerNorm; later u
   Matrix<float> hidden;  // [tokens][H]
   Matrix<float> logits;  // [tokens][num_logits]
   Matrix<float> bits;    // [tokens][num_code_bits], 0 or 1
@@ -74,19 +76,21 @@ void choose_codes(const ValueCodecConfig& config, const ValueCodecWeights& weigh
                   MatrixView<const float> values, const std::vector<double>& norms, Block& block) {
   const Index tokens = values.rows, C = config.num_channels, H = config.hidden_size;
   block.unit.resize(tokens, C);
+  block.normed.resize(tokens, C);
   for (Index t = 0; t < tokens; ++t) {
     float* const unit = block.unit.row(t).data();
     const double norm = norms[static_cast<std::size_t>(t)];
     for (Index c = 0; c < C; ++c)
       unit[c] = norm > 0 ? static_cast<float>(values(t, c) / norm) : 0.0f;
-    value_layers::standardize(unit, C, unit);
+    float* const normed = block.normed.row(t).data();
+    value_layers::standardize(unit, C, normed);
     for (Index c = 0; c < C; ++c)
-      unit[c] = unit[c] * weights.norm_gain[static_cast<std::size_t>(c)] +
+      normed[c] = normed[c] * weights.norm_gain[static_cast<std::size_t>(c)] +
                 weights.norm_bias[static_cast<std::size_t>(c)];
   }
   const ConstMatrixMap<float> hidden_weight(weights.hidden_weight.data(), H, C);
   const ConstMatrixMap<float> hidden_bias(weights.hidden_bias.data(), 1, H);
-  block.hidden.noalias() = block.unit * hidden_weight.transpose();
+  block.hidden.noalias() = block.normed * hidden_weight.transpose();
   for (Index t = 0; t < tokens; ++t) {
     block.hidden.row(t) += hidden_bias;
     value_layers::gelu<float>(block.hidden.row(t).data(), H, nullptr);
@@ -116,10 +120,18 @@ void ValueCodecConfig::validate() const {
   require(bits == 1 || bits == 2, "bits is ", bits, "; it must be 1 or 2");
   require(hidden_size >= 1 && hidden_size <= 65536, "hidden_size is ", hidden_size,
           "; it must be in [1, 65536]");
+  require(polish_sweeps >= 0 && polish_sweeps <= 64, "polish_sweeps is ", polish_sweeps,
+          "; it must be in [0, 64]");
+}
+
+ValueCodecConfig ValueCodecConfig::commvq(int num_channels, int bits) {
+  ValueCodecConfig config = paper(num_channels, bits);
+  config.polish_sweeps = 8;
+  return config;
 }
 
 ValueCodecConfig ValueCodecConfig::paper(int num_channels, int bits) {
-  ValueCodecConfig config{num_channels, bits, 1};
+  ValueCodecConfig config{num_channels, bits, 1, 0};
   config.validate();
   config.hidden_size = std::min(4096, 2 * num_channels * bits);
   return config;
@@ -136,6 +148,10 @@ ValueCodec::ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights
   check_weight(weights_.output_weight, "output_weight", L, H);
   check_weight(weights_.output_bias, "output_bias", 1, L);
   check_weight(weights_.decoder, "decoder", config_.num_code_bits(), C);
+  if (config_.polish_sweeps == 0) return;
+  const Matrix<float> gram =
+      value_polish::gram_of({weights_.decoder.data(), config_.num_code_bits(), C});
+  gram_.assign(gram.data(), gram.data() + gram.size());
 }
 
 void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t> codes,
@@ -149,6 +165,9 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
 
   const ConstMatrixMap<float> E(weights_.decoder.data(), config_.num_code_bits(),
                                 config_.num_channels);
+  const ConstMatrixMap<float> gram(gram_.data(), gram_.empty() ? 0 : E.rows(),
+                                   gram_.empty() ? 0 : E.rows());
+  const bool polished = config_.polish_sweeps > 0;
   const Index num_blocks = (values.rows + kBlockTokens - 1) / kBlockTokens;
   Index first_bad = kNone;
 #pragma omp parallel if (num_blocks > 1 && !omp_in_parallel()) reduction(min : first_bad)
@@ -163,10 +182,16 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
       for (Index t = 0; t < tokens; ++t)
         norms[static_cast<std::size_t>(t)] = value_layers::norm_of(values.row(first + t), values.cols);
       choose_codes(config_, weights_, values.middle_rows(first, tokens), norms, block);
-      block.unit.noalias() = block.bits * E;
+      if (polished)
+        value_polish::polish(E, gram, block.unit, config_.polish_sweeps, block.bits);
+      block.normed.noalias() = block.bits * E;
       for (Index t = 0; t < tokens; ++t) {
-        const double length = value_layers::norm_of(block.unit.row(t).data(), values.cols);
-        const double scale = length > 0 ? norms[static_cast<std::size_t>(t)] / length : 0.0;
+        const float* const u = block.normed.row(t).data();
+        const double length = value_layers::norm_of(u, values.cols);
+        const double unit_scale =
+            polished ? value_polish::best_scale(block.unit.row(t).data(), u, values.cols)
+                     : 1 / length;
+        const double scale = length > 0 ? norms[static_cast<std::size_t>(t)] * unit_scale : 0.0;
         const std::uint16_t rounded = to_bf16(static_cast<float>(scale));
         if (!std::isfinite(length) || !std::isfinite(from_bf16(rounded)))
           first_bad = std::min(first_bad, first + t);

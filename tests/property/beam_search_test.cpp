@@ -14,6 +14,7 @@ namespace {
 struct Shape {
   int head_dim, group_pairs, codebook_size, num_stages;
   bool tied;
+  bool weighted = false;
 };
 
 class BeamSearch : public testing::TestWithParam<Shape> {
@@ -48,6 +49,9 @@ class BeamSearch : public testing::TestWithParam<Shape> {
           std::copy(rows.begin(), rows.end(), codebook.book(group, stage, which));
         }
     if (config_.tied) codebook.derive_tied_books();
+    if (GetParam().weighted)
+      for (int pair = 0; pair < config_.pairs.num_pairs(); ++pair)
+        codebook.pair_weights.push_back(std::uniform_real_distribution<Scalar>(0.2, 3)(rng_));
     return codebook;
   }
 
@@ -153,6 +157,8 @@ TEST_P(BeamSearch, ExhaustiveBeamFindsTheBestCodes) {
 INSTANTIATE_TEST_SUITE_P(Shapes, BeamSearch,
                          testing::Values(Shape{64, 32, 16, 5, true}, Shape{96, 48, 64, 3, false},
                                          Shape{128, 64, 64, 4, true}, Shape{256, 64, 8, 3, false},
+                                         Shape{64, 16, 16, 4, false, true},
+                                         Shape{32, 16, 8, 3, true, true},
                                          Shape{16, 8, 5, 1, true}));
 
 }  // namespace

@@ -68,6 +68,7 @@ LayerCodec random_codec(Rng& rng, const CacheConfig& config) {
     keys.codebook_size = pick(rng, {2, 5, 16, 64});
     keys.num_stages = pick(rng, {1, 3, 6});
     keys.tied = rng() % 2 == 0;
+    keys.norm_per_head = rng() % 2 == 0;
     codec.keys = random_key_codec(rng, keys, config.num_kv_heads);
   }
   if (rng() % 4 != 0)

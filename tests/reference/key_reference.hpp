@@ -8,7 +8,14 @@
 /// The key codec in double precision, written straight from the definition.
 namespace commvq::reference {
 
-/// Squared distance of a planar key from what its codes decode to.
+template <class Scalar>
+double squared_weight(const KeyCodebook<Scalar>& codebook, int pair) {
+  if (codebook.pair_weights.empty()) return 1.0;
+  const double weight = codebook.pair_weights[static_cast<std::size_t>(pair)];
+  return weight * weight;
+}
+
+/// Squared distance of a planar key from what its codes decode to, with the codebook's weights.
 template <class Scalar>
 double squared_error(const KeyCodebook<Scalar>& codebook, const Scalar* key,
                      const std::uint16_t* codes) {
@@ -23,7 +30,7 @@ double squared_error(const KeyCodebook<Scalar>& codebook, const Scalar* key,
           const int code = codes[(pair / g * config.num_stages + stage) * 2 + which];
           left -= codebook.book(pair / g, stage, which)[code * 2 * g + part * g + pair % g];
         }
-      total += left * left;
+      total += squared_weight(codebook, pair) * left * left;
     }
   return total;
 }
@@ -48,7 +55,7 @@ std::vector<std::uint16_t> encode_greedily(const KeyCodebook<Scalar>& codebook, 
             const double d = left[static_cast<std::size_t>(i)] -
                              codebook.book(group, stage, 0)[a * 2 * g + i] -
                              codebook.book(group, stage, 1)[b * 2 * g + i];
-            error += d * d;
+            error += squared_weight(codebook, group * g + i % g) * d * d;
           }
           if (error < least) least = error, best_a = a, best_b = b;
         }

@@ -249,7 +249,7 @@ TEST(LayerCache, BytesPerTokenAreThosePagesAllocate) {
   }
 }
 
-// One norm or scale in bf16 and log2(64) + log2(64) bits a stage; 1 or 2 bits a value number.
+// Norms and scale in bf16 and log2(64) + log2(64) bits a stage; 1 or 2 bits a value number.
 TEST(LayerCache, BytesPerTokenOfLlama31) {
   Rng rng(9);
   CacheConfig config;
@@ -262,6 +262,12 @@ TEST(LayerCache, BytesPerTokenOfLlama31) {
   const PairLayout& pairs = config.rope.pairs;
   EXPECT_EQ(bits_with(KeyCodecConfig::paper_1bit(pairs), 1), 8 * 11 * 12 + 16 + 1024 + 16);
   EXPECT_EQ(bits_with(KeyCodecConfig::paper_2bit(pairs), 2), 8 * 21 * 12 + 16 + 2048 + 16);
+  const Index one_bit = bits_with(KeyCodecConfig::commvq_1bit(pairs), 1);
+  const Index two_bit = bits_with(KeyCodecConfig::commvq_2bit(pairs), 2);
+  EXPECT_EQ(one_bit, 8 * (11 * 12 + 16) + 1024 + 16);
+  EXPECT_EQ(two_bit, 8 * (20 * 12 + 16) + 2048 + 16);
+  EXPECT_LE(one_bit, 1.10 * 2048);
+  EXPECT_LE(two_bit, 2.05 * 2048);
 }
 
 TEST(LayerCache, GivesBackMemoryOfExactCopies) {

@@ -40,18 +40,23 @@ std::shared_ptr<const KeyCodec> random_keys(const PairLayout& pairs, bool tied,
   config.num_stages = 3;
   config.tied = tied;
   config.beam_width = 2;
+  config.norm_per_head = !tied;
   std::vector<KeyCodebook<float>> heads;
   for (int head = 0; head < kHeads; ++head) {
     KeyCodebook<float> codebook(config);
     codebook.rows = random_floats(codebook.rows.size(), random);
     if (tied) codebook.derive_tied_books();
+    if (!tied) {
+      codebook.pair_weights = random_floats(kHeadDim / 2, random);
+      for (float& weight : codebook.pair_weights) weight += 2.0f;
+    }
     heads.push_back(codebook);
   }
   return std::make_shared<const KeyCodec>(heads);
 }
 
 std::shared_ptr<const ValueCodec> random_values(int bits, std::mt19937_64& random) {
-  const ValueCodecConfig config{kHeads * kHeadDim, bits, 3};
+  const ValueCodecConfig config{kHeads * kHeadDim, bits, 3, 2 * (bits - 1)};
   const auto C = static_cast<std::size_t>(config.num_channels);
   const auto L = static_cast<std::size_t>(config.num_logits());
   ValueCodecWeights weights;
@@ -95,8 +100,10 @@ void expect_equal(const ModelCodecs& a, const ModelCodecs& b) {
     ASSERT_EQ(a.layers[i].values == nullptr, b.layers[i].values == nullptr);
     if (const auto& keys = a.layers[i].keys) {
       EXPECT_EQ(keys->config(), b.layers[i].keys->config());
-      for (int head = 0; head < kHeads; ++head)
+      for (int head = 0; head < kHeads; ++head) {
         EXPECT_EQ(keys->codebook(head).rows, b.layers[i].keys->codebook(head).rows);
+        EXPECT_EQ(keys->codebook(head).pair_weights, b.layers[i].keys->codebook(head).pair_weights);
+      }
     }
     if (const auto& values = a.layers[i].values) {
       const ValueCodecWeights& x = values->weights();
@@ -176,7 +183,9 @@ TEST_F(CodebookFileTest, StoresTheDocumentedTensors) {
   EXPECT_THAT(file.at("layers.0.values.decoder").shape, ElementsAre(16, 16));
   EXPECT_THAT(file.at("layers.2.values.decoder").shape, ElementsAre(32, 16));
   EXPECT_THAT(file.at("layers.2.values.output_weight").shape, ElementsAre(64, 3));
-  EXPECT_EQ(file.tensors().size(), 2u + 2u * 7u);
+  EXPECT_FALSE(file.contains("layers.0.keys.pair_weights"));
+  EXPECT_THAT(file.at("layers.1.keys.pair_weights").shape, ElementsAre(kHeads, 4));
+  EXPECT_EQ(file.tensors().size(), 3u + 2u * 7u);
 }
 
 TEST_F(CodebookFileTest, UneditedCopyLoads) {
@@ -227,7 +236,9 @@ TEST_F(CodebookFileTest, RefusesConfigurationsOutOfRange) {
       {"/layers/0/keys/tied", 1, "tied"},
       {"/layers/0/keys/tied", false, "shape"},
       {"/layers/0/keys/beam_width", -1, "beam_width"},
+      {"/layers/0/keys/norm_per_head", 1, "norm_per_head"},
       {"/layers/0/values/bits", 3, "bits"},
+      {"/layers/0/values/polish_sweeps", 65, "polish_sweeps"},
       {"/layers/0/values/bits", 2, "shape"},
       {"/layers/0/values/num_channels", 24, "shape"},
       {"/layers/0/values/hidden_size", 4, "shape"},

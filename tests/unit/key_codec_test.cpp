@@ -18,8 +18,9 @@ using testing_support::Rng;
 constexpr int kHeads = 3;
 constexpr Index kTokens = 70;
 
-KeyCodecConfig small_config() {
+KeyCodecConfig small_config(bool norm_per_head = false) {
   KeyCodecConfig config;
+  config.norm_per_head = norm_per_head;
   config.pairs = {16, 8, RopeLayout::kInterleaved};
   config.group_pairs = 4;
   config.codebook_size = 16;
@@ -27,13 +28,14 @@ KeyCodecConfig small_config() {
   return config;
 }
 
-class KeyCodecTest : public testing::Test {
+/// With one norm a token (false) and one a head (true).
+class KeyCodecTest : public testing::TestWithParam<bool> {
  protected:
   KeyCodecTest()
-      : codec_(testing_support::random_key_codec(rng_, small_config(), kHeads)),
+      : codec_(testing_support::random_key_codec(rng_, small_config(GetParam()), kHeads)),
         keys_(testing_support::normal_floats(rng_, kTokens * channels(), 3.0)),
         codes_(static_cast<std::size_t>(kTokens * num_codes())),
-        norms_(static_cast<std::size_t>(kTokens)),
+        norms_(static_cast<std::size_t>(kTokens * codec_->num_norms())),
         decoded_(keys_.size()) {}
 
   static Index channels() { return Index{kHeads} * 16; }
@@ -47,8 +49,11 @@ class KeyCodecTest : public testing::Test {
                    as_matrix(decoded_, kTokens, channels()));
   }
   double squared(const std::vector<float>& values, Index token) const {
+    return squared(values, token, 0, channels());
+  }
+  double squared(const std::vector<float>& values, Index token, Index first, Index count) const {
     double sum = 0;
-    for (Index c = 0; c < channels(); ++c)
+    for (Index c = first; c < first + count; ++c)
       sum += std::pow(values[static_cast<std::size_t>(token * channels() + c)], 2);
     return sum;
   }
@@ -61,14 +66,18 @@ class KeyCodecTest : public testing::Test {
   std::vector<float> decoded_;
 };
 
-TEST_F(KeyCodecTest, DecodedKeyIsNormTimesTheSumOfItsRows) {
+TEST_P(KeyCodecTest, DecodedKeyIsNormTimesTheSumOfItsRows) {
   encode();
   decode();
   const KeyCodecConfig config = small_config();
+  ASSERT_EQ(codec_->num_norms(), GetParam() ? kHeads : 1);
   for (Index t = 0; t < kTokens; ++t) {
-    const float norm = from_bf16(norms_[static_cast<std::size_t>(t)]);
-    EXPECT_NEAR(norm, std::sqrt(squared(keys_, t)), 0.005 * norm);
     for (int head = 0; head < kHeads; ++head) {
+      const Index at = GetParam() ? t * kHeads + head : t;
+      const float norm = from_bf16(norms_[static_cast<std::size_t>(at)]);
+      const double square =
+          GetParam() ? squared(keys_, t, head * 16, 16) : squared(keys_, t, 0, channels());
+      EXPECT_NEAR(norm, std::sqrt(square), 0.005 * norm);
       std::vector<float> planar(16), expected(16);
       decode_key(codec_->codebook(head),
                  &codes_[static_cast<std::size_t>(t * num_codes() + head * config.num_codes())],
@@ -81,7 +90,7 @@ TEST_F(KeyCodecTest, DecodedKeyIsNormTimesTheSumOfItsRows) {
   }
 }
 
-TEST_F(KeyCodecTest, DecodingIsNearerThanNothing) {
+TEST_P(KeyCodecTest, DecodingIsNearerThanNothing) {
   encode();
   decode();
   double error = 0, size = 0;
@@ -90,7 +99,7 @@ TEST_F(KeyCodecTest, DecodingIsNearerThanNothing) {
   EXPECT_LT(error, 0.5 * size);
 }
 
-TEST_F(KeyCodecTest, CodesDoNotDependOnTheKeysLength) {
+TEST_P(KeyCodecTest, CodesDoNotDependOnTheKeysLength) {
   encode();
   const auto codes = codes_;
   for (float& key : keys_) key *= 1024;
@@ -98,16 +107,16 @@ TEST_F(KeyCodecTest, CodesDoNotDependOnTheKeysLength) {
   EXPECT_EQ(codes, codes_);
 }
 
-TEST_F(KeyCodecTest, ZeroKeyDecodesToZeros) {
+TEST_P(KeyCodecTest, ZeroKeyDecodesToZeros) {
   std::fill_n(keys_.begin() + 5 * channels(), channels(), 0.0f);
   encode();
   decode();
-  EXPECT_EQ(norms_[5], 0);
+  EXPECT_EQ(norms_[static_cast<std::size_t>(5 * codec_->num_norms())], 0);
   EXPECT_EQ(squared(decoded_, 5), 0);
   EXPECT_GT(squared(decoded_, 6), 0);
 }
 
-TEST_F(KeyCodecTest, NamesTokenAndChannelOfWhatIsNotFinite) {
+TEST_P(KeyCodecTest, NamesTokenAndChannelOfWhatIsNotFinite) {
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
                           std::numeric_limits<float>::infinity()}) {
     keys_[static_cast<std::size_t>(67 * channels() + 21)] = bad;
@@ -115,12 +124,12 @@ TEST_F(KeyCodecTest, NamesTokenAndChannelOfWhatIsNotFinite) {
   }
 }
 
-TEST_F(KeyCodecTest, NormBeyondBf16IsRefused) {
+TEST_P(KeyCodecTest, NormBeyondBf16IsRefused) {
   std::fill_n(keys_.begin() + channels(), channels(), 3e38f);
   EXPECT_THAT([&] { encode(); }, ThrowsMessage<Error>(HasSubstr("1")));
 }
 
-TEST_F(KeyCodecTest, TinyKeysKeepTheirDirection) {
+TEST_P(KeyCodecTest, TinyKeysKeepTheirDirection) {
   const std::vector<float> before = keys_;
   encode();
   const auto codes = codes_;
@@ -131,7 +140,7 @@ TEST_F(KeyCodecTest, TinyKeysKeepTheirDirection) {
   EXPECT_GT(squared(decoded_, 0), 0);
 }
 
-TEST_F(KeyCodecTest, ShapesAndCodesAreChecked) {
+TEST_P(KeyCodecTest, ShapesAndCodesAreChecked) {
   EXPECT_THAT(
       [&] {
         codec_->encode({keys_.data(), kTokens, channels() - 1},
@@ -143,7 +152,7 @@ TEST_F(KeyCodecTest, ShapesAndCodesAreChecked) {
   EXPECT_THAT([&] { decode(); }, ThrowsMessage<Error>(HasSubstr("16")));
 }
 
-TEST_F(KeyCodecTest, CodebooksMustFitTogetherAndBeFinite) {
+TEST_P(KeyCodecTest, CodebooksMustFitTogetherAndBeFinite) {
   EXPECT_THROW(KeyCodec({}), Error);
   KeyCodecConfig other = small_config();
   other.num_stages = 5;
@@ -153,7 +162,22 @@ TEST_F(KeyCodecTest, CodebooksMustFitTogetherAndBeFinite) {
   EXPECT_THROW(KeyCodec({bad}), Error);
   bad.rows.pop_back();
   EXPECT_THROW(KeyCodec({bad}), Error);
+  KeyCodebook<float> weighted = codec_->codebook(0);
+  weighted.pair_weights.assign(8, 1.0f);
+  EXPECT_NO_THROW(KeyCodec({weighted, weighted}));
+  EXPECT_THROW(KeyCodec({weighted, codec_->codebook(0)}), Error);
+  weighted.pair_weights[3] = 0;
+  EXPECT_THAT([&] { KeyCodec({weighted}); }, ThrowsMessage<Error>(HasSubstr("pair weight 3 is 0")));
+  weighted.pair_weights.pop_back();
+  EXPECT_THAT([&] { KeyCodec({weighted}); }, ThrowsMessage<Error>(HasSubstr("7 pair weights")));
 }
+
+TEST_P(KeyCodecTest, CountsBitsExactly) {
+  const Index code_bits = Index{kHeads} * 2 * 6 * 2 * 4;  // groups, stages, codes, bits
+  EXPECT_EQ(codec_->bits_per_token(), code_bits + 16 * (GetParam() ? kHeads : 1));
+}
+
+INSTANTIATE_TEST_SUITE_P(Norms, KeyCodecTest, testing::Bool());
 
 TEST(KeyCodecConfigTest, PaperPresetsCountTheirBits) {
   for (const int head_dim : {64, 96, 128, 256}) {
@@ -168,6 +192,22 @@ TEST(KeyCodecConfigTest, PaperPresetsCountTheirBits) {
   const KeyCodecConfig paper = KeyCodecConfig::paper_1bit({});
   EXPECT_EQ(paper.bits_per_head(), 132);
   EXPECT_EQ(KeyCodecConfig::paper_2bit({}).bits_per_head(), 252);
+}
+
+TEST(KeyCodecConfigTest, OwnPresetsDecodeAtMostAsManyRowsAsThePapers) {
+  for (const int head_dim : {64, 96, 128, 256}) {
+    const PairLayout pairs{head_dim, head_dim, RopeLayout::kHalfSplit};
+    const KeyCodecConfig one = KeyCodecConfig::commvq_1bit(pairs);
+    const KeyCodecConfig two = KeyCodecConfig::commvq_2bit(pairs);
+    EXPECT_LE(one.num_codes(), KeyCodecConfig::paper_1bit(pairs).num_codes());
+    EXPECT_LE(two.num_codes(), KeyCodecConfig::paper_2bit(pairs).num_codes());
+    for (const KeyCodecConfig& config : {one, two}) {
+      EXPECT_NO_THROW(config.validate());
+      EXPECT_FALSE(config.tied);
+      EXPECT_TRUE(config.norm_per_head);
+      EXPECT_EQ(config.beam_width, 8);
+    }
+  }
 }
 
 TEST(KeyCodecConfigTest, NamesTheFieldThatIsOutOfRange) {

@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "commvq/learner/key_learner.hpp"
+#include "reference/key_reference.hpp"
 #include "reference/random_cache.hpp"
 
 #include <gmock/gmock.h>
@@ -94,6 +95,51 @@ TEST(KeyLearner, UntiedBooksFitBetter) {
   EXPECT_LT(error(false), error(true));
 }
 
+/// Mean of |k_i - decoded_i|^2 times the squared weights, with the codebook's own encoder.
+double weighted_error_of(KeyCodebook<float> codebook, const std::vector<float>& keys,
+                         const std::vector<float>& weights) {
+  const KeyEncoder<float> encoder(codebook);
+  codebook.pair_weights = weights;
+  std::vector<std::uint16_t> codes(static_cast<std::size_t>(kTokens * codebook.config.num_codes()));
+  encoder.encode(as_matrix(keys, kTokens, kHeadDim), 8,
+                 as_matrix(codes, kTokens, codebook.config.num_codes()));
+  double sum = 0;
+  for (std::size_t t = 0; t < static_cast<std::size_t>(kTokens); ++t)
+    sum += reference::squared_error(
+        codebook, &keys[t * kHeadDim],
+        &codes[t * static_cast<std::size_t>(codebook.config.num_codes())]);
+  return sum / static_cast<double>(kTokens);
+}
+
+TEST(KeyLearner, WeightsLowerTheWeightedError) {
+  const std::vector<float> keys = clustered_keys();
+  const std::vector<float> weights = {0.1f, 0.1f, 2.0f, 1.0f, 0.1f, 0.1f, 0.5f, 0.1f};
+  for (const bool tied : {true, false}) {
+    KeyLearnerOptions options = small_options(tied);
+    options.refinement.rounds = 2;
+    const auto plain = learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), options);
+    options.pair_weights = weights;
+    KeyLearnerReport report;
+    const auto weighted = learn_key_codebook(as_matrix(keys, kTokens, kHeadDim), options, &report);
+    EXPECT_EQ(weighted.pair_weights, weights);
+    const double error = weighted_error_of(weighted, keys, weights);
+    EXPECT_LT(error, 0.5 * weighted_error_of(plain, keys, weights));
+    EXPECT_NEAR(error, report.refinement_objectives.back(), 0.05 * error);
+  }
+}
+
+TEST(KeyLearner, WeightsOfALayerGoToTheirHeads) {
+  const std::vector<float> keys = clustered_keys(kTokens, 2);
+  KeyLearnerOptions options = small_options();
+  for (int i = 0; i < kHeadDim; ++i) options.pair_weights.push_back(1.0f + static_cast<float>(i));
+  const KeyCodec codec = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);
+  EXPECT_EQ(codec.codebook(0).pair_weights.front(), 1.0f);
+  EXPECT_EQ(codec.codebook(1).pair_weights.front(), 9.0f);
+  options.pair_weights.pop_back();
+  EXPECT_THAT([&] { learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options); },
+              ThrowsMessage<Error>(HasSubstr("15 pair weights")));
+}
+
 TEST(KeyLearner, SameSeedAndThreadsGiveTheSameCodebook) {
   const std::vector<float> keys = clustered_keys();
   KeyLearnerOptions options = small_options();
@@ -116,6 +162,32 @@ TEST(KeyLearner, FewerKeysThanCentroids) {
   EXPECT_LT(error_of(codebook, keys), 0.05);
 }
 
+/// Relative squared error of a head's key after coding, mean over tokens and heads that are not
+/// zero.
+double relative_error_of(const KeyCodec& codec, const std::vector<float>& keys, Index tokens) {
+  const Index num_codes = Index{codec.num_kv_heads()} * codec.config().num_codes();
+  const Index channels = Index{codec.num_kv_heads()} * kHeadDim;
+  std::vector<std::uint16_t> codes(static_cast<std::size_t>(tokens * num_codes));
+  std::vector<std::uint16_t> norms(static_cast<std::size_t>(tokens * codec.num_norms()));
+  std::vector<float> decoded(keys.size());
+  codec.encode(as_matrix(keys, tokens, channels), as_matrix(codes, tokens, num_codes),
+               norms.data());
+  codec.decode(as_matrix(codes, tokens, num_codes), norms.data(),
+               as_matrix(decoded, tokens, channels));
+  double sum = 0, count = 0;
+  for (std::size_t first = 0; first < keys.size(); first += kHeadDim) {
+    double error = 0, size = 0;
+    for (std::size_t i = first; i < first + kHeadDim; ++i) {
+      error += std::pow(keys[i] - decoded[i], 2);
+      size += std::pow(keys[i], 2);
+    }
+    if (size == 0) continue;
+    sum += error / size;
+    ++count;
+  }
+  return sum / count;
+}
+
 TEST(KeyLearner, LayerLearnsEveryHeadAndSkipsZeroKeys) {
   std::vector<float> keys = clustered_keys(kTokens, 2);
   std::fill_n(keys.begin(), 3 * 2 * kHeadDim, 0.0f);
@@ -125,16 +197,47 @@ TEST(KeyLearner, LayerLearnsEveryHeadAndSkipsZeroKeys) {
       learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), small_options(), &reports);
   EXPECT_EQ(codec.num_kv_heads(), 2);
   EXPECT_EQ(reports.size(), 2u);
-  std::vector<std::uint16_t> codes(static_cast<std::size_t>(kTokens) * 16), norms(kTokens);
-  std::vector<float> decoded(keys.size());
-  codec.encode(as_matrix(keys, kTokens, 2 * kHeadDim), as_matrix(codes, kTokens, 16), norms.data());
-  codec.decode(as_matrix(codes, kTokens, 16), norms.data(), as_matrix(decoded, kTokens, 2 * kHeadDim));
-  double error = 0, size = 0;
-  for (std::size_t i = 0; i < keys.size(); ++i) {
-    error += std::pow(keys[i] - decoded[i], 2);
-    size += std::pow(keys[i], 2);
-  }
-  EXPECT_LT(error, 0.2 * size);
+  EXPECT_LT(relative_error_of(codec, keys, kTokens), 0.2);
+}
+
+TEST(KeyLearner, NormPerHeadFitsHeadsWhoseLengthsVary) {
+  std::vector<float> keys = clustered_keys(kTokens, 2);
+  for (Index t = 0; t < kTokens; ++t)
+    for (int c = 0; c < kHeadDim; ++c)
+      keys[static_cast<std::size_t>(t * 2 * kHeadDim + c)] *= std::ldexp(1.0f, static_cast<int>(t % 7));
+  KeyLearnerOptions options = small_options();
+  const KeyCodec per_token = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);
+  options.codec.norm_per_head = true;
+  const KeyCodec per_head = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);
+  EXPECT_LT(relative_error_of(per_head, keys, kTokens),
+            0.5 * relative_error_of(per_token, keys, kTokens));
+}
+
+TEST(KeyLearner, AHeadOfZerosLearnsZeros) {
+  std::vector<float> keys = clustered_keys(kTokens, 2);
+  for (Index t = 0; t < kTokens; ++t) std::fill_n(&keys[static_cast<std::size_t>(t * 32)], 16, 0.0f);
+  KeyLearnerOptions options = small_options();
+  options.codec.norm_per_head = true;
+  const KeyCodec codec = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);
+  for (const float number : codec.codebook(0).rows) EXPECT_EQ(number, 0.0f);
+  EXPECT_LT(relative_error_of(codec, keys, kTokens), 0.2);
+}
+
+// At the same stages: what the library adds to the paper's learner must leave less error.
+TEST(KeyLearner, OwnPresetBeatsThePapers) {
+  testing_support::Rng rng(5);
+  std::vector<float> keys = testing_support::normal_floats(rng, kTokens * 2 * kHeadDim);
+  for (std::size_t i = 0; i < keys.size(); ++i) keys[i] *= 1.0f / static_cast<float>(1 + i % 16);
+  const auto error = [&](KeyLearnerOptions options) {
+    options.codec.codebook_size = 8;
+    options.codec.num_stages = 3;
+    return relative_error_of(learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options), keys,
+                             kTokens);
+  };
+  const PairLayout pairs = small_options().codec.pairs;
+  const double paper = error(KeyLearnerOptions::paper(KeyCodecConfig::paper_1bit(pairs)));
+  const double own = error(KeyLearnerOptions::commvq(KeyCodecConfig::commvq_1bit(pairs)));
+  EXPECT_LT(own, 0.8 * paper);
 }
 
 TEST(KeyLearner, ReportsProgress) {

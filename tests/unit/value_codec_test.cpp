@@ -174,6 +174,11 @@ TEST(ValueCodecConfigTest, PresetsAndLimits) {
   config.num_channels = 16;
   config.bits = 3;
   EXPECT_THAT([&] { config.validate(); }, ThrowsMessage<Error>(HasSubstr("3")));
+  config.bits = 1;
+  config.polish_sweeps = -1;
+  EXPECT_THAT([&] { config.validate(); }, ThrowsMessage<Error>(HasSubstr("polish_sweeps is -1")));
+  EXPECT_EQ(ValueCodecConfig::commvq_1bit(1024).num_code_bits(), 1024);
+  EXPECT_EQ(ValueCodecConfig::commvq_2bit(1024).num_code_bits(), 2048);
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -63,6 +64,38 @@ TEST(ValueTrainer, LearnsAndMoreBitsLearnMore) {
   EXPECT_LT(train(2), one);
 }
 
+TEST(ValueTrainer, RefinementLowersTheError) {
+  const std::vector<float> values = clustered_values();
+  for (const int sweeps : {0, 8}) {
+    ValueTrainerOptions options = options_for(1);
+    options.codec.polish_sweeps = sweeps;
+    options.steps = 40;
+    options.refinement.rounds = 4;
+    ValueTrainerReport report;
+    const ValueCodec codec =
+        train_value_codec(as_matrix(values, kTokens, kChannels), options, &report);
+    ASSERT_EQ(report.refinement_objectives.size(), 5u);
+    const auto& errors = report.refinement_objectives;
+    const double best = *std::min_element(errors.begin(), errors.end());
+    EXPECT_LT(best, 0.8 * errors.front()) << sweeps << " sweeps";
+    EXPECT_NEAR(relative_error(codec, values), best, 0.1 * best) << sweeps << " sweeps";
+  }
+}
+
+// In an eighth of the steps.
+TEST(ValueTrainer, OwnPresetBeatsThePapers) {
+  const std::vector<float> values = clustered_values();
+  const auto error = [&](ValueTrainerOptions options, int steps) {
+    options.steps = steps;
+    options.batch_tokens = 64;
+    return relative_error(train_value_codec(as_matrix(values, kTokens, kChannels), options), values);
+  };
+  const double paper =
+      error(ValueTrainerOptions::paper(ValueCodecConfig::paper_1bit(kChannels)), 400);
+  const double own = error(ValueTrainerOptions::commvq(ValueCodecConfig::commvq_1bit(kChannels)), 50);
+  EXPECT_LT(own, 0.8 * paper);
+}
+
 TEST(ValueTrainer, SameSeedGivesTheSameWeights) {
   const std::vector<float> values = clustered_values();
   ValueTrainerOptions options = options_for(1);
@@ -90,6 +123,7 @@ TEST(ValueTrainer, ReportsProgress) {
   const std::vector<float> values = clustered_values();
   ValueTrainerOptions options = options_for(1);
   options.steps = 10;
+  options.refinement.rounds = 2;
   double last = 0;
   options.progress = [&](const Progress& progress) {
     EXPECT_GE(progress.fraction, last);
@@ -115,6 +149,9 @@ TEST(ValueTrainer, BadInputIsNamed) {
   options = options_for(1);
   options.codec.num_channels = 64;
   EXPECT_THAT(train(options), ThrowsMessage<Error>(HasSubstr("64")));
+  options = options_for(1);
+  options.refinement.ridge = 0;
+  EXPECT_THAT(train(options), ThrowsMessage<Error>(HasSubstr("refinement.ridge")));
   values[17] = std::numeric_limits<float>::quiet_NaN();
   EXPECT_THROW(train(options_for(1))(), Error);
   EXPECT_THROW(train_value_codec({values.data(), 0, kChannels}, options_for(1)), Error);

@@ -17,7 +17,7 @@ using PagePtr = std::shared_ptr<Page>;
 /// How the codes of `page_size` tokens lie in a page. All sections are exactly as large as
 /// their contents:
 ///
-///     key norms    [page_size] bf16                       or  exact keys   [page_size][channels]
+///     key norms    [page_size][num_key_norms] bf16        or  exact keys   [page_size][channels]
 ///     value scales [page_size] bf16                       or  exact values [page_size][channels]
 ///     key codes    [num_kv_heads] bit streams [page_size][num_codes], as `put_bits` writes
 ///     value codes  [page_size / 8][num_code_bits] bytes; bit t % 8 is token t's
@@ -31,6 +31,7 @@ struct PageLayout {
   int num_kv_heads = 0;
   int key_codes = 0;        ///< codes of one token and head; 0 if keys are exact
   int key_code_bits = 0;    ///< bits of one code
+  int num_key_norms = 0;    ///< norms of one token: 1, num_kv_heads, or 0 if keys are exact
   int value_code_bits = 0;  ///< code bits of one token; 0 if values are exact
 
   /// Throws `Error` unless page_size is a positive multiple of 8.
@@ -44,7 +45,9 @@ struct PageLayout {
   Index page_bytes() const { return page_size * bits_per_token() / 8; }
 
   /// Offsets in bytes.
-  Index key_norms() const { return 0; }
+  Index key_norm(Index token, int head) const {
+    return 2 * (token * num_key_norms + (num_key_norms > 1 ? head : 0));
+  }
   Index exact_keys(Index token) const { return token * num_channels * size_of(exact_type); }
   Index value_scales() const { return page_size * key_row_bytes(); }
   Index exact_values(Index token) const {
@@ -58,20 +61,22 @@ struct PageLayout {
     return key_stream(num_kv_heads) + token / 8 * value_code_bits;
   }
 
-  /// Writes token `token` of a page. `key_codes_row` is `[num_kv_heads * key_codes]`, `value_code`
-  /// the packed bits as `ValueCodec::encode` writes them.
+  /// Writes token `token` of a page. `key_codes_row` is `[num_kv_heads * key_codes]`, `norms`
+  /// `[num_key_norms]`, `value_code` the packed bits as `ValueCodec::encode` writes them.
   void put_key(Page& page, Index token, const std::uint16_t* key_codes_row,
-               std::uint16_t norm) const;
+               const std::uint16_t* norms) const;
   void put_value(Page& page, Index token, const std::uint8_t* value_code,
                  std::uint16_t scale) const;
   /// The inverses.
   void get_key(const Page& page, Index token, std::uint16_t* key_codes_row,
-               std::uint16_t& norm) const;
+               std::uint16_t* norms) const;
   void get_value(const Page& page, Index token, std::uint8_t* value_code,
                  std::uint16_t& scale) const;
 
  private:
-  Index key_row_bytes() const { return keys_coded() ? 2 : num_channels * size_of(exact_type); }
+  Index key_row_bytes() const {
+    return keys_coded() ? 2 * num_key_norms : num_channels * size_of(exact_type);
+  }
   Index value_row_bytes() const { return values_coded() ? 2 : num_channels * size_of(exact_type); }
 };
 

@@ -19,10 +19,15 @@ namespace commvq {
 ///
 /// `rows` is `[num_groups][num_stages][2 books][codebook_size][2 * group_pairs]`; a row is planar:
 /// group_pairs real parts, then group_pairs imaginary parts.
+///
+/// `pair_weights` is `[num_pairs]`, positive, or empty for all ones. They concern encoding alone:
+/// the encoder minimises the sum over pairs of pair_weights[i]^2 |kappa_i - decoded_i|^2. With
+/// weights from the queries (see `QueryStatistics`) that is the error of the attention logits.
 template <class Scalar>
 struct KeyCodebook {
   KeyCodecConfig config;
   std::vector<Scalar> rows;
+  std::vector<Scalar> pair_weights;
 
   KeyCodebook() = default;
   /// An all-zero codebook. Throws `Error` if `config_` is invalid.
@@ -34,6 +39,20 @@ struct KeyCodebook {
   }
 
   int row_size() const { return 2 * config.group_pairs; }
+
+  /// The rows with every number multiplied by its pair's `factors[pair]`, `[num_pairs]`.
+  std::vector<Scalar> scaled_rows(const std::vector<Scalar>& factors) const {
+    std::vector<Scalar> result = rows;
+    const int g = config.group_pairs;
+    const std::size_t rows_per_group = rows.size() / row_size() / config.num_groups();
+    for (std::size_t row = 0; row < rows_per_group * config.num_groups(); ++row)
+      for (int i = 0; i < g; ++i) {
+        const Scalar factor = factors[row / rows_per_group * g + i];
+        result[row * row_size() + i] *= factor;
+        result[row * row_size() + g + i] *= factor;
+      }
+    return result;
+  }
 
   /// Book 0 (A) or 1 (B) of a stage: `[codebook_size][2 * group_pairs]`.
   const Scalar* book(int group, int stage, int which) const {

@@ -13,6 +13,7 @@ struct KeyCodecConfig {
   int num_stages = 11;     ///< R: residual stages, in [1, 1024]
   bool tied = true;        ///< paper: the second book of a stage is j times the first
   int beam_width = 1;      ///< candidates kept per stage when encoding; 1 is the paper's greedy
+  bool norm_per_head = false;  ///< paper: one norm a token over all heads; true: one a head
 
   bool operator==(const KeyCodecConfig&) const = default;
 
@@ -21,8 +22,10 @@ struct KeyCodecConfig {
   int num_codes() const { return num_groups() * num_stages * 2; }
   /// Bits of one code.
   int code_bits() const { return bits_for(codebook_size); }
-  /// Bits of one token and head, without the norm.
+  /// Bits of one token and head, without norms.
   int bits_per_head() const { return num_codes() * code_bits(); }
+  /// Norms of one token of `num_kv_heads` heads.
+  int num_norms(int num_kv_heads) const { return norm_per_head ? num_kv_heads : 1; }
 
   /// Throws `Error` naming the first field that is out of range.
   void validate() const;
@@ -32,8 +35,14 @@ struct KeyCodecConfig {
   static KeyCodecConfig paper_1bit(const PairLayout& pairs) { return paper(pairs, 11); }
   static KeyCodecConfig paper_2bit(const PairLayout& pairs) { return paper(pairs, 21); }
 
+  /// The library's own: as many stages or fewer, untied, a beam of 8 and a norm per head. Decoding
+  /// costs the same. At head_dim 128 with norms 1.156 and 2.0 bits a number (R = 11 and 20).
+  static KeyCodecConfig commvq_1bit(const PairLayout& pairs) { return commvq(pairs, 11); }
+  static KeyCodecConfig commvq_2bit(const PairLayout& pairs) { return commvq(pairs, 20); }
+
  private:
   static KeyCodecConfig paper(const PairLayout& pairs, int stages_at_64_pairs);
+  static KeyCodecConfig commvq(const PairLayout& pairs, int stages_at_64_pairs);
 };
 
 inline void KeyCodecConfig::validate() const {
@@ -56,6 +65,14 @@ inline KeyCodecConfig KeyCodecConfig::paper(const PairLayout& pairs, int stages_
   while (pairs.num_pairs() % config.group_pairs != 0) --config.group_pairs;
   const int stages = stages_at_64_pairs * config.group_pairs / 64;
   config.num_stages = stages < 1 ? 1 : stages;
+  return config;
+}
+
+inline KeyCodecConfig KeyCodecConfig::commvq(const PairLayout& pairs, int stages_at_64_pairs) {
+  KeyCodecConfig config = paper(pairs, stages_at_64_pairs);
+  config.tied = false;
+  config.beam_width = 8;
+  config.norm_per_head = true;
   return config;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -18,13 +19,14 @@ namespace commvq {
 template <class Scalar>
 class KeyEncoder {
  public:
-  /// Precomputes per stage the inner products of book A with book B. Copies the codebook.
+  /// Precomputes per stage the inner products of book A with book B. Copies the codebook. Throws
+  /// `Error` for rows that do not fit the configuration and for weights that are not positive.
   explicit KeyEncoder(KeyCodebook<Scalar> codebook);
 
   const KeyCodebook<Scalar>& codebook() const { return codebook_; }
 
   /// Encodes `keys` `[tokens][head_dim]`, planar and already divided by the norm. `codes` is
-  /// `[tokens][num_codes()]`. Minimises |key - decoded|^2 among the `beam_width` candidates kept
+  /// `[tokens][num_codes()]`. Minimises |key - decoded|^2, with the codebook's weights, among the `beam_width` candidates kept
   /// after each stage; ties go to the smaller (candidate, A, B). `squared_error`, `[tokens]` or
   /// null, receives what remains. Over many keys a wider beam leaves a smaller error; a single key
   /// can come out worse. Parallel over tokens where the caller is not in a parallel region.
@@ -56,10 +58,11 @@ class KeyEncoder {
   std::size_t stage_index(int group, int stage) const {
     return static_cast<std::size_t>(group) * codebook_.config.num_stages + stage;
   }
-  /// Both books of a stage, `[2 * codebook_size][2g]`.
+  /// Both books of a stage with weights applied, `[2 * codebook_size][2g]`.
   ConstMatrixMap books(int group, int stage) const {
-    return {codebook_.book(group, stage, 0), 2 * codebook_.config.codebook_size,
-            codebook_.row_size()};
+    const std::size_t first = codebook_.book(group, stage, 0) - codebook_.rows.data();
+    const std::vector<Scalar>& rows = weighted_rows_.empty() ? codebook_.rows : weighted_rows_;
+    return {rows.data() + first, 2 * codebook_.config.codebook_size, codebook_.row_size()};
   }
   Beam first_beam(MatrixView<const Scalar> keys, int group) const;
   void extend(Beam& beam, int group, int stage, int beam_width) const;
@@ -67,6 +70,7 @@ class KeyEncoder {
                     std::size_t limit, std::vector<Choice>& best) const;
 
   KeyCodebook<Scalar> codebook_;
+  std::vector<Scalar> weighted_rows_;  ///< as the codebook's; empty without weights
   std::vector<Scalar> squared_norms_;  ///< [groups][stages][2 * codebook_size]
   std::vector<Scalar> cross_terms_;    ///< [groups][stages][A][B]: 2 <Z_0[A], Z_1[B]>
 };
@@ -80,6 +84,15 @@ KeyEncoder<Scalar>::KeyEncoder(KeyCodebook<Scalar> codebook) : codebook_(std::mo
   require(codebook_.rows.size() == stages * 2 * size * codebook_.row_size(), "the codebook holds ",
           codebook_.rows.size(), " numbers; its configuration needs ",
           stages * 2 * size * codebook_.row_size());
+  const std::vector<Scalar>& weights = codebook_.pair_weights;
+  if (!weights.empty()) {
+    require(weights.size() == static_cast<std::size_t>(config.pairs.num_pairs()), "there are ",
+            weights.size(), " pair weights; a head has ", config.pairs.num_pairs(), " pairs");
+    for (std::size_t i = 0; i < weights.size(); ++i)
+      require(weights[i] > 0 && std::isfinite(weights[i]), "pair weight ", i, " is ", weights[i],
+              "; it must be positive and finite");
+    weighted_rows_ = codebook_.scaled_rows(weights);
+  }
   squared_norms_.resize(stages * 2 * size);
   cross_terms_.resize(stages * size * size);
   for (int group = 0; group < config.num_groups(); ++group)
@@ -131,10 +144,14 @@ auto KeyEncoder<Scalar>::first_beam(MatrixView<const Scalar> keys, int group) co
   const Index num_pairs = keys.cols / 2;
   Beam beam;
   beam.residuals.resize(keys.rows, 2 * g);
+  const std::vector<Scalar>& weights = codebook_.pair_weights;
   for (Index t = 0; t < keys.rows; ++t)
-    for (Index part = 0; part < 2; ++part)
-      std::copy_n(keys.row(t) + part * num_pairs + group * g, g,
-                  beam.residuals.row(t).data() + part * g);
+    for (Index part = 0; part < 2; ++part) {
+      Scalar* const residual = beam.residuals.row(t).data() + part * g;
+      std::copy_n(keys.row(t) + part * num_pairs + group * g, g, residual);
+      if (weights.empty()) continue;
+      for (int i = 0; i < g; ++i) residual[i] *= weights[static_cast<std::size_t>(group * g + i)];
+    }
   beam.errors.resize(static_cast<std::size_t>(keys.rows));
   for (Index t = 0; t < keys.rows; ++t)
     beam.errors[static_cast<std::size_t>(t)] = beam.residuals.row(t).squaredNorm();

@@ -25,13 +25,22 @@ struct KeyLearnerOptions {
   int batch_tokens = 4096;          ///< tokens whose assignments are in memory at once
   std::uint64_t seed = 1;
   KeyRefinement refinement;
+  /// Of the error that is minimised, learning and later encoding, `[num_kv_heads][num_pairs]` (one
+  /// head for `learn_key_codebook`); empty: all ones. See `KeyCodebook` and `QueryStatistics`.
+  std::vector<float> pair_weights;
   ProgressCallback progress;        ///< may be empty
 
   /// Throws `Error` naming the first field that is out of range.
   void validate() const;
+
+  /// The paper's learner: EM alone.
+  static KeyLearnerOptions paper(const KeyCodecConfig& codec);
+  /// The library's own: a few EM steps, then joint least squares. Weights are for the caller to add.
+  static KeyLearnerOptions commvq(const KeyCodecConfig& codec);
 };
 
-/// Mean squared error per key (not per channel), of keys that were divided by their norm.
+/// Mean squared error per key (not per channel), of keys that were divided by their norm, with
+/// weights.
 struct KeyLearnerReport {
   /// `[num_groups * num_stages][steps taken + 1]`: error of the hard assignment before the first
   /// step and after each; the stage keeps the smallest.
@@ -51,13 +60,14 @@ struct KeyLearnerReport {
 /// least squares of all books at fixed codes, alternating with re-encoding.
 ///
 /// The same seed, input and number of threads give the same codebook. Fewer tokens than centroids
-/// are allowed; an empty cluster keeps its centroid. Throws `Error` for no tokens, wrong shapes, or
-/// NaN and infinity.
+/// are allowed; an empty cluster keeps its centroid. Throws `Error` for no tokens, wrong shapes,
+/// weights that are not positive, or NaN and infinity.
 KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys, const KeyLearnerOptions& options,
                                       KeyLearnerReport* report = nullptr);
 
 /// Learns a layer's codec from `keys` `[tokens][num_kv_heads * head_dim]`, channel order, before
-/// RoPE, not normalised: divides by the norms, then learns each head. Zero keys are left out.
+/// RoPE, not normalised: divides by the norms that the codec will store, then learns each head.
+/// Keys with norm 0 are left out; throws `Error` if all keys are zero.
 /// `reports` is null or receives one report a head.
 KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& options,
                          std::vector<KeyLearnerReport>* reports = nullptr);

@@ -12,6 +12,7 @@ struct ValueCodecConfig {
   int num_channels = 1024;  ///< C = num_kv_heads * head_dim, a multiple of 8
   int bits = 1;             ///< binary codes per channel, 1 or 2
   int hidden_size = 2048;   ///< H of the encoder network
+  int polish_sweeps = 0;    ///< passes of bit flips after the network, in [0, 64]; 0: the paper's
 
   bool operator==(const ValueCodecConfig&) const = default;
 
@@ -28,7 +29,12 @@ struct ValueCodecConfig {
   static ValueCodecConfig paper_1bit(int num_channels) { return paper(num_channels, 1); }
   static ValueCodecConfig paper_2bit(int num_channels) { return paper(num_channels, 2); }
 
+  /// The library's own: the same codes and decoder, found by the network and up to 8 sweeps.
+  static ValueCodecConfig commvq_1bit(int num_channels) { return commvq(num_channels, 1); }
+  static ValueCodecConfig commvq_2bit(int num_channels) { return commvq(num_channels, 2); }
+
  private:
+  static ValueCodecConfig commvq(int num_channels, int bits);
   static ValueCodecConfig paper(int num_channels, int bits);
 };
 
@@ -40,7 +46,9 @@ struct ValueCodecConfig {
 ///               3 = (0,0)
 ///     decoder:  u = decoder^T b,   value ~ |v| u / |u|
 ///
-/// GELU is the exact one, x Phi(x).
+/// GELU is the exact one, x Phi(x). With `polish_sweeps` single bits are then flipped, in order, as
+/// long as that lowers |v - s u|^2 with the best scale s = <v, u> / |u|^2, and s is stored instead
+/// of |v| / |u|.
 struct ValueCodecWeights {
   std::vector<float> norm_gain;      ///< [C]
   std::vector<float> norm_bias;      ///< [C]
@@ -77,8 +85,8 @@ class ValueCodec {
   Index bits_per_token() const { return config_.num_code_bits() + 16; }
 
   /// Encodes `values` `[tokens][C]`. `codes` is `[tokens][code_bytes()]`, bit i of the code in bit
-  /// i % 8 of byte i / 8; `scales` `[tokens]` receives bf16 bits of |v| / |u| (0 where v or u is
-  /// zero). Throws `Error` for shapes that do not fit, and for NaN, infinity or a scale beyond
+  /// i % 8 of byte i / 8; `scales` `[tokens]` receives bf16 bits of |v| / |u|, or of the best scale
+  /// of a polished code (0 where v or u is zero). Throws `Error` for shapes that do not fit, and for NaN, infinity or a scale beyond
   /// bf16's range, naming token and channel. Parallel over blocks of tokens.
   void encode(MatrixView<const float> values, MatrixView<std::uint8_t> codes,
               std::uint16_t* scales) const;
@@ -90,6 +98,7 @@ class ValueCodec {
  private:
   ValueCodecConfig config_;
   ValueCodecWeights weights_;
+  std::vector<float> gram_;  // E E^T, [num_code_bits][num_code_bits]; empty without polish
 };
 
 }  // namespace commvq

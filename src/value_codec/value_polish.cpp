@@ -1,0 +1,70 @@
+#include "value_codec/value_polish.hpp"
+
+namespace commvq::value_polish {
+namespace {
+
+/// One pass over the bits of a token: bit i is flipped, b_i += d, where that lowers |v / s - u|^2,
+/// that is where -2 d <E_i, v / s - u> + |E_i|^2 < 0. `value_products` holds <E_i, v>, `products`
+/// <E_i, u>, kept up to date. Returns whether any bit was flipped.
+bool flip_bits(const ConstMatrixMap<float>& gram, const float* value_products, float inverse_scale,
+               float* products, float* bits) {
+  const Index count = gram.rows();
+  bool flipped = false;
+  for (Index i = 0; i < count; ++i) {
+    const float change = bits[i] > 0 ? -1.0f : 1.0f;
+    const float left = value_products[i] * inverse_scale - products[i];
+    if (!(gram(i, i) - 2 * change * left < 0)) continue;
+    bits[i] += change;
+    const float* const row = gram.row(i).data();
+#pragma omp simd
+    for (Index j = 0; j < count; ++j) products[j] += change * row[j];
+    flipped = true;
+  }
+  return flipped;
+}
+
+double dot(const float* x, const float* y, Index count) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (Index i = 0; i < count; ++i) sum += static_cast<double>(x[i]) * y[i];
+  return sum;
+}
+
+/// s from <v, u> and the lengths.
+double scale_of(double product, double value_length, double length) {
+  if (!(length > 0)) return 1.0;
+  return product > 0 ? product / (length * length) : value_length / length;
+}
+
+}  // namespace
+
+double best_scale(const float* value, const float* decoded, Index count) {
+  return scale_of(dot(value, decoded, count), value_layers::norm_of(value, count),
+                  value_layers::norm_of(decoded, count));
+}
+
+Matrix<float> gram_of(const ConstMatrixMap<float>& decoder) {
+  return decoder * decoder.transpose();
+}
+
+void polish(const ConstMatrixMap<float>& decoder, const ConstMatrixMap<float>& gram,
+            const Matrix<float>& values, int sweeps, Matrix<float>& bits) {
+  const Matrix<float> value_products = values * decoder.transpose();
+  Matrix<float> products = bits * gram;
+  const Index num_bits = bits.cols();
+  for (Index t = 0; t < values.rows(); ++t) {
+    const float* const of_value = value_products.row(t).data();
+    float* const of_sum = products.row(t).data();
+    float* const b = bits.row(t).data();
+    const double value_length = value_layers::norm_of(values.row(t).data(), values.cols());
+    for (int sweep = 0; sweep < sweeps; ++sweep) {
+      // <v, u> and |u|^2 are sums over the bits.
+      const double length = std::sqrt(std::max(0.0, dot(of_sum, b, num_bits)));
+      const double scale = scale_of(dot(of_value, b, num_bits), value_length, length);
+      const auto inverse = static_cast<float>(scale > 0 ? 1 / scale : 0);
+      if (!flip_bits(gram, of_value, inverse, of_sum, b)) break;
+    }
+  }
+}
+
+}  // namespace commvq::value_polish
