@@ -62,7 +62,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("binary", help="decode_attention_cuda_bench")
     parser.add_argument("--preset", nargs="*",
-                        default=["paper_1bit", "paper_2bit", "7bit_10_books", "7bit_8_books"])
+                        default=["paper_1bit", "paper_2bit", "commvq_1bit", "commvq_2bit",
+                                 "7bit_10_books", "7bit_8_books"])
     arguments = parser.parse_args()
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cases": []}
     for batch, tokens in CASES:

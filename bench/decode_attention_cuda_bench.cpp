@@ -56,17 +56,21 @@ std::vector<float> normal_floats(Rng& rng, std::size_t count, float deviation) {
 struct Preset {
   const char* name;
   int codebook_size, num_stages, value_bits;
+  bool norm_per_head;
 };
-constexpr Preset kPresets[] = {{"paper_1bit", 64, 11, 1},
-                               {"paper_2bit", 64, 21, 2},
-                               {"7bit_10_books", 128, 5, 1},
-                               {"7bit_8_books", 128, 4, 1}};
+constexpr Preset kPresets[] = {{"paper_1bit", 64, 11, 1, false},
+                               {"paper_2bit", 64, 21, 2, false},
+                               {"commvq_1bit", 64, 11, 1, true},
+                               {"commvq_2bit", 64, 20, 2, true},
+                               {"7bit_10_books", 128, 5, 1, true},
+                               {"7bit_8_books", 128, 4, 1, true}};
 
 LayerCodec random_codec(Rng& rng, const Preset& preset) {
   KeyCodecConfig config;
   config.codebook_size = preset.codebook_size;
   config.num_stages = preset.num_stages;
   config.tied = false;
+  config.norm_per_head = preset.norm_per_head;
   std::vector<KeyCodebook<float>> heads;
   for (int head = 0; head < kNumKvHeads; ++head) {
     KeyCodebook<float>& codebook = heads.emplace_back(config);

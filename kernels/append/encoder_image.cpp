@@ -53,6 +53,13 @@ EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layo
           "the value codec (", values.num_channels, " channels, ", values.num_code_bits(),
           " bits) differs from the page layout's: ", layout.num_kv_heads * layout.head_dim, ", ",
           layout.num_code_bits);
+  require(!codec.keys->is_weighted(),
+          "the key codec weights its error by the queries; the device encoder computes plain "
+          "errors only: encode on the host, or learn without query weights");
+  require(codec.values->config().polish_sweeps == 0, "the value codec polishes its codes in ",
+          codec.values->config().polish_sweeps,
+          " sweeps; the device encoder takes the network's code alone: encode on the host, or set "
+          "polish_sweeps to 0");
   require(layout.norms_per_token == 1 || layout.norms_per_token == layout.num_kv_heads,
           "norms_per_token is ", layout.norms_per_token,
           "; it must be 1 or num_kv_heads = ", layout.num_kv_heads);

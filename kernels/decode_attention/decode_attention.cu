@@ -228,6 +228,7 @@ KeyScoresLauncher launcher_of(const DevicePageLayout& layout, const KeySlice& sl
   };
   if (is(6, 22)) return launch_key_scores<64, FixedCodes<6, 22>>;
   if (is(6, 21)) return launch_key_scores<64, FixedCodes<6, 21>>;
+  if (is(6, 20)) return launch_key_scores<64, FixedCodes<6, 20>>;
   if (is(7, 10)) return launch_key_scores<64, FixedCodes<7, 10>>;
   if (is(7, 8)) return launch_key_scores<64, FixedCodes<7, 8>>;
   return slice.width == 64 ? launch_key_scores<64, AnyCodes> : launch_key_scores<32, AnyCodes>;

@@ -23,6 +23,9 @@ extern template cudaError_t launch_key_scores<64, FixedCodes<6, 22>>(const key_s
                                                                      dim3, int, cudaStream_t);
 extern template cudaError_t launch_key_scores<64, FixedCodes<6, 21>>(const key_scores::Arguments&,
                                                                      dim3, int, cudaStream_t);
+// 20 books: half of commvq_2bit.
+extern template cudaError_t launch_key_scores<64, FixedCodes<6, 20>>(const key_scores::Arguments&,
+                                                                     dim3, int, cudaStream_t);
 // Few wide books.
 extern template cudaError_t launch_key_scores<64, FixedCodes<7, 10>>(const key_scores::Arguments&,
                                                                      dim3, int, cudaStream_t);

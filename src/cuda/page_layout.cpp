@@ -51,7 +51,8 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
       code_bits(keys.code_bits()),
       num_groups(keys.num_groups()),
       num_books(2 * keys.num_stages),
-      num_code_bits(values.num_code_bits()) {
+      num_code_bits(values.num_code_bits()),
+      norms_per_token(keys.num_norms(num_kv_heads)) {
   require(page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128,
           "page_size is ", page_size, "; the device supports 16, 32, 64 and 128");
   require(head_dim == 64 || head_dim == 128 || head_dim == 256, "head_dim is ", head_dim,

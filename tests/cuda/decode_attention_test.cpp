@@ -123,6 +123,16 @@ std::vector<DecodeCase> all_cases() {
   auto& capped = add("soft_cap", paper1);
   capped.soft_cap = 5.0f;
   capped.lengths = {900};
+  KeyCodecConfig commvq2 = key_config(128, 64, 64, 20);
+  commvq2.norm_per_head = true;
+  auto& norms = add("2bit_norm_per_head", commvq2);
+  norms.value_bits = 2;
+  norms.lengths = {500, 1300};
+  KeyCodecConfig commvq1 = paper1;
+  commvq1.norm_per_head = true;
+  auto& norms1 = add("1bit_norm_per_head_page16", commvq1);
+  norms1.page_size = 16;
+  norms1.lengths = {290};
   add("head_dim64", key_config(64, 32, 64, 5)).lengths = {800, 33};
   add("head_dim256", key_config(256, 64, 64, 11)).lengths = {400};
   add("7bit_8_books", key_config(128, 64, 128, 4)).lengths = {900};

@@ -206,11 +206,13 @@ class DecodeSetup {
         for (int i = 0; i < layout.num_code_bits / 8; ++i)
           token.value.push_back(static_cast<std::uint8_t>(rng_()));
         const double spread = 0.5 + static_cast<double>(rng_() % 1000) / 1000;
-        token.norm = to_bf16(static_cast<float>(key_norm * spread));
+        for (int i = 0; i < layout.norms_per_token; ++i)
+          token.norms.push_back(to_bf16(static_cast<float>(
+              key_norm * (0.5 + static_cast<double>(rng_() % 1000) / 1000))));
         token.scale = rng_() % 16 == 0 ? 0 : to_bf16(static_cast<float>(spread * spread));
         std::uint8_t* const page =
             pages_.data() + table_[static_cast<std::size_t>(seq * max_blocks_ + t / case_.page_size)] * stride_;
-        put_token(layout, page, t % case_.page_size, token.codes.data(), &token.norm,
+        put_token(layout, page, t % case_.page_size, token.codes.data(), token.norms.data(),
                   token.value.data(), token.scale);
         codes_[static_cast<std::size_t>(seq)].push_back(std::move(token));
       }
@@ -247,7 +249,7 @@ class DecodeSetup {
       return;
     }
     const Token& t = codes_[static_cast<std::size_t>(seq)][static_cast<std::size_t>(token)];
-    rounded_.decode({t.codes.data(), 1, static_cast<Index>(t.codes.size())}, &t.norm,
+    rounded_.decode({t.codes.data(), 1, static_cast<Index>(t.codes.size())}, t.norms.data(),
                     {keys, 1, num_channels()});
     codec_.values->decode({t.value.data(), 1, static_cast<Index>(t.value.size())}, &t.scale,
                           {values, 1, num_channels()});
@@ -277,7 +279,8 @@ class DecodeSetup {
   struct Token {
     std::vector<std::uint16_t> codes;
     std::vector<std::uint8_t> value;
-    std::uint16_t norm, scale;
+    std::vector<std::uint16_t> norms;
+    std::uint16_t scale;
   };
 
   DecodeCase case_;

@@ -21,6 +21,7 @@ using testing_support::Rng;
 struct Shape {
   int head_dim, group_pairs, codebook_size, num_stages, num_kv_heads, value_bits, page_size;
   Index plane_bytes;
+  bool norm_per_head = false;
 };
 
 void PrintTo(const Shape& s, std::ostream* out) {
@@ -36,6 +37,7 @@ KeyCodecConfig key_config(const Shape& shape) {
   config.codebook_size = shape.codebook_size;
   config.num_stages = shape.num_stages;
   config.tied = false;
+  config.norm_per_head = shape.norm_per_head;
   return config;
 }
 
@@ -55,7 +57,8 @@ TEST_P(DeviceLayout, TokensReadBackAsWritten) {
       static_cast<std::size_t>(layout.num_kv_heads * layout.num_groups * layout.num_books);
   struct Token {
     std::vector<std::uint16_t> codes;
-    std::uint16_t norm, scale;
+    std::vector<std::uint16_t> norms;
+    std::uint16_t scale;
     std::vector<std::uint8_t> value;
   };
   std::vector<Token> tokens;
@@ -65,7 +68,8 @@ TEST_P(DeviceLayout, TokensReadBackAsWritten) {
     for (std::size_t i = 0; i < num_codes; ++i)
       token.codes.push_back(
           static_cast<std::uint16_t>(rng() % static_cast<unsigned>(layout.codebook_size)));
-    token.norm = static_cast<std::uint16_t>(rng());
+    for (int i = 0; i < layout.norms_per_token; ++i)
+      token.norms.push_back(static_cast<std::uint16_t>(rng()));
     token.scale = static_cast<std::uint16_t>(rng());
     for (int i = 0; i < layout.num_code_bits / 8; ++i)
       token.value.push_back(static_cast<std::uint8_t>(rng()));
@@ -76,7 +80,7 @@ TEST_P(DeviceLayout, TokensReadBackAsWritten) {
   std::shuffle(order.begin(), order.end(), rng);
   for (const int slot : order) {
     const Token& token = tokens[static_cast<std::size_t>(slot)];
-    put_token(layout, page.data(), slot, token.codes.data(), &token.norm, token.value.data(),
+    put_token(layout, page.data(), slot, token.codes.data(), token.norms.data(), token.value.data(),
               token.scale);
   }
   for (int slot = 0; slot < layout.page_size; ++slot) {
@@ -84,10 +88,10 @@ TEST_P(DeviceLayout, TokensReadBackAsWritten) {
     Token read = token;
     std::fill(read.codes.begin(), read.codes.end(), std::uint16_t{0xffff});
     std::fill(read.value.begin(), read.value.end(), std::uint8_t{0});
-    get_token(layout, page.data(), slot, read.codes.data(), &read.norm, read.value.data(),
+    get_token(layout, page.data(), slot, read.codes.data(), read.norms.data(), read.value.data(),
               &read.scale);
     EXPECT_EQ(read.codes, token.codes) << slot;
-    EXPECT_EQ(read.norm, token.norm) << slot;
+    EXPECT_EQ(read.norms, token.norms) << slot;
     EXPECT_EQ(read.value, token.value) << slot;
     EXPECT_EQ(read.scale, token.scale) << slot;
   }
@@ -96,8 +100,8 @@ TEST_P(DeviceLayout, TokensReadBackAsWritten) {
 TEST_P(DeviceLayout, APageHoldsItsBitsAndLittleMore) {
   const DevicePageLayout layout = layout_of(GetParam());
   const KeyCodecConfig config = key_config(GetParam());
-  const Index bits = Index{config.bits_per_head()} * layout.num_kv_heads + 16 +
-                     layout.num_code_bits + 16;
+  const Index bits = Index{config.bits_per_head()} * layout.num_kv_heads +
+                     16 * config.num_norms(layout.num_kv_heads) + layout.num_code_bits + 16;
   const Index exact = bits * layout.page_size / 8;
   EXPECT_GE(layout.page_bytes, exact);
   EXPECT_LE(layout.page_bytes, exact + 15 * (2 * layout.num_planes + 3));
@@ -209,6 +213,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Shape{64, 32, 64, 5, 4, 1, 16, 176 * 1024},     // half-width rows
                     Shape{256, 64, 64, 11, 1, 1, 128, 176 * 1024},  // two groups
                     Shape{128, 64, 128, 4, 8, 1, 64, 176 * 1024},   // few wide books
+                    Shape{128, 64, 64, 20, 8, 2, 64, 176 * 1024, true},  // a norm a head
                     Shape{128, 16, 37, 3, 2, 2, 64, 176 * 1024}));  // odd sizes
 
 TEST(DeviceLayoutRefusals, NameTheLimit) {
