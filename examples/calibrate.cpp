@@ -24,8 +24,8 @@ struct Options {
   int tokens = 65536;
   int key_tokens = 32768;
   std::string method = "commvq";
-  int em_steps = 0;  ///< 0: the method's
-  int refine = -1;   ///< -1: the method's
+  int em_steps = 0;     ///< 0: the method's
+  int refine = -1;      ///< -1: the method's
   int value_steps = 0;  ///< 0: the method's
   std::uint64_t seed = 1;
 };
@@ -157,8 +157,9 @@ int calibrate(const Options& options) {
   codecs.rope = model.config().rope;
   codecs.num_kv_heads = model.config().num_kv_heads;
   codecs.model_digest = model.digest();
-  codecs.provenance = "calibrate, method " + options.method + ", " + std::to_string(windows.size() * windows[0].size()) +
-                      " tokens of " + (options.self ? "its own text" : "given text") + ", seed " +
+  codecs.provenance = "calibrate, method " + options.method + ", " +
+                      std::to_string(windows.size() * windows[0].size()) + " tokens of " +
+                      (options.self ? "its own text" : "given text") + ", seed " +
                       std::to_string(options.seed);
   {
     engine::ProgressLine progress("Learning " + std::to_string(options.bits) + "-bit codecs");

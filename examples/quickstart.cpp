@@ -27,8 +27,8 @@ int main() {
   const commvq::MatrixView<const float> value_view(values.data(), tokens, channels);
 
   // Learn the codecs once per model; save_codecs() keeps them in a file.
-  const auto key_options = commvq::KeyLearnerOptions::commvq(
-      commvq::KeyCodecConfig::commvq_1bit(config.rope.pairs));
+  const auto key_options =
+      commvq::KeyLearnerOptions::commvq(commvq::KeyCodecConfig::commvq_1bit(config.rope.pairs));
   commvq::ValueTrainerOptions value_options;
   value_options.codec = commvq::ValueCodecConfig::paper_1bit(static_cast<int>(channels));
   value_options.steps = 300;

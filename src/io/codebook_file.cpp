@@ -107,12 +107,9 @@ RopeConfig rope_from(const Fields& fields) {
 }
 
 Json to_json(const KeyCodecConfig& keys) {
-  return {{"group_pairs", keys.group_pairs},
-          {"codebook_size", keys.codebook_size},
-          {"num_stages", keys.num_stages},
-          {"tied", keys.tied},
-          {"beam_width", keys.beam_width},
-          {"norm_per_head", keys.norm_per_head}};
+  return {{"group_pairs", keys.group_pairs}, {"codebook_size", keys.codebook_size},
+          {"num_stages", keys.num_stages},   {"tied", keys.tied},
+          {"beam_width", keys.beam_width},   {"norm_per_head", keys.norm_per_head}};
 }
 
 KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs) {

@@ -10,6 +10,7 @@
 
 #include "learner/key_em.hpp"
 #include "learner/key_refinement.hpp"
+#include "learner/progress_meter.hpp"
 
 namespace commvq {
 namespace {
@@ -52,30 +53,19 @@ double temperature_of(const KeyLearnerOptions& options, int stage, int step) {
          std::pow(0.1, stage / options.stages_per_decade);
 }
 
-/// Reports progress of one head's learning in units of EM steps.
-class Reporter {
- public:
-  explicit Reporter(const KeyLearnerOptions& options) : options_(options) {
-    const KeyCodecConfig& codec = options.codec;
-    total_ = double(codec.num_groups()) * codec.num_stages *
-             (options.max_steps + kStepsPerRound * options.refinement.rounds);
-  }
-  void advance(const std::string& phase, double steps, double objective) {
-    done_ += steps;
-    if (options_.progress) options_.progress({phase, std::min(1.0, done_ / total_), objective});
-  }
-  /// A refinement round costs about so many EM steps of every stage.
-  static constexpr double kStepsPerRound = 10.0;
+/// A refinement round costs about so many EM steps of every stage.
+constexpr double kStepsPerRound = 10.0;
 
- private:
-  const KeyLearnerOptions& options_;
-  double total_ = 1;
-  double done_ = 0;
-};
+/// Work of one head's learning in EM steps.
+double total_steps(const KeyLearnerOptions& options) {
+  return double(options.codec.num_groups()) * options.codec.num_stages *
+         (options.max_steps + kStepsPerRound * options.refinement.rounds);
+}
 
 /// Learns one stage of one group from its residuals and returns the best books met.
 Matrix learn_stage(const Matrix& residuals, const KeyLearnerOptions& options, int stage,
-                   std::mt19937_64& random, Reporter& reporter, std::vector<double>& objectives) {
+                   std::mt19937_64& random, ProgressMeter& progress,
+                   std::vector<double>& objectives) {
   Matrix books = initial_books(residuals, options.codec.codebook_size, random);
   Matrix best = books;
   double best_objective = std::numeric_limits<double>::infinity();
@@ -92,7 +82,7 @@ Matrix learn_stage(const Matrix& residuals, const KeyLearnerOptions& options, in
     }
     if (step == options.max_steps) break;
     books = key_em::solve_books(statistics, books, options.codec.tied);
-    reporter.advance(
+    progress.advance(
         "keys: stage " + std::to_string(stage + 1) + "/" + std::to_string(options.codec.num_stages),
         1, best_objective);
   }
@@ -151,8 +141,8 @@ void fold_weights(const std::vector<float>& weights, KeyCodebook<float>& codeboo
   codebook.pair_weights = weights;
 }
 
-/// Keys of one head whose norm is not zero, `[tokens][head_dim]`: planar and divided by the norm that
-/// `KeyCodec` would store.
+/// Keys of one head whose norm is not zero, `[tokens][head_dim]`: planar and divided by the norm
+/// that `KeyCodec` would store.
 Matrix unit_keys(MatrixView<const float> keys, const KeyCodecConfig& config, int head) {
   const int head_dim = config.pairs.head_dim;
   const Index first = config.norm_per_head ? Index{head} * head_dim : 0;
@@ -162,7 +152,8 @@ Matrix unit_keys(MatrixView<const float> keys, const KeyCodecConfig& config, int
   std::vector<float> unit(static_cast<std::size_t>(head_dim));
   for (Index t = 0; t < keys.rows; ++t) {
     double sum = 0;
-    for (Index i = first; i < first + count; ++i) sum += static_cast<double>(keys(t, i)) * keys(t, i);
+    for (Index i = first; i < first + count; ++i)
+      sum += static_cast<double>(keys(t, i)) * keys(t, i);
     const double norm = from_bf16(to_bf16(static_cast<float>(std::sqrt(sum))));
     if (!(norm > 0) || !std::isfinite(norm)) continue;
     for (int c = 0; c < head_dim; ++c)
@@ -221,7 +212,7 @@ KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
   const Matrix sample = sample_of(keys, options, random);
   const MatrixView<const float> sampled(sample.data(), sample.rows(), sample.cols());
 
-  Reporter reporter(options);
+  ProgressMeter progress(options.progress, total_steps(options));
   KeyLearnerReport result;
   KeyCodebook<float> codebook(options.codec);
   for (int group = 0; group < options.codec.num_groups(); ++group) {
@@ -229,18 +220,17 @@ KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
     for (int stage = 0; stage < options.codec.num_stages; ++stage) {
       result.stage_objectives.emplace_back();
       const Matrix books =
-          learn_stage(residuals, options, stage, random, reporter, result.stage_objectives.back());
+          learn_stage(residuals, options, stage, random, progress, result.stage_objectives.back());
       std::copy_n(books.data(), books.size(), codebook.book(group, stage, 0));
       key_em::subtract_nearest(residuals, books);
     }
   }
   if (options.refinement.rounds > 0) {
     codebook.config.beam_width = options.refinement.beam_width;
-    const double steps =
-        Reporter::kStepsPerRound * options.codec.num_groups() * options.codec.num_stages;
+    const double steps = kStepsPerRound * options.codec.num_groups() * options.codec.num_stages;
     result.refinement_objectives = refine_key_codebook(
         sampled, options.refinement, codebook, [&](int round, double objective) {
-          reporter.advance("keys: refinement " + std::to_string(round + 1) + "/" +
+          progress.advance("keys: refinement " + std::to_string(round + 1) + "/" +
                                std::to_string(options.refinement.rounds),
                            steps, objective);
         });

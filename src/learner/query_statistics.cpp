@@ -15,8 +15,9 @@ QueryStatistics::QueryStatistics(const PairLayout& pairs, int num_kv_heads)
 void QueryStatistics::add(MatrixView<const float> queries) {
   const Index num_q_heads = queries.cols / pairs_.head_dim;
   require(queries.cols > 0 && queries.cols % (Index{num_kv_heads_} * pairs_.head_dim) == 0,
-          "queries have ", queries.cols, " channels; expected a multiple of num_kv_heads * head_dim ",
-          "= ", num_kv_heads_, " * ", pairs_.head_dim);
+          "queries have ", queries.cols,
+          " channels; expected a multiple of num_kv_heads * head_dim ", "= ", num_kv_heads_, " * ",
+          pairs_.head_dim);
   std::vector<double> sums = sums_;
   for (Index t = 0; t < queries.rows; ++t)
     for (Index head = 0; head < num_q_heads; ++head) {

@@ -6,9 +6,9 @@
 
 #include "commvq/core/float16.hpp"
 
-#include "value_codec/value_layers.hpp"
-
 #include <Eigen/Cholesky>
+
+#include "value_codec/value_layers.hpp"
 
 namespace commvq {
 namespace {
@@ -39,8 +39,8 @@ Coded encode_all(MatrixView<const float> values, const ValueCodec& codec) {
     Matrix<float> bits(count, num_bits), units(count, C);  // bits times the scale of unit values
     for (Index t = 0; t < count; ++t) {
       const double norm = value_layers::norm_of(values.row(first + t), C);
-      const auto scale = static_cast<float>(
-          from_bf16(scales[static_cast<std::size_t>(first + t)]) / norm);
+      const auto scale =
+          static_cast<float>(from_bf16(scales[static_cast<std::size_t>(first + t)]) / norm);
       for (Index i = 0; i < num_bits; ++i)
         bits(t, i) = (code_rows(first + t, i / 8) >> (i % 8) & 1) != 0 ? scale : 0.0f;
       for (Index c = 0; c < C; ++c) units(t, c) = static_cast<float>(values(first + t, c) / norm);

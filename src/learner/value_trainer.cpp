@@ -6,6 +6,7 @@
 #include <random>
 #include <utility>
 
+#include "learner/progress_meter.hpp"
 #include "learner/value_network.hpp"
 #include "learner/value_refinement.hpp"
 
@@ -120,23 +121,8 @@ Matrix spread_over(MatrixView<const float> values, const std::vector<Index>& row
   return chosen;
 }
 
-/// Reports progress in units of Adam steps.
-class Reporter {
- public:
-  explicit Reporter(const ValueTrainerOptions& options)
-      : options_(options), total_(options.steps + kStepsPerRound * options.refinement.rounds) {}
-  void advance(const char* phase, double steps, double objective) {
-    done_ += steps;
-    if (options_.progress) options_.progress({phase, std::min(1.0, done_ / total_), objective});
-  }
-  /// A refinement round costs about so many Adam steps.
-  static constexpr double kStepsPerRound = 20.0;
-
- private:
-  const ValueTrainerOptions& options_;
-  double total_;
-  double done_ = 0;
-};
+/// A refinement round costs about so many Adam steps.
+constexpr double kStepsPerRound = 20.0;
 
 ValueCodecWeights weights_of(const Network& network) {
   const auto copy = [&](const Network::Parameter& parameter) {
@@ -195,7 +181,8 @@ ValueCodec train_value_codec(MatrixView<const float> values, const ValueTrainerO
   Matrix units(options.batch_tokens, values.cols);
   Matrix noise(options.batch_tokens, options.codec.num_logits());
   ValueTrainerReport result;
-  Reporter reporter(options);
+  ProgressMeter progress(options.progress,
+                         options.steps + kStepsPerRound * options.refinement.rounds);
   for (int step = 0; step < options.steps; ++step) {
     draw_batch(values, rows, random, units);
     fill_gumbel(random, noise);
@@ -206,16 +193,14 @@ ValueCodec train_value_codec(MatrixView<const float> values, const ValueTrainerO
     network.backward();
     adam.step(network.gradients, rate_at(options, step), network.parameters);
     result.objectives.push_back(loss);
-    reporter.advance("values", 1, loss);
+    progress.advance("values", 1, loss);
   }
   ValueCodecWeights weights = weights_of(network);
   if (options.refinement.rounds > 0) {
     const Matrix chosen = spread_over(values, rows, options.refinement.max_tokens);
     result.refinement_objectives = refine_value_decoder(
         {chosen.data(), chosen.rows(), chosen.cols()}, options.refinement, options.codec, weights,
-        [&](int, double error) {
-          reporter.advance("values: refinement", Reporter::kStepsPerRound, error);
-        });
+        [&](int, double error) { progress.advance("values: refinement", kStepsPerRound, error); });
   }
   if (report != nullptr) *report = std::move(result);
   return ValueCodec(options.codec, std::move(weights));

@@ -1,7 +1,5 @@
 #include "commvq/value_codec/value_codec.hpp"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -10,6 +8,9 @@
 
 #include "commvq/core/error.hpp"
 #include "commvq/core/float16.hpp"
+
+#include <omp.h>
+
 #include "value_codec/value_layers.hpp"
 #include "value_codec/value_polish.hpp"
 
@@ -86,7 +87,7 @@ void choose_codes(const ValueCodecConfig& config, const ValueCodecWeights& weigh
     value_layers::standardize(unit, C, normed);
     for (Index c = 0; c < C; ++c)
       normed[c] = normed[c] * weights.norm_gain[static_cast<std::size_t>(c)] +
-                weights.norm_bias[static_cast<std::size_t>(c)];
+                  weights.norm_bias[static_cast<std::size_t>(c)];
   }
   const ConstMatrixMap<float> hidden_weight(weights.hidden_weight.data(), H, C);
   const ConstMatrixMap<float> hidden_bias(weights.hidden_bias.data(), 1, H);
@@ -182,8 +183,7 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
       for (Index t = 0; t < tokens; ++t)
         norms[static_cast<std::size_t>(t)] = value_layers::norm_of(values.row(first + t), values.cols);
       choose_codes(config_, weights_, values.middle_rows(first, tokens), norms, block);
-      if (polished)
-        value_polish::polish(E, gram, block.unit, config_.polish_sweeps, block.bits);
+      if (polished) value_polish::polish(E, gram, block.unit, config_.polish_sweeps, block.bits);
       block.normed.noalias() = block.bits * E;
       for (Index t = 0; t < tokens; ++t) {
         const float* const u = block.normed.row(t).data();

@@ -1,11 +1,12 @@
+#include "commvq/learner/key_learner.hpp"
+
 #include <cmath>
 #include <limits>
 
-#include "commvq/learner/key_learner.hpp"
+#include <gmock/gmock.h>
+
 #include "reference/key_reference.hpp"
 #include "reference/random_cache.hpp"
-
-#include <gmock/gmock.h>
 
 namespace commvq {
 namespace {
@@ -105,9 +106,9 @@ double weighted_error_of(KeyCodebook<float> codebook, const std::vector<float>& 
                  as_matrix(codes, kTokens, codebook.config.num_codes()));
   double sum = 0;
   for (std::size_t t = 0; t < static_cast<std::size_t>(kTokens); ++t)
-    sum += reference::squared_error(
-        codebook, &keys[t * kHeadDim],
-        &codes[t * static_cast<std::size_t>(codebook.config.num_codes())]);
+    sum +=
+        reference::squared_error(codebook, &keys[t * kHeadDim],
+                                 &codes[t * static_cast<std::size_t>(codebook.config.num_codes())]);
   return sum / static_cast<double>(kTokens);
 }
 
@@ -204,7 +205,8 @@ TEST(KeyLearner, NormPerHeadFitsHeadsWhoseLengthsVary) {
   std::vector<float> keys = clustered_keys(kTokens, 2);
   for (Index t = 0; t < kTokens; ++t)
     for (int c = 0; c < kHeadDim; ++c)
-      keys[static_cast<std::size_t>(t * 2 * kHeadDim + c)] *= std::ldexp(1.0f, static_cast<int>(t % 7));
+      keys[static_cast<std::size_t>(t * 2 * kHeadDim + c)] *=
+          std::ldexp(1.0f, static_cast<int>(t % 7));
   KeyLearnerOptions options = small_options();
   const KeyCodec per_token = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);
   options.codec.norm_per_head = true;
@@ -215,7 +217,8 @@ TEST(KeyLearner, NormPerHeadFitsHeadsWhoseLengthsVary) {
 
 TEST(KeyLearner, AHeadOfZerosLearnsZeros) {
   std::vector<float> keys = clustered_keys(kTokens, 2);
-  for (Index t = 0; t < kTokens; ++t) std::fill_n(&keys[static_cast<std::size_t>(t * 32)], 16, 0.0f);
+  for (Index t = 0; t < kTokens; ++t)
+    std::fill_n(&keys[static_cast<std::size_t>(t * 32)], 16, 0.0f);
   KeyLearnerOptions options = small_options();
   options.codec.norm_per_head = true;
   const KeyCodec codec = learn_key_codec(as_matrix(keys, kTokens, 2 * kHeadDim), options);

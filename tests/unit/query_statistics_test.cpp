@@ -1,11 +1,13 @@
+#include "commvq/learner/query_statistics.hpp"
+
 #include <cmath>
 #include <limits>
 
-#include "commvq/learner/query_statistics.hpp"
 #include "commvq/rope/rope.hpp"
-#include "reference/random_cache.hpp"
 
 #include <gmock/gmock.h>
+
+#include "reference/random_cache.hpp"
 
 namespace commvq {
 namespace {
@@ -76,8 +78,11 @@ TEST(QueryStatistics, BadInputIsNamed) {
   EXPECT_THROW(QueryStatistics(kPairs, 0), Error);
   QueryStatistics statistics(kPairs, kKvHeads);
   std::vector<float> queries = some_queries();
-  EXPECT_THAT([&] { statistics.add({queries.data(), kTokens, 36}); },
-              testing::ThrowsMessage<Error>(testing::HasSubstr("36")));
+  EXPECT_THAT(
+      [&] {
+        statistics.add({queries.data(), kTokens, 36});
+      },
+      testing::ThrowsMessage<Error>(testing::HasSubstr("36")));
   queries[5] = std::numeric_limits<float>::infinity();
   EXPECT_THROW(statistics.add(as_matrix(queries, kTokens, kChannels)), Error);
   for (const float weight : statistics.pair_weights()) EXPECT_EQ(weight, 1.0f);

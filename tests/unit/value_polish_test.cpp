@@ -3,9 +3,10 @@
 
 #include "commvq/core/float16.hpp"
 #include "commvq/value_codec/value_codec.hpp"
-#include "reference/random_cache.hpp"
 
 #include <gtest/gtest.h>
+
+#include "reference/random_cache.hpp"
 
 namespace commvq {
 namespace {
@@ -72,7 +73,9 @@ class ValuePolish : public testing::TestWithParam<int> {
     config.polish_sweeps = sweeps;
     return {config, plain_->weights()};
   }
-  const float* value(Index token) const { return &values_[static_cast<std::size_t>(token * kChannels)]; }
+  const float* value(Index token) const {
+    return &values_[static_cast<std::size_t>(token * kChannels)];
+  }
 
   /// Codes of all values as bits; keeps the scales.
   std::vector<std::vector<int>> encode(const ValueCodec& codec) {

@@ -1,11 +1,12 @@
+#include "commvq/learner/value_trainer.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "commvq/learner/value_trainer.hpp"
-#include "reference/random_cache.hpp"
-
 #include <gmock/gmock.h>
+
+#include "reference/random_cache.hpp"
 
 namespace commvq {
 namespace {
@@ -88,11 +89,13 @@ TEST(ValueTrainer, OwnPresetBeatsThePapers) {
   const auto error = [&](ValueTrainerOptions options, int steps) {
     options.steps = steps;
     options.batch_tokens = 64;
-    return relative_error(train_value_codec(as_matrix(values, kTokens, kChannels), options), values);
+    return relative_error(train_value_codec(as_matrix(values, kTokens, kChannels), options),
+                          values);
   };
   const double paper =
       error(ValueTrainerOptions::paper(ValueCodecConfig::paper_1bit(kChannels)), 400);
-  const double own = error(ValueTrainerOptions::commvq(ValueCodecConfig::commvq_1bit(kChannels)), 50);
+  const double own =
+      error(ValueTrainerOptions::commvq(ValueCodecConfig::commvq_1bit(kChannels)), 50);
   EXPECT_LT(own, 0.8 * paper);
 }
 

@@ -26,11 +26,11 @@ class KeyEncoder {
   const KeyCodebook<Scalar>& codebook() const { return codebook_; }
 
   /// Encodes `keys` `[tokens][head_dim]`, planar and already divided by the norm. `codes` is
-  /// `[tokens][num_codes()]`. Minimises |key - decoded|^2, with the codebook's weights, among the `beam_width` candidates kept
-  /// after each stage; ties go to the smaller (candidate, A, B). `squared_error`, `[tokens]` or
-  /// null, receives what remains. Over many keys a wider beam leaves a smaller error; a single key
-  /// can come out worse. Parallel over tokens where the caller is not in a parallel region.
-  /// Throws `Error` for shapes that do not fit.
+  /// `[tokens][num_codes()]`. Minimises |key - decoded|^2, with the codebook's weights, among the
+  /// `beam_width` candidates kept after each stage; ties go to the smaller (candidate, A, B).
+  /// `squared_error`, `[tokens]` or null, receives what remains. Over many keys a wider beam leaves
+  /// a smaller error; a single key can come out worse. Parallel over tokens where the caller is not
+  /// in a parallel region. Throws `Error` for shapes that do not fit.
   void encode(MatrixView<const Scalar> keys, int beam_width, MatrixView<std::uint16_t> codes,
               Scalar* squared_error = nullptr) const;
 

@@ -32,8 +32,9 @@ class KeyCodec {
   /// Encodes `keys` `[tokens][num_kv_heads * head_dim]`, channel order, before RoPE, with the
   /// configuration's beam width. `codes` is `[tokens][num_kv_heads * num_codes()]`, `norms`
   /// `[tokens][num_norms()]` bf16 bits: the L2 norm of the row or of each of its heads, by whose
-  /// rounded value the row or head is divided. What has norm 0 decodes to zeros. Throws `Error` for shapes that do not fit, and
-  /// for NaN, infinity or a norm beyond bf16's range, naming token and channel.
+  /// rounded value the row or head is divided. What has norm 0 decodes to zeros. Throws `Error` for
+  /// shapes that do not fit, and for NaN, infinity or a norm beyond bf16's range, naming token and
+  /// channel.
   void encode(MatrixView<const float> keys, MatrixView<std::uint16_t> codes,
               std::uint16_t* norms) const;
 

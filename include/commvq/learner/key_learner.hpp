@@ -35,7 +35,8 @@ struct KeyLearnerOptions {
 
   /// The paper's learner: EM alone.
   static KeyLearnerOptions paper(const KeyCodecConfig& codec);
-  /// The library's own: a few EM steps, then joint least squares. Weights are for the caller to add.
+  /// The library's own: a few EM steps, then joint least squares. Weights are for the caller to
+  /// add.
   static KeyLearnerOptions commvq(const KeyCodecConfig& codec);
 };
 

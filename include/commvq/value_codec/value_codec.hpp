@@ -86,8 +86,9 @@ class ValueCodec {
 
   /// Encodes `values` `[tokens][C]`. `codes` is `[tokens][code_bytes()]`, bit i of the code in bit
   /// i % 8 of byte i / 8; `scales` `[tokens]` receives bf16 bits of |v| / |u|, or of the best scale
-  /// of a polished code (0 where v or u is zero). Throws `Error` for shapes that do not fit, and for NaN, infinity or a scale beyond
-  /// bf16's range, naming token and channel. Parallel over blocks of tokens.
+  /// of a polished code (0 where v or u is zero). Throws `Error` for shapes that do not fit, and
+  /// for NaN, infinity or a scale beyond bf16's range, naming token and channel. Parallel over
+  /// blocks of tokens.
   void encode(MatrixView<const float> values, MatrixView<std::uint8_t> codes,
               std::uint16_t* scales) const;
 
