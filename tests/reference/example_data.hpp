@@ -35,12 +35,13 @@ inline void write_file(const std::filesystem::path& path, const std::string& tex
   ASSERT_TRUE(file.good()) << path;
 }
 
-/// An empty folder of this process, removed at the end of its life.
+/// An empty folder of its own, removed at the end of its life.
 class TemporaryFolder {
  public:
-  explicit TemporaryFolder(const std::string& name)
-      : path_(std::filesystem::temp_directory_path() /
-              ("commvq_" + name + "_" + std::to_string(getpid()))) {
+  explicit TemporaryFolder(const std::string& name) {
+    static int count = 0;
+    path_ = std::filesystem::temp_directory_path() /
+            ("commvq_" + name + "_" + std::to_string(getpid()) + "_" + std::to_string(count++));
     std::filesystem::remove_all(path_);
     std::filesystem::create_directories(path_);
   }
