@@ -1,42 +1,61 @@
 #include "attention/tile_kernels.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "attention/simd.hpp"
 
 namespace commvq::attention {
 
-using simd::IntVec;
 using simd::ShortVec;
+using simd::UnsignedShortVec;
 using simd::Vec;
 
 namespace {
 
 constexpr int kLanes = simd::kLanes;
 
-/// Sums `vectors` registers full of every row: `rows` points at the first of them.
-template <int vectors>
-void sum_columns(const std::int16_t* rows, const KeyTables& tables, const std::uint16_t* codes,
-                 std::int16_t* sum) {
-  const Index row_size = tables.row_size();
-  const Index book_size = tables.config().codebook_size * row_size;
-  const int num_books = tables.config().num_stages * 2;
-  ShortVec sums[vectors] = {};
-  for (int book = 0; book < num_books; ++book) {
-    const std::int16_t* const row = rows + book * book_size + codes[book] * row_size;
-    for (int v = 0; v < vectors; ++v) sums[v] += simd::load_shorts(row + v * KeyTables::kLanes);
+/// Books whose columns are read together: of 64 rows each, they fill half of a first cache level.
+constexpr int kBooksAtATime = 6;
+
+/// Adds `books` lines to those of `count` tokens, or writes them if `first`. `column` and
+/// `offsets` `[count][num_books]` begin at the first of the books.
+template <int books>
+void add_lines(const std::int16_t* column, const std::uint32_t* offsets, int num_books, int count,
+               bool first, std::int16_t* sums, int stride) {
+  for (int t = 0; t < count; ++t) {
+    ShortVec sum = first ? ShortVec{} : simd::load_shorts(sums + t * stride);
+    for (int book = 0; book < books; ++book)
+      sum += simd::load_shorts(column + offsets[t * num_books + book]);
+    simd::store_shorts(sums + t * stride, sum);
   }
-  for (int v = 0; v < vectors; ++v) simd::store_shorts(sum + v * KeyTables::kLanes, sums[v]);
 }
 
-void sum_group(const std::int16_t* rows, const KeyTables& tables, const std::uint16_t* codes,
-               std::int16_t* sum) {
-  const int vectors = tables.row_size() / KeyTables::kLanes;
-  int done = 0;
-  for (; done + 4 <= vectors; done += 4)
-    sum_columns<4>(rows + done * KeyTables::kLanes, tables, codes, sum + done * KeyTables::kLanes);
-  for (; done < vectors; ++done)
-    sum_columns<1>(rows + done * KeyTables::kLanes, tables, codes, sum + done * KeyTables::kLanes);
+/// One group's sums. Columns of a few books stay in the first cache level while all tokens read
+/// them; whole rows would come from the second level every time.
+void sum_group(const KeyTables& tables, int head, int group, int count,
+               const std::uint32_t* offsets, std::int16_t* sums, int stride) {
+  const int num_books = tables.config().num_stages * 2;
+  for (int column = 0; column < tables.num_columns(); ++column) {
+    const std::int16_t* const lines = tables.column(head, group, column);
+    std::int16_t* const to = sums + column * KeyTables::kLanes;
+    int book = 0;
+    for (; book + kBooksAtATime <= num_books; book += kBooksAtATime)
+      add_lines<kBooksAtATime>(lines, offsets + book, num_books, count, book == 0, to, stride);
+    for (; book + 2 <= num_books; book += 2)
+      add_lines<2>(lines, offsets + book, num_books, count, book == 0, to, stride);
+  }
+}
+
+/// Where the lines of one group's codes lie in a column.
+void find_lines(const KeyTables& tables, const std::uint16_t* codes, int codes_stride, int count,
+                std::uint32_t* offsets) {
+  const int num_books = tables.config().num_stages * 2;
+  const int size = tables.config().codebook_size;
+  for (int t = 0; t < count; ++t)
+    for (int book = 0; book < num_books; ++book)
+      offsets[t * num_books + book] = static_cast<std::uint32_t>(
+          (book * size + codes[t * codes_stride + book]) * KeyTables::kLanes);
 }
 
 template <class Load, class Source>
@@ -52,32 +71,56 @@ void rotate_by(Load load, const Source* planar, const float* rotation, float sig
   }
 }
 
-/// The sums over all 16 subsets of four weights: lane m adds those whose bit is set in m.
-Vec subset_sums(const float* weights) {
-  constexpr Vec kBit[4] = {{0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1},
-                           {0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1},
-                           {0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1},
-                           {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1}};
-  return (kBit[0] * weights[0] + kBit[1] * weights[1]) +
-         (kBit[2] * weights[2] + kBit[3] * weights[3]);
+/// Weights of the tokens of a tile in fixed point, as sums over subsets of four of them.
+struct WeightTables {
+  /// Lanes m and m + 16 of table k add up the weights 4k + i whose bit i is set in m.
+  UnsignedShortVec subset_sums[kTile / 4];
+  float unit;
+};
+
+/// The unit is chosen so that the sum of all weights, hence of any, does not overflow 16 bits.
+WeightTables tables_of(const float* weights) {
+  constexpr auto kAll = static_cast<std::uint16_t>(-1);
+  constexpr auto mask = [](int bit) {
+    UnsignedShortVec lanes{};
+    for (int m = 0; m < 2 * kLanes; ++m) lanes[m] = (m >> bit & 1) != 0 ? kAll : 0;
+    return lanes;
+  };
+  const UnsignedShortVec masks[4] = {mask(0), mask(1), mask(2), mask(3)};
+  double total = 0;
+  for (int t = 0; t < kTile; ++t) total += double(weights[t]);
+  const double unit = total / (65535 - kTile);
+  const double inverse = unit > 0 ? 1 / unit : 0;
+  std::uint16_t fixed[kTile];
+  for (int t = 0; t < kTile; ++t)
+    fixed[t] = static_cast<std::uint16_t>(static_cast<int>(double(weights[t]) * inverse + 0.5));
+  WeightTables result;
+  for (int k = 0; k < kTile / 4; ++k)
+    result.subset_sums[k] = (masks[0] & fixed[4 * k]) + (masks[1] & fixed[4 * k + 1]) +
+                            (masks[2] & fixed[4 * k + 2]) + (masks[3] & fixed[4 * k + 3]);
+  result.unit = static_cast<float>(unit);
+  return result;
 }
 
 template <int rows>
-void add_code_bits_of(const std::uint8_t* bytes, Index num_code_bits, const float* weights,
-                      float* sums, Index stride) {
-  Vec low[rows];
-  Vec high[rows];
-  for (int r = 0; r < rows; ++r) {
-    low[r] = subset_sums(weights + r * kTile);
-    high[r] = subset_sums(weights + r * kTile + 4);
-  }
-  for (Index i = 0; i < num_code_bits; i += kLanes) {
-    const IntVec bits = simd::load_as_ints(bytes + i);
-    const IntVec high_bits = bits >> 4;
+void add_code_bits_of(const std::uint8_t* bytes, int num_bytes, Index num_code_bits,
+                      const float* weights, float* sums, Index stride) {
+  WeightTables tables[rows];
+  for (int r = 0; r < rows; ++r) tables[r] = tables_of(weights + r * kTile);
+  for (Index i = 0; i < num_code_bits; i += kCodeLanes) {
+    UnsignedShortVec sum[rows] = {};
+    for (int byte = 0; byte < num_bytes; ++byte) {
+      const UnsignedShortVec low = simd::load_as_shorts(bytes + byte * num_code_bits + i);
+      const UnsignedShortVec high = low >> 4;
+      for (int r = 0; r < rows; ++r)
+        sum[r] += simd::lookup(tables[r].subset_sums[2 * byte], low) +
+                  simd::lookup(tables[r].subset_sums[2 * byte + 1], high);
+    }
     for (int r = 0; r < rows; ++r) {
-      float* const sum = sums + r * stride + i;
-      simd::store(
-          sum, simd::load(sum) + (simd::lookup(low[r], bits) + simd::lookup(high[r], high_bits)));
+      float* const to = sums + r * stride + i;
+      simd::store(to, simd::load(to) + tables[r].unit * simd::half_as_floats<0>(sum[r]));
+      simd::store(to + kLanes,
+                  simd::load(to + kLanes) + tables[r].unit * simd::half_as_floats<1>(sum[r]));
     }
   }
 }
@@ -116,30 +159,43 @@ void add_decoded_of(const float* decoder, Index decoder_stride, Index num_code_b
 
 }  // namespace
 
-void unpack_codes(const std::uint8_t* stream, Index position, int width, int count,
-                  std::uint16_t* codes) {
-  const std::uint32_t mask = (1u << width) - 1u;
-  for (int i = 0; i < count; ++i, position += width) {
-    std::uint32_t window;
+void unpack_codes(const std::uint8_t* stream, int width, Index count, std::uint16_t* codes) {
+  const std::uint64_t mask = (std::uint64_t{1} << width) - 1;
+  const Index at_a_time = (64 - 7) / width;
+  Index position = 0;
+  for (Index i = 0; i < count;) {
+    std::uint64_t window;
     std::memcpy(&window, stream + position / 8, sizeof(window));
-    codes[i] = static_cast<std::uint16_t>((window >> (position % 8)) & mask);
+    window >>= position % 8;
+    const Index end = std::min(count, i + at_a_time);
+    position += (end - i) * width;
+    for (; i < end; ++i, window >>= width) codes[i] = static_cast<std::uint16_t>(window & mask);
   }
 }
 
-void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int padded_head_pairs,
-              std::int16_t* planar) {
+void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int count,
+              int padded_head_pairs, std::int16_t* planar, RowScratch& scratch) {
   const KeyCodecConfig& config = tables.config();
+  const int num_books = config.num_stages * 2;
+  scratch.offsets.resize(static_cast<std::size_t>(count * num_books));
   if (config.num_groups() == 1) {
-    sum_group(tables.group(head, 0), tables, codes, planar);
+    find_lines(tables, codes, num_books, count, scratch.offsets.data());
+    sum_group(tables, head, 0, count, scratch.offsets.data(), planar, tables.row_size());
     return;
   }
-  alignas(64) std::int16_t sum[2 * 512 + 2 * KeyTables::kLanes];
+  scratch.sums.resize(static_cast<std::size_t>(count * tables.row_size()));
   const auto bytes = static_cast<std::size_t>(config.group_pairs) * sizeof(std::int16_t);
   for (int group = 0; group < config.num_groups(); ++group) {
-    sum_group(tables.group(head, group), tables, codes + group * config.num_stages * 2, sum);
-    std::int16_t* const real = planar + group * config.group_pairs;
-    std::memcpy(real, sum, bytes);
-    std::memcpy(real + padded_head_pairs, sum + tables.padded_pairs(), bytes);
+    find_lines(tables, codes + group * num_books, config.num_codes(), count,
+               scratch.offsets.data());
+    sum_group(tables, head, group, count, scratch.offsets.data(), scratch.sums.data(),
+              tables.row_size());
+    for (int t = 0; t < count; ++t) {
+      const std::int16_t* const sum = scratch.sums.data() + t * tables.row_size();
+      std::int16_t* const real = planar + t * 2 * padded_head_pairs + group * config.group_pairs;
+      std::memcpy(real, sum, bytes);
+      std::memcpy(real + padded_head_pairs, sum + tables.padded_pairs(), bytes);
+    }
   }
 }
 
@@ -166,13 +222,15 @@ void score_subtile(const float* queries, int rows, const float* keys, int width,
   }
 }
 
-void add_code_bits(const std::uint8_t* bytes, Index num_code_bits, const float* weights, int rows,
-                   float* sums, Index stride) {
+void add_code_bits(const std::uint8_t* bytes, int num_bytes, Index num_code_bits,
+                   const float* weights, int rows, float* sums, Index stride) {
   int r = 0;
   for (; r + 4 <= rows; r += 4)
-    add_code_bits_of<4>(bytes, num_code_bits, weights + r * kTile, sums + r * stride, stride);
+    add_code_bits_of<4>(bytes, num_bytes, num_code_bits, weights + r * kTile, sums + r * stride,
+                        stride);
   for (; r < rows; ++r)
-    add_code_bits_of<1>(bytes, num_code_bits, weights + r * kTile, sums + r * stride, stride);
+    add_code_bits_of<1>(bytes, num_bytes, num_code_bits, weights + r * kTile, sums + r * stride,
+                        stride);
 }
 
 void add_decoded(const float* decoder, Index decoder_stride, Index num_code_bits, int head_dim,

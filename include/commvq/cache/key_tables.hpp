@@ -30,9 +30,15 @@ class KeyTables {
   /// Integers of one row, a multiple of kLanes.
   int row_size() const { return 2 * padded_pairs_; }
 
-  /// Rows of one group of a head, `[num_stages * 2][codebook_size][row_size()]`, on cache lines.
-  const std::int16_t* group(int head, int group_index) const {
-    return lines_.data()->lanes + (head * config().num_groups() + group_index) * group_size_;
+  /// Cache lines of one row, each kLanes integers.
+  int num_columns() const { return row_size() / kLanes; }
+
+  /// Column `column` of the rows of one group of a head, `[num_stages * 2][codebook_size][kLanes]`.
+  /// Columns lie apart, so that those of several books fit the first cache level.
+  const std::int16_t* column(int head, int group_index, int column_index) const {
+    return lines_.data()->lanes +
+           ((head * config().num_groups() + group_index) * num_columns() + column_index) *
+               column_size();
   }
   /// Units of a head's pairs, `[num_pairs]`.
   const float* units(int head) const {
@@ -44,11 +50,13 @@ class KeyTables {
     std::int16_t lanes[kLanes];
   };
 
+  Index column_size() const {
+    return Index{config().num_stages} * 2 * config().codebook_size * kLanes;
+  }
   void fill(int head, int group_index);
 
   std::shared_ptr<const KeyCodec> codec_;  // also keeps its address from being used again
   int padded_pairs_;
-  Index group_size_;
   std::vector<Line> lines_;
   std::vector<float> units_;
 };
