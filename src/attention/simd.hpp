@@ -4,6 +4,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
 /// Sixteen floats at a time, by the compilers' vector extensions: on a machine with narrower
 /// registers each operation becomes several.
 namespace commvq::simd {
@@ -57,7 +61,10 @@ Vec half_as_floats(UnsignedShortVec v) {
 
 /// Lane i of the result is lane (indices[i] % 32) of `table`.
 inline UnsignedShortVec lookup(UnsignedShortVec table, UnsignedShortVec indices) {
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__AVX512BW__)  // of the builtin below, compilers make slower code
+  return reinterpret_cast<UnsignedShortVec>(_mm512_permutexvar_epi16(
+      reinterpret_cast<__m512i>(indices), reinterpret_cast<__m512i>(table)));
+#elif defined(__GNUC__) && !defined(__clang__)
   return __builtin_shuffle(table, indices);
 #else
   UnsignedShortVec result;

@@ -16,7 +16,7 @@ namespace {
 constexpr int kLanes = simd::kLanes;
 
 /// Books whose columns are read together: of 64 rows each, they fill half of a first cache level.
-constexpr int kBooksAtATime = 6;
+constexpr int kBooksAtATime = 4;
 
 /// Adds `books` lines to those of `count` tokens, or writes them if `first`. `column` and
 /// `offsets` `[count][num_books]` begin at the first of the books.
@@ -102,26 +102,30 @@ WeightTables tables_of(const float* weights) {
   return result;
 }
 
-template <int rows>
-void add_code_bits_of(const std::uint8_t* bytes, int num_bytes, Index num_code_bits,
-                      const float* weights, float* sums, Index stride) {
-  WeightTables tables[rows];
-  for (int r = 0; r < rows; ++r) tables[r] = tables_of(weights + r * kTile);
-  for (Index i = 0; i < num_code_bits; i += kCodeLanes) {
-    UnsignedShortVec sum[rows] = {};
+/// Looks 32 code bits of `num_bytes` times eight tokens, from byte `first` of the tile on, up in
+/// every row's tables.
+template <int num_bytes>
+void add_code_lanes(const std::uint8_t* bytes, Index bytes_stride, int first,
+                    const WeightTables* tables, int rows, float* sums, Index stride) {
+  UnsignedShortVec low[num_bytes];
+  UnsignedShortVec high[num_bytes];
+  for (int byte = 0; byte < num_bytes; ++byte) {
+    low[byte] = simd::load_as_shorts(bytes + (first + byte) * bytes_stride);
+    high[byte] = low[byte] >> 4;
+  }
+  for (int r = 0; r < rows; ++r) {
+    const UnsignedShortVec* const subset_sums = tables[r].subset_sums + 2 * first;
+    UnsignedShortVec sum{};
+    UnsignedShortVec other_sum{};
     for (int byte = 0; byte < num_bytes; ++byte) {
-      const UnsignedShortVec low = simd::load_as_shorts(bytes + byte * num_code_bits + i);
-      const UnsignedShortVec high = low >> 4;
-      for (int r = 0; r < rows; ++r)
-        sum[r] += simd::lookup(tables[r].subset_sums[2 * byte], low) +
-                  simd::lookup(tables[r].subset_sums[2 * byte + 1], high);
+      sum += simd::lookup(subset_sums[2 * byte], low[byte]);
+      other_sum += simd::lookup(subset_sums[2 * byte + 1], high[byte]);
     }
-    for (int r = 0; r < rows; ++r) {
-      float* const to = sums + r * stride + i;
-      simd::store(to, simd::load(to) + tables[r].unit * simd::half_as_floats<0>(sum[r]));
-      simd::store(to + kLanes,
-                  simd::load(to + kLanes) + tables[r].unit * simd::half_as_floats<1>(sum[r]));
-    }
+    sum += other_sum;
+    float* const to = sums + r * stride;
+    simd::store(to, simd::load(to) + tables[r].unit * simd::half_as_floats<0>(sum));
+    simd::store(to + kLanes,
+                simd::load(to + kLanes) + tables[r].unit * simd::half_as_floats<1>(sum));
   }
 }
 
@@ -224,13 +228,21 @@ void score_subtile(const float* queries, int rows, const float* keys, int width,
 
 void add_code_bits(const std::uint8_t* bytes, int num_bytes, Index num_code_bits,
                    const float* weights, int rows, float* sums, Index stride) {
-  int r = 0;
-  for (; r + 4 <= rows; r += 4)
-    add_code_bits_of<4>(bytes, num_bytes, num_code_bits, weights + r * kTile, sums + r * stride,
-                        stride);
-  for (; r < rows; ++r)
-    add_code_bits_of<1>(bytes, num_bytes, num_code_bits, weights + r * kTile, sums + r * stride,
-                        stride);
+  constexpr int kRowsAtATime = 4;  // whose tables stay in the first cache level
+  WeightTables tables[kRowsAtATime];
+  for (int first = 0; first < rows; first += kRowsAtATime) {
+    const int count = std::min(kRowsAtATime, rows - first);
+    for (int r = 0; r < count; ++r) tables[r] = tables_of(weights + (first + r) * kTile);
+    float* const to = sums + first * stride;
+    for (Index i = 0; i < num_code_bits; i += kCodeLanes) {
+      if (num_bytes == kTile / 8) {
+        add_code_lanes<kTile / 8>(bytes + i, num_code_bits, 0, tables, count, to + i, stride);
+        continue;
+      }
+      for (int byte = 0; byte < num_bytes; ++byte)
+        add_code_lanes<1>(bytes + i, num_code_bits, byte, tables, count, to + i, stride);
+    }
+  }
 }
 
 void add_decoded(const float* decoder, Index decoder_stride, Index num_code_bits, int head_dim,
