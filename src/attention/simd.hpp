@@ -42,26 +42,45 @@ inline void store_shorts(std::int16_t* p, ShortVec v) {
   *reinterpret_cast<LooseShorts*>(p) = v;
 }
 
+// Widening conversions and lookups have code of their own where compilers make too much of the
+// portable form: several instructions for one, and sums spilled to memory.
+
 /// Sixteen 16-bit integers as floats.
 inline Vec load_as_floats(const std::int16_t* p) {
+#if defined(__AVX512BW__)
+  const auto* const lanes = reinterpret_cast<const __m256i*>(p);
+  return reinterpret_cast<Vec>(
+      _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(lanes))));
+#else
   return __builtin_convertvector(*reinterpret_cast<const LooseHalfShorts*>(p), Vec);
+#endif
 }
 /// Thirty-two bytes as 16-bit integers.
 inline UnsignedShortVec load_as_shorts(const std::uint8_t* p) {
+#if defined(__AVX512BW__)
+  const auto* const lanes = reinterpret_cast<const __m256i*>(p);
+  return reinterpret_cast<UnsignedShortVec>(_mm512_cvtepu8_epi16(_mm256_loadu_si256(lanes)));
+#else
   return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(p), UnsignedShortVec);
+#endif
 }
 /// Half 0 or 1 of thirty-two 16-bit integers, as floats.
 template <int half>
 Vec half_as_floats(UnsignedShortVec v) {
+#if defined(__AVX512BW__)
+  const __m256i lanes = _mm512_extracti64x4_epi64(reinterpret_cast<__m512i>(v), half);
+  return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(lanes)));
+#else
   using Half = std::uint16_t __attribute__((vector_size(32)));
   Half lanes;
   std::memcpy(&lanes, reinterpret_cast<const char*>(&v) + half * sizeof lanes, sizeof lanes);
   return __builtin_convertvector(__builtin_convertvector(lanes, IntVec), Vec);
+#endif
 }
 
 /// Lane i of the result is lane (indices[i] % 32) of `table`.
 inline UnsignedShortVec lookup(UnsignedShortVec table, UnsignedShortVec indices) {
-#if defined(__AVX512BW__)  // of the builtin below, compilers make slower code
+#if defined(__AVX512BW__)
   return reinterpret_cast<UnsignedShortVec>(_mm512_permutexvar_epi16(
       reinterpret_cast<__m512i>(indices), reinterpret_cast<__m512i>(table)));
 #elif defined(__GNUC__) && !defined(__clang__)
