@@ -15,47 +15,76 @@ namespace {
 
 constexpr int kLanes = simd::kLanes;
 
-/// Books whose columns are read together: of 64 rows each, they fill half of a first cache level.
-constexpr int kBooksAtATime = 4;
+/// Stages whose columns are read together: of 64 tied rows each, they fill half of a first cache
+/// level.
+constexpr int kStagesAtATime = 2;
 
-/// Adds `books` lines to those of `count` tokens, or writes them if `first`. `column` and
-/// `offsets` `[count][num_books]` begin at the first of the books.
-template <int books>
-void add_lines(const std::int16_t* column, const std::uint32_t* offsets, int num_books, int count,
-               bool first, std::int16_t* sums, int stride) {
+/// Where to write the sums of one column of pairs: token t's at `t * stride`.
+struct SumColumn {
+  std::int16_t* real;
+  std::int16_t* imag;
+  int stride;
+};
+
+/// Adds the rows of `stages` stages to the sums of `count` tokens, or writes them if `first`.
+/// `offsets` is `[count][num_codes]`, from the first of these stages on.
+template <bool tied, int stages>
+void add_stages(const std::int16_t* lines, const std::uint32_t* offsets, int num_codes, int count,
+                bool first, const SumColumn& sums) {
+  constexpr int kImag = KeyTables::kLanes;
   for (int t = 0; t < count; ++t) {
-    ShortVec sum = first ? ShortVec{} : simd::load_shorts(sums + t * stride);
-    for (int book = 0; book < books; ++book)
-      sum += simd::load_shorts(column + offsets[t * num_books + book]);
-    simd::store_shorts(sums + t * stride, sum);
+    std::int16_t* const to_real = sums.real + t * sums.stride;
+    std::int16_t* const to_imag = sums.imag + t * sums.stride;
+    ShortVec real = first ? ShortVec{} : simd::load_shorts(to_real);
+    ShortVec imag = first ? ShortVec{} : simd::load_shorts(to_imag);
+    for (int code = 0; code < 2 * stages; code += 2) {
+      const std::int16_t* const a = lines + offsets[t * num_codes + code];
+      const std::int16_t* const b = lines + offsets[t * num_codes + code + 1];
+      real += simd::load_shorts(a);
+      imag += simd::load_shorts(a + kImag);
+      if (tied) {  // j (x + j y) = -y + j x
+        real -= simd::load_shorts(b + kImag);
+        imag += simd::load_shorts(b);
+      } else {
+        real += simd::load_shorts(b);
+        imag += simd::load_shorts(b + kImag);
+      }
+    }
+    simd::store_shorts(to_real, real);
+    simd::store_shorts(to_imag, imag);
   }
 }
 
-/// One group's sums. Columns of a few books stay in the first cache level while all tokens read
-/// them; whole rows would come from the second level every time.
+/// One group's sums, `[count][2 * padded_pairs]`. Columns of a few stages stay in the first cache
+/// level while all tokens read them; whole rows would come from the second level every time.
+template <bool tied>
 void sum_group(const KeyTables& tables, int head, int group, int count,
-               const std::uint32_t* offsets, std::int16_t* sums, int stride) {
-  const int num_books = tables.config().num_stages * 2;
+               const std::uint32_t* offsets, int padded_pairs, std::int16_t* sums) {
+  const int num_stages = tables.config().num_stages;
   for (int column = 0; column < tables.num_columns(); ++column) {
     const std::int16_t* const lines = tables.column(head, group, column);
-    std::int16_t* const to = sums + column * KeyTables::kLanes;
-    int book = 0;
-    for (; book + kBooksAtATime <= num_books; book += kBooksAtATime)
-      add_lines<kBooksAtATime>(lines, offsets + book, num_books, count, book == 0, to, stride);
-    for (; book + 2 <= num_books; book += 2)
-      add_lines<2>(lines, offsets + book, num_books, count, book == 0, to, stride);
+    std::int16_t* const real = sums + column * KeyTables::kLanes;
+    const SumColumn to{real, real + padded_pairs, 2 * padded_pairs};
+    int stage = 0;
+    for (; stage + kStagesAtATime <= num_stages; stage += kStagesAtATime)
+      add_stages<tied, kStagesAtATime>(lines, offsets + 2 * stage, 2 * num_stages, count,
+                                       stage == 0, to);
+    for (; stage < num_stages; ++stage)
+      add_stages<tied, 1>(lines, offsets + 2 * stage, 2 * num_stages, count, stage == 0, to);
   }
 }
 
 /// Where the lines of one group's codes lie in a column.
 void find_lines(const KeyTables& tables, const std::uint16_t* codes, int codes_stride, int count,
                 std::uint32_t* offsets) {
-  const int num_books = tables.config().num_stages * 2;
-  const int size = tables.config().codebook_size;
+  const KeyCodecConfig& config = tables.config();
+  const int num_codes = config.num_stages * 2;
   for (int t = 0; t < count; ++t)
-    for (int book = 0; book < num_books; ++book)
-      offsets[t * num_books + book] = static_cast<std::uint32_t>(
-          (book * size + codes[t * codes_stride + book]) * KeyTables::kLanes);
+    for (int i = 0; i < num_codes; ++i) {
+      const int book = config.tied ? i / 2 : i;
+      offsets[t * num_codes + i] = static_cast<std::uint32_t>(
+          (book * config.codebook_size + codes[t * codes_stride + i]) * 2 * KeyTables::kLanes);
+    }
 }
 
 template <class Load, class Source>
@@ -180,25 +209,25 @@ void unpack_codes(const std::uint8_t* stream, int width, Index count, std::uint1
 void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int count,
               int padded_head_pairs, std::int16_t* planar, RowScratch& scratch) {
   const KeyCodecConfig& config = tables.config();
-  const int num_books = config.num_stages * 2;
-  scratch.offsets.resize(static_cast<std::size_t>(count * num_books));
-  if (config.num_groups() == 1) {
-    find_lines(tables, codes, num_books, count, scratch.offsets.data());
-    sum_group(tables, head, 0, count, scratch.offsets.data(), planar, tables.row_size());
-    return;
-  }
-  scratch.sums.resize(static_cast<std::size_t>(count * tables.row_size()));
+  const int padded_pairs = tables.padded_pairs();
+  scratch.offsets.resize(static_cast<std::size_t>(count * config.num_stages * 2));
+  const auto sum = [&](int group, std::int16_t* sums) {
+    find_lines(tables, codes + group * config.num_stages * 2, config.num_codes(), count,
+               scratch.offsets.data());
+    const auto kernel = config.tied ? sum_group<true> : sum_group<false>;
+    kernel(tables, head, group, count, scratch.offsets.data(), padded_pairs, sums);
+  };
+  if (config.num_groups() == 1 && padded_pairs == padded_head_pairs) return sum(0, planar);
+
+  scratch.sums.resize(static_cast<std::size_t>(count * 2 * padded_pairs));
   const auto bytes = static_cast<std::size_t>(config.group_pairs) * sizeof(std::int16_t);
   for (int group = 0; group < config.num_groups(); ++group) {
-    find_lines(tables, codes + group * num_books, config.num_codes(), count,
-               scratch.offsets.data());
-    sum_group(tables, head, group, count, scratch.offsets.data(), scratch.sums.data(),
-              tables.row_size());
+    sum(group, scratch.sums.data());
     for (int t = 0; t < count; ++t) {
-      const std::int16_t* const sum = scratch.sums.data() + t * tables.row_size();
+      const std::int16_t* const from = scratch.sums.data() + t * 2 * padded_pairs;
       std::int16_t* const real = planar + t * 2 * padded_head_pairs + group * config.group_pairs;
-      std::memcpy(real, sum, bytes);
-      std::memcpy(real + padded_head_pairs, sum + tables.padded_pairs(), bytes);
+      std::memcpy(real, from, bytes);
+      std::memcpy(real + padded_head_pairs, from + padded_pairs, bytes);
     }
   }
 }

@@ -18,7 +18,7 @@ inline constexpr int kCodeLanes = 32;
 /// What `sum_rows` needs besides its arguments.
 struct RowScratch {
   std::vector<std::uint32_t> offsets;  ///< `[count][2 * num_stages]`: of lines in a column
-  std::vector<std::int16_t> sums;      ///< `[count][KeyTables::row_size()]`
+  std::vector<std::int16_t> sums;      ///< `[count][2 * KeyTables::padded_pairs()]`
 };
 
 /// Reads `count` codes of `width` bits, at most 16, from the start of a stream as `put_bits` writes
@@ -28,7 +28,7 @@ void unpack_codes(const std::uint8_t* stream, int width, Index count, std::uint1
 /// Adds up the rows of each of `count` tokens of one head. `codes` is
 /// `[count][num_groups][num_stages][2]`; `planar` `[count][2 * padded_head_pairs]` receives
 /// integers, real parts, then imaginary parts, in units of `KeyTables::units`. Its padding is left
-/// alone where a head has several groups. `scratch` keeps its memory between calls.
+/// alone or receives zeros. `scratch` keeps its memory between calls.
 void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int count,
               int padded_head_pairs, std::int16_t* planar, RowScratch& scratch);
 

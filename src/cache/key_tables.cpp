@@ -8,7 +8,8 @@
 namespace commvq {
 
 KeyTables::KeyTables(std::shared_ptr<const KeyCodec> codec)
-    : codec_(std::move(codec)), padded_pairs_((config().group_pairs + 15) / 16 * 16) {
+    : codec_(std::move(codec)),
+      padded_pairs_((config().group_pairs + kLanes - 1) / kLanes * kLanes) {
   const Index num_groups = Index{codec_->num_kv_heads()} * config().num_groups();
   lines_.resize(static_cast<std::size_t>(num_groups * num_columns() * column_size() / kLanes));
   units_.resize(
@@ -43,13 +44,16 @@ void KeyTables::fill(int head, int group_index) {
     // Rounding may add half a unit a book.
     const double unit = bound / (32767 - num_books);
     units[i] = static_cast<float>(unit);
-    for (Index row = 0; row < num_books * rows_per_book; ++row)
-      for (int part = 0; part < 2; ++part) {
-        const double ratio = unit > 0 ? source[row * 2 * g + part * g + i] / unit : 0.0;
-        const int lane = part * padded_pairs_ + i;
-        target[lane / kLanes * column_size() + row * kLanes + lane % kLanes] =
-            static_cast<std::int16_t>(std::lrint(ratio));
-      }
+    std::int16_t* const lane = target + i / kLanes * column_size() + i % kLanes;
+    const int kept_every = config().tied ? 2 : 1;
+    for (int book = 0; book < this->num_books(); ++book)
+      for (Index row = 0; row < rows_per_book; ++row)
+        for (int part = 0; part < 2; ++part) {
+          const float entry =
+              source[(book * kept_every * rows_per_book + row) * 2 * g + part * g + i];
+          lane[((book * rows_per_book + row) * 2 + part) * kLanes] =
+              static_cast<std::int16_t>(unit > 0 ? std::lrint(entry / unit) : 0);
+        }
   }
 }
 

@@ -11,11 +11,11 @@ namespace commvq {
 /// The codebooks of a key codec in fixed point, the form in which attention adds up their rows.
 ///
 /// Every pair of channels has a unit of its own, chosen so that no sum of one row per book
-/// overflows 16 bits: pair i of a decoded head is unit(i) times the sum of its integers. A row is
-/// planar like a `KeyCodebook`'s, but each half is padded with zeros to `padded_pairs()`.
+/// overflows 16 bits: pair i of a decoded head is unit(i) times the sum of its integers. Of tied
+/// books only the first is kept: rows of the second are j times its rows.
 class KeyTables {
  public:
-  /// Integers in one cache line.
+  /// Integers in one cache line, and pairs in one column.
   static constexpr int kLanes = 32;
 
   explicit KeyTables(std::shared_ptr<const KeyCodec> codec);
@@ -25,16 +25,15 @@ class KeyTables {
   static std::shared_ptr<const KeyTables> of(const std::shared_ptr<const KeyCodec>& codec);
 
   const KeyCodecConfig& config() const { return codec_->config(); }
-  /// group_pairs rounded up to a multiple of 16.
+  /// group_pairs rounded up to a multiple of kLanes; the padding is zeros.
   int padded_pairs() const { return padded_pairs_; }
-  /// Integers of one row, a multiple of kLanes.
-  int row_size() const { return 2 * padded_pairs_; }
+  int num_columns() const { return padded_pairs_ / kLanes; }
+  /// Books that are kept of each group: num_stages, or two a stage if untied.
+  int num_books() const { return config().num_stages * (config().tied ? 1 : 2); }
 
-  /// Cache lines of one row, each kLanes integers.
-  int num_columns() const { return row_size() / kLanes; }
-
-  /// Column `column` of the rows of one group of a head, `[num_stages * 2][codebook_size][kLanes]`.
-  /// Columns lie apart, so that those of several books fit the first cache level.
+  /// A column of the rows of one group of a head, `[num_books()][codebook_size][2][kLanes]`: real
+  /// and imaginary parts of kLanes pairs. Columns lie apart, so that those of a few books fit the
+  /// first cache level.
   const std::int16_t* column(int head, int group_index, int column_index) const {
     return lines_.data()->lanes +
            ((head * config().num_groups() + group_index) * num_columns() + column_index) *
@@ -50,9 +49,7 @@ class KeyTables {
     std::int16_t lanes[kLanes];
   };
 
-  Index column_size() const {
-    return Index{config().num_stages} * 2 * config().codebook_size * kLanes;
-  }
+  Index column_size() const { return Index{num_books()} * config().codebook_size * 2 * kLanes; }
   void fill(int head, int group_index);
 
   std::shared_ptr<const KeyCodec> codec_;  // also keeps its address from being used again
