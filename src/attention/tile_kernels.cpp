@@ -74,17 +74,20 @@ void sum_group(const KeyTables& tables, int head, int group, int count,
   }
 }
 
-/// Where the lines of one group's codes lie in a column.
+/// Where the lines of one group's codes lie in a column. `bases` receives `[num_codes]`.
 void find_lines(const KeyTables& tables, const std::uint16_t* codes, int codes_stride, int count,
-                std::uint32_t* offsets) {
+                std::uint32_t* bases, std::uint32_t* offsets) {
+  constexpr std::uint32_t kRow = 2 * KeyTables::kLanes;
   const KeyCodecConfig& config = tables.config();
   const int num_codes = config.num_stages * 2;
-  for (int t = 0; t < count; ++t)
-    for (int i = 0; i < num_codes; ++i) {
-      const int book = config.tied ? i / 2 : i;
-      offsets[t * num_codes + i] = static_cast<std::uint32_t>(
-          (book * config.codebook_size + codes[t * codes_stride + i]) * 2 * KeyTables::kLanes);
-    }
+  for (int i = 0; i < num_codes; ++i)
+    bases[i] = static_cast<std::uint32_t>((config.tied ? i / 2 : i) * config.codebook_size) * kRow;
+  for (int t = 0; t < count; ++t) {
+    const std::uint16_t* const from = codes + t * codes_stride;
+    std::uint32_t* const to = offsets + t * num_codes;
+#pragma omp simd
+    for (int i = 0; i < num_codes; ++i) to[i] = bases[i] + from[i] * kRow;
+  }
 }
 
 template <class Load, class Source>
@@ -194,15 +197,23 @@ void add_decoded_of(const float* decoder, Index decoder_stride, Index num_code_b
 
 void unpack_codes(const std::uint8_t* stream, int width, Index count, std::uint16_t* codes) {
   const std::uint64_t mask = (std::uint64_t{1} << width) - 1;
-  const Index at_a_time = (64 - 7) / width;
-  Index position = 0;
-  for (Index i = 0; i < count;) {
-    std::uint64_t window;
-    std::memcpy(&window, stream + position / 8, sizeof(window));
-    window >>= position % 8;
-    const Index end = std::min(count, i + at_a_time);
-    position += (end - i) * width;
-    for (; i < end; ++i, window >>= width) codes[i] = static_cast<std::uint16_t>(window & mask);
+  Index i = 0;
+  if (width < 8) {  // eight codes are whole bytes, and fit a word
+    using Words = std::uint64_t __attribute__((vector_size(64)));
+    using Codes = std::uint16_t __attribute__((vector_size(16)));
+    Words shifts;
+    for (int k = 0; k < 8; ++k) shifts[k] = static_cast<std::uint64_t>(k * width);
+    for (; i + 8 <= count; i += 8) {
+      std::uint64_t word;
+      std::memcpy(&word, stream + i / 8 * width, sizeof(word));
+      const Codes eight = __builtin_convertvector(((Words{} + word) >> shifts) & mask, Codes);
+      std::memcpy(codes + i, &eight, sizeof(eight));
+    }
+  }
+  for (; i < count; ++i) {
+    std::uint32_t window;
+    std::memcpy(&window, stream + i * width / 8, sizeof(window));
+    codes[i] = static_cast<std::uint16_t>((window >> (i * width % 8)) & mask);
   }
 }
 
@@ -210,10 +221,11 @@ void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int
               int padded_head_pairs, std::int16_t* planar, RowScratch& scratch) {
   const KeyCodecConfig& config = tables.config();
   const int padded_pairs = tables.padded_pairs();
+  scratch.bases.resize(static_cast<std::size_t>(config.num_stages * 2));
   scratch.offsets.resize(static_cast<std::size_t>(count * config.num_stages * 2));
   const auto sum = [&](int group, std::int16_t* sums) {
     find_lines(tables, codes + group * config.num_stages * 2, config.num_codes(), count,
-               scratch.offsets.data());
+               scratch.bases.data(), scratch.offsets.data());
     const auto kernel = config.tied ? sum_group<true> : sum_group<false>;
     kernel(tables, head, group, count, scratch.offsets.data(), padded_pairs, sums);
   };

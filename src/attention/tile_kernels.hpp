@@ -17,6 +17,7 @@ inline constexpr int kCodeLanes = 32;
 
 /// What `sum_rows` needs besides its arguments.
 struct RowScratch {
+  std::vector<std::uint32_t> bases;    ///< `[2 * num_stages]`: where the codes' books begin
   std::vector<std::uint32_t> offsets;  ///< `[count][2 * num_stages]`: of lines in a column
   std::vector<std::int16_t> sums;      ///< `[count][2 * KeyTables::padded_pairs()]`
 };
