@@ -87,17 +87,12 @@ Problem::Problem(const LayerCache& cache_, MatrixView<const float> queries_,
   cache.rope().rotation_at(kSubtile, subtile_step.data());
 }
 
-Partial::Partial(const Problem& problem, int rows)
-    : max(static_cast<std::size_t>(rows)),
-      sum(max.size()),
-      codes(max.size() * static_cast<std::size_t>(problem.code_width)),
-      values(max.size() * static_cast<std::size_t>(problem.value_width)) {}
-
-void Partial::clear() {
-  std::fill(max.begin(), max.end(), kMinusInfinity);
-  std::fill(sum.begin(), sum.end(), 0.0f);
-  std::fill(codes.begin(), codes.end(), 0.0f);
-  std::fill(values.begin(), values.end(), 0.0f);
+void Partial::clear(const Problem& problem, int rows) {
+  const auto size = static_cast<std::size_t>(rows);
+  max.assign(size, kMinusInfinity);
+  sum.assign(size, 0.0f);
+  codes.assign(size * static_cast<std::size_t>(problem.code_width), 0.0f);
+  values.assign(size * static_cast<std::size_t>(problem.value_width), 0.0f);
 }
 
 void Partial::merge(const Partial& other, int rows) {
@@ -153,7 +148,7 @@ void HeadAttention::run(int head, Index first_query, int num_tokens, bool with_e
   rows_ = num_tokens * problem_.group;
   partial_ = &partial;
   position_ = -1;  // no step from another item: the result must not depend on who computed that
-  partial.clear();
+  partial.clear(problem_, rows_);
   load_queries(first_query);
   if (with_exact) {
     run_exact(Segment::kSinks);

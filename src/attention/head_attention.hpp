@@ -38,8 +38,8 @@ struct Partial {
   std::vector<float> codes;   ///< `[rows][code_width]`
   std::vector<float> values;  ///< `[rows][value_width]`
 
-  Partial(const Problem& problem, int rows);
-  void clear();
+  /// Nothing gathered, for `rows` rows. The thread that fills a partial result also allocates it.
+  void clear(const Problem& problem, int rows);
   /// Adds what the same queries gathered over other tokens.
   void merge(const Partial& other, int rows);
 };

@@ -15,78 +15,69 @@ namespace {
 
 constexpr int kLanes = simd::kLanes;
 
-/// Stages whose columns are read together: of 64 tied rows, 8 KiB each, most of a first cache
-/// level.
-constexpr int kStagesAtATime = 3;
-
-/// Where to write the sums of one column of pairs: token t's at `t * stride`.
-struct SumColumn {
-  std::int16_t* real;
-  std::int16_t* imag;
-  int stride;
-};
-
-/// Adds the rows of `stages` stages to the sums of `count` tokens, or writes them if `first`.
-/// `offsets` is `[count][num_codes]`, from the first of these stages on.
-template <bool tied, int stages>
-void add_stages(const std::int16_t* lines, const std::uint32_t* offsets, int num_codes, int count,
-                bool first, const SumColumn& sums) {
-  constexpr int kImag = KeyTables::kLanes;
-  for (int t = 0; t < count; ++t) {
-    std::int16_t* const to_real = sums.real + t * sums.stride;
-    std::int16_t* const to_imag = sums.imag + t * sums.stride;
-    ShortVec real = first ? ShortVec{} : simd::load_shorts(to_real);
-    ShortVec imag = first ? ShortVec{} : simd::load_shorts(to_imag);
-    for (int code = 0; code < 2 * stages; code += 2) {
-      const std::int16_t* const a = lines + offsets[t * num_codes + code];
-      const std::int16_t* const b = lines + offsets[t * num_codes + code + 1];
-      real += simd::load_shorts(a);
-      imag += simd::load_shorts(a + kImag);
+/// Adds up the rows of one token and group, `columns` columns of them: `rows` points at the first,
+/// `offsets` `[2 * num_stages]` lead to the codes' rows.
+template <bool tied, int columns>
+void sum_columns(const std::int16_t* rows, const std::uint32_t* offsets, int num_stages,
+                 std::int16_t* real, std::int16_t* imag) {
+  constexpr int kLine = KeyTables::kLanes;
+  ShortVec sums[columns][2] = {};
+  for (int stage = 0; stage < num_stages; ++stage) {
+    const std::int16_t* const a = rows + offsets[2 * stage];
+    const std::int16_t* const b = rows + offsets[2 * stage + 1];
+    for (int c = 0; c < columns; ++c) {
+      sums[c][0] += simd::load_shorts(a + 2 * c * kLine);
+      sums[c][1] += simd::load_shorts(a + (2 * c + 1) * kLine);
+      const ShortVec x = simd::load_shorts(b + 2 * c * kLine);
+      const ShortVec y = simd::load_shorts(b + (2 * c + 1) * kLine);
       if (tied) {  // j (x + j y) = -y + j x
-        real -= simd::load_shorts(b + kImag);
-        imag += simd::load_shorts(b);
+        sums[c][0] -= y;
+        sums[c][1] += x;
       } else {
-        real += simd::load_shorts(b);
-        imag += simd::load_shorts(b + kImag);
+        sums[c][0] += x;
+        sums[c][1] += y;
       }
     }
-    simd::store_shorts(to_real, real);
-    simd::store_shorts(to_imag, imag);
+  }
+  for (int c = 0; c < columns; ++c) {
+    simd::store_shorts(real + c * kLine, sums[c][0]);
+    simd::store_shorts(imag + c * kLine, sums[c][1]);
   }
 }
 
-/// One group's sums, `[count][2 * padded_pairs]`. Columns of a few stages stay in the first cache
-/// level while all tokens read them; whole rows would come from the second level every time.
+/// One group's sums, `[count][2 * padded_pairs]`.
 template <bool tied>
-void sum_group(const KeyTables& tables, int head, int group, int count,
-               const std::uint32_t* offsets, int padded_pairs, std::int16_t* sums) {
+void sum_group(const KeyTables& tables, const std::int16_t* rows, int count,
+               const std::uint32_t* offsets, std::int16_t* sums) {
+  constexpr int kLine = KeyTables::kLanes;
   const int num_stages = tables.config().num_stages;
-  for (int column = 0; column < tables.num_columns(); ++column) {
-    const std::int16_t* const lines = tables.column(head, group, column);
-    std::int16_t* const real = sums + column * KeyTables::kLanes;
-    const SumColumn to{real, real + padded_pairs, 2 * padded_pairs};
-    int stage = 0;
-    for (; stage + kStagesAtATime <= num_stages; stage += kStagesAtATime)
-      add_stages<tied, kStagesAtATime>(lines, offsets + 2 * stage, 2 * num_stages, count,
-                                       stage == 0, to);
-    for (; stage < num_stages; ++stage)
-      add_stages<tied, 1>(lines, offsets + 2 * stage, 2 * num_stages, count, stage == 0, to);
+  for (int t = 0; t < count; ++t, offsets += 2 * num_stages) {
+    std::int16_t* const real = sums + t * tables.row_size();
+    std::int16_t* const imag = real + tables.padded_pairs();
+    int c = 0;
+    for (; c + 2 <= tables.num_columns(); c += 2)
+      sum_columns<tied, 2>(rows + 2 * c * kLine, offsets, num_stages, real + c * kLine,
+                           imag + c * kLine);
+    if (c < tables.num_columns())
+      sum_columns<tied, 1>(rows + 2 * c * kLine, offsets, num_stages, real + c * kLine,
+                           imag + c * kLine);
   }
 }
 
-/// Where the lines of one group's codes lie in a column. `bases` receives `[num_codes]`.
-void find_lines(const KeyTables& tables, const std::uint16_t* codes, int codes_stride, int count,
-                std::uint32_t* bases, std::uint32_t* offsets) {
-  constexpr std::uint32_t kRow = 2 * KeyTables::kLanes;
+/// Where the rows of one group's codes lie. `bases` receives `[num_codes]`.
+void find_rows(const KeyTables& tables, const std::uint16_t* codes, int codes_stride, int count,
+               std::uint32_t* bases, std::uint32_t* offsets) {
+  const auto row_size = static_cast<std::uint32_t>(tables.row_size());
   const KeyCodecConfig& config = tables.config();
   const int num_codes = config.num_stages * 2;
   for (int i = 0; i < num_codes; ++i)
-    bases[i] = static_cast<std::uint32_t>((config.tied ? i / 2 : i) * config.codebook_size) * kRow;
+    bases[i] =
+        static_cast<std::uint32_t>((config.tied ? i / 2 : i) * config.codebook_size) * row_size;
   for (int t = 0; t < count; ++t) {
     const std::uint16_t* const from = codes + t * codes_stride;
     std::uint32_t* const to = offsets + t * num_codes;
 #pragma omp simd
-    for (int i = 0; i < num_codes; ++i) to[i] = bases[i] + from[i] * kRow;
+    for (int i = 0; i < num_codes; ++i) to[i] = bases[i] + from[i] * row_size;
   }
 }
 
@@ -101,6 +92,25 @@ void rotate_by(Load load, const Source* planar, const float* rotation, float sig
     simd::store(rotated + i, re * cosine - im * sine);
     simd::store(rotated + padded_pairs + i, re * sine + im * cosine);
   }
+}
+
+/// Scores of `rows` queries with `tokens` keys, sixteen in all: each load serves several products.
+template <int rows, int tokens>
+void score_block(const float* queries, const float* keys, int width, float* scores) {
+  static_assert(rows * tokens == kLanes);
+  Vec sums[kLanes] = {};
+  for (int i = 0; i < width; i += kLanes) {
+    Vec query[rows];
+    for (int r = 0; r < rows; ++r) query[r] = simd::load(queries + r * width + i);
+    for (int t = 0; t < tokens; ++t) {
+      const Vec key = simd::load(keys + t * width + i);
+      for (int r = 0; r < rows; ++r) sums[r * tokens + t] += query[r] * key;
+    }
+  }
+  const Vec result = simd::sum_each(sums);
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(scores + r * kTile, reinterpret_cast<const float*>(&result) + r * tokens,
+                tokens * sizeof(float));
 }
 
 /// Weights of the tokens of a tile in fixed point, as sums over subsets of four of them.
@@ -224,10 +234,10 @@ void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int
   scratch.bases.resize(static_cast<std::size_t>(config.num_stages * 2));
   scratch.offsets.resize(static_cast<std::size_t>(count * config.num_stages * 2));
   const auto sum = [&](int group, std::int16_t* sums) {
-    find_lines(tables, codes + group * config.num_stages * 2, config.num_codes(), count,
-               scratch.bases.data(), scratch.offsets.data());
+    find_rows(tables, codes + group * config.num_stages * 2, config.num_codes(), count,
+              scratch.bases.data(), scratch.offsets.data());
     const auto kernel = config.tied ? sum_group<true> : sum_group<false>;
-    kernel(tables, head, group, count, scratch.offsets.data(), padded_pairs, sums);
+    kernel(tables, tables.group(head, group), count, scratch.offsets.data(), sums);
   };
   if (config.num_groups() == 1 && padded_pairs == padded_head_pairs) return sum(0, planar);
 
@@ -257,14 +267,12 @@ void rotate_back(const float* planar, const float* rotation, int padded_pairs, f
 }
 
 void score_subtile(const float* queries, int rows, const float* keys, int width, float* scores) {
-  for (int r = 0; r < rows; ++r) {
-    Vec sums[kSubtile] = {};
-    for (int i = 0; i < width; i += kLanes) {
-      const Vec query = simd::load(queries + r * width + i);
-      for (int t = 0; t < kSubtile; ++t) sums[t] += query * simd::load(keys + t * width + i);
-    }
-    simd::store(scores + r * kTile, simd::sum_each(sums));
-  }
+  int r = 0;
+  for (; r + 4 <= rows; r += 4)
+    for (int t = 0; t < kSubtile; t += 4)
+      score_block<4, 4>(queries + r * width, keys + t * width, width, scores + r * kTile + t);
+  for (; r < rows; ++r)
+    score_block<1, kSubtile>(queries + r * width, keys, width, scores + r * kTile);
 }
 
 void add_code_bits(const std::uint8_t* bytes, int num_bytes, Index num_code_bits,

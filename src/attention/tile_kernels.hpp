@@ -18,8 +18,8 @@ inline constexpr int kCodeLanes = 32;
 /// What `sum_rows` needs besides its arguments.
 struct RowScratch {
   std::vector<std::uint32_t> bases;    ///< `[2 * num_stages]`: where the codes' books begin
-  std::vector<std::uint32_t> offsets;  ///< `[count][2 * num_stages]`: of lines in a column
-  std::vector<std::int16_t> sums;      ///< `[count][2 * KeyTables::padded_pairs()]`
+  std::vector<std::uint32_t> offsets;  ///< `[count][2 * num_stages]`: of the codes' rows
+  std::vector<std::int16_t> sums;      ///< `[count][KeyTables::row_size()]`
 };
 
 /// Reads `count` codes of `width` bits, at most 16, from the start of a stream as `put_bits` writes

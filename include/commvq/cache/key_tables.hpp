@@ -31,13 +31,13 @@ class KeyTables {
   /// Books that are kept of each group: num_stages, or two a stage if untied.
   int num_books() const { return config().num_stages * (config().tied ? 1 : 2); }
 
-  /// A column of the rows of one group of a head, `[num_books()][codebook_size][2][kLanes]`: real
-  /// and imaginary parts of kLanes pairs. Columns lie apart, so that those of a few books fit the
-  /// first cache level.
-  const std::int16_t* column(int head, int group_index, int column_index) const {
-    return lines_.data()->lanes +
-           ((head * config().num_groups() + group_index) * num_columns() + column_index) *
-               column_size();
+  /// Integers of one row: real and imaginary parts of kLanes pairs, of the next kLanes pairs, ...
+  int row_size() const { return 2 * padded_pairs_; }
+
+  /// Rows of one group of a head, `[num_books()][codebook_size][num_columns()][2][kLanes]`, on
+  /// cache lines.
+  const std::int16_t* group(int head, int group_index) const {
+    return lines_.data()->lanes + (head * config().num_groups() + group_index) * group_size();
   }
   /// Units of a head's pairs, `[num_pairs]`.
   const float* units(int head) const {
@@ -49,7 +49,7 @@ class KeyTables {
     std::int16_t lanes[kLanes];
   };
 
-  Index column_size() const { return Index{num_books()} * config().codebook_size * 2 * kLanes; }
+  Index group_size() const { return Index{num_books()} * config().codebook_size * row_size(); }
   void fill(int head, int group_index);
 
   std::shared_ptr<const KeyCodec> codec_;  // also keeps its address from being used again
