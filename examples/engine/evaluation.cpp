@@ -19,8 +19,11 @@ double negative_log_likelihood(std::span<const float> logits, int token) {
   return largest + std::log(sum) - logits[static_cast<std::size_t>(token)];
 }
 
-constexpr const char* kNames[] = {"Alice",  "Robert",    "Margaret", "William", "Eleanor",
-                                  "Thomas", "Catherine", "George",   "Harriet", "Edward"};
+/// The names whose codes the project's models learnt to repeat.
+constexpr const char* kNames[] = {"Alice", "Boris",  "Clara", "Dmitri", "Elena",  "Farid", "Greta",
+                                  "Hugo",  "Irene",  "Jonas", "Karin",  "Leo",    "Mira",  "Nadia",
+                                  "Oscar", "Petra",  "Quinn", "Rosa",   "Stefan", "Tara",  "Umar",
+                                  "Vera",  "Walter", "Xenia", "Yusuf",  "Zelda"};
 
 }  // namespace
 

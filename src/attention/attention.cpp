@@ -18,7 +18,7 @@ using attention::Partial;
 using attention::Problem;
 
 /// Spans of coded tokens of one query, at most; and the fewest tokens of a span.
-constexpr Index kMaxParts = 32;
+constexpr Index kMaxParts = 16;
 constexpr Index kMinPartTokens = 1024;
 /// Query heads times tokens that share the expansion of a tile.
 constexpr Index kBlockRows = 128;
@@ -118,8 +118,7 @@ void attend(const LayerCache& cache, MatrixView<const float> queries,
   const int block_rows = static_cast<int>(schedule.block_tokens) * problem.group;
 
   std::vector<Partial> partials(
-      static_cast<std::size_t>(batch_blocks * num_heads * schedule.num_parts),
-      Partial(problem, block_rows));
+      static_cast<std::size_t>(batch_blocks * num_heads * schedule.num_parts));
   std::vector<HeadAttention> workers(static_cast<std::size_t>(omp_get_max_threads()),
                                      HeadAttention(problem, block_rows));
 

@@ -17,8 +17,8 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-int padded(int count) {
-  return (count + kLanes - 1) / kLanes * kLanes;
+int padded(int count, int lanes = kLanes) {
+  return (count + lanes - 1) / lanes * lanes;
 }
 
 /// Planar head with each half padded.
@@ -73,7 +73,7 @@ Problem::Problem(const LayerCache& cache_, MatrixView<const float> queries_,
       padded_pairs(padded(head_dim / 2)),
       key_width(2 * padded_pairs),
       value_width(padded(head_dim)),
-      code_width(padded(cache.page_layout().value_code_bits)),
+      code_width(padded(cache.page_layout().value_code_bits, kCodeLanes)),
       offset_rotations(static_cast<std::size_t>(kSubtile * key_width)),
       subtile_step(static_cast<std::size_t>(head_dim)) {
   if (options.scale == 0.0f)
@@ -87,17 +87,12 @@ Problem::Problem(const LayerCache& cache_, MatrixView<const float> queries_,
   cache.rope().rotation_at(kSubtile, subtile_step.data());
 }
 
-Partial::Partial(const Problem& problem, int rows)
-    : max(static_cast<std::size_t>(rows)),
-      sum(max.size()),
-      codes(max.size() * static_cast<std::size_t>(problem.code_width)),
-      values(max.size() * static_cast<std::size_t>(problem.value_width)) {}
-
-void Partial::clear() {
-  std::fill(max.begin(), max.end(), kMinusInfinity);
-  std::fill(sum.begin(), sum.end(), 0.0f);
-  std::fill(codes.begin(), codes.end(), 0.0f);
-  std::fill(values.begin(), values.end(), 0.0f);
+void Partial::clear(const Problem& problem, int rows) {
+  const auto size = static_cast<std::size_t>(rows);
+  max.assign(size, kMinusInfinity);
+  sum.assign(size, 0.0f);
+  codes.assign(size * static_cast<std::size_t>(problem.code_width), 0.0f);
+  values.assign(size * static_cast<std::size_t>(problem.value_width), 0.0f);
 }
 
 void Partial::merge(const Partial& other, int rows) {
@@ -138,12 +133,12 @@ HeadAttention::HeadAttention(const Problem& problem, int max_rows)
   value_tile_ = floats(kTile, problem.value_width);
   channels_ = floats(1, problem.head_dim);
   planar_ = floats(1, problem.key_width);
-  sums_.resize(static_cast<std::size_t>(problem.key_width));
+  sums_.resize(static_cast<std::size_t>(kTile * problem.key_width));
   stream_.resize(
       static_cast<std::size_t>(bytes_for(Index{kTile} * layout.key_codes * layout.key_code_bits)) +
-      sizeof(std::uint32_t));
-  codes_.resize(static_cast<std::size_t>(layout.key_codes));
-  bits_.resize(static_cast<std::size_t>(problem.code_width));
+      sizeof(std::uint64_t));
+  codes_.resize(static_cast<std::size_t>(Index{kTile} * layout.key_codes));
+  bits_.resize(static_cast<std::size_t>(kTile / 8 * problem.code_width));
 }
 
 void HeadAttention::run(int head, Index first_query, int num_tokens, bool with_exact,
@@ -153,7 +148,7 @@ void HeadAttention::run(int head, Index first_query, int num_tokens, bool with_e
   rows_ = num_tokens * problem_.group;
   partial_ = &partial;
   position_ = -1;  // no step from another item: the result must not depend on who computed that
-  partial.clear();
+  partial.clear(problem_, rows_);
   load_queries(first_query);
   if (with_exact) {
     run_exact(Segment::kSinks);
@@ -265,12 +260,7 @@ void HeadAttention::score_tile(const Tile& tile, bool keys_coded) {
   const int width = problem_.key_width;
   const std::vector<float>& queries = keys_coded ? unit_queries_ : queries_;
   std::fill(norms_.begin(), norms_.end(), 1.0f);
-  if (keys_coded) {
-    const PageLayout& layout = cache_.page_layout();
-    const Index token_bits = Index{layout.key_codes} * layout.key_code_bits;
-    std::memcpy(stream_.data(), tile.page + layout.key_stream(head_) + tile.slot * token_bits / 8,
-                static_cast<std::size_t>(bytes_for(tile.count * token_bits)));
-  }
+  if (keys_coded) sum_coded_keys(tile);
   for (int first = 0; first < tile.count; first += kSubtile) {
     const int count = std::min(kSubtile, tile.count - first);
     if (keys_coded) {
@@ -286,15 +276,24 @@ void HeadAttention::score_tile(const Tile& tile, bool keys_coded) {
   }
 }
 
-void HeadAttention::load_coded_keys(const Tile& tile, int first, int count) {
+/// The tile's decoded keys in units of the key tables, before norms and rotation.
+void HeadAttention::sum_coded_keys(const Tile& tile) {
   const PageLayout& layout = cache_.page_layout();
   const Index token_bits = Index{layout.key_codes} * layout.key_code_bits;
+  std::memcpy(stream_.data(), tile.page + layout.key_stream(head_) + tile.slot * token_bits / 8,
+              static_cast<std::size_t>(bytes_for(tile.count * token_bits)));
+  unpack_codes(stream_.data(), layout.key_code_bits, Index{tile.count} * layout.key_codes,
+               codes_.data());
+  sum_rows(*cache_.key_tables(), head_, codes_.data(), tile.count, problem_.padded_pairs,
+           sums_.data(), row_scratch_);
+}
+
+void HeadAttention::load_coded_keys(const Tile& tile, int first, int count) {
+  const PageLayout& layout = cache_.page_layout();
   for (int t = 0; t < count; ++t) {
-    unpack_codes(stream_.data(), (first + t) * token_bits, layout.key_code_bits, layout.key_codes,
-                 codes_.data());
-    sum_rows(*cache_.key_tables(), head_, codes_.data(), problem_.padded_pairs, sums_.data());
-    rotate(sums_.data(), problem_.offset_rotations.data() + t * problem_.key_width,
-           problem_.padded_pairs, keys_.data() + t * problem_.key_width);
+    rotate(sums_.data() + (first + t) * problem_.key_width,
+           problem_.offset_rotations.data() + t * problem_.key_width, problem_.padded_pairs,
+           keys_.data() + t * problem_.key_width);
     norms_[static_cast<std::size_t>(first + t)] =
         bf16_at(tile.page + layout.key_norm(tile.slot + first + t, head_));
   }
@@ -382,15 +381,16 @@ void HeadAttention::gather_coded_values(const Tile& tile) {
       float* const weights = scores_.data() + Index{r} * kTile + t;
       simd::store(weights, simd::load(weights) * simd::load(scales + t));
     }
-  for (int t = 0; t < tile.count; t += 8) {
-    const std::uint8_t* bytes = tile.page + layout.value_bits(tile.slot + t);
-    if (layout.value_code_bits != problem_.code_width) {
-      std::memcpy(bits_.data(), bytes, static_cast<std::size_t>(layout.value_code_bits));
-      bytes = bits_.data();
-    }
-    add_code_bits(bytes, problem_.code_width, scores_.data() + t, rows_, partial_->codes.data(),
-                  problem_.code_width);
+  const int num_bytes = (tile.count + 7) / 8;
+  const std::uint8_t* bytes = tile.page + layout.value_bits(tile.slot);
+  if (layout.value_code_bits != problem_.code_width) {
+    for (Index i = 0; i < num_bytes; ++i)
+      std::memcpy(bits_.data() + i * problem_.code_width, bytes + i * layout.value_code_bits,
+                  static_cast<std::size_t>(layout.value_code_bits));
+    bytes = bits_.data();
   }
+  add_code_bits(bytes, num_bytes, problem_.code_width, scores_.data(), rows_,
+                partial_->codes.data(), problem_.code_width);
 }
 
 void HeadAttention::gather_exact_values(const Tile& tile) {

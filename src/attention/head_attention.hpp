@@ -38,8 +38,8 @@ struct Partial {
   std::vector<float> codes;   ///< `[rows][code_width]`
   std::vector<float> values;  ///< `[rows][value_width]`
 
-  Partial(const Problem& problem, int rows);
-  void clear();
+  /// Nothing gathered, for `rows` rows. The thread that fills a partial result also allocates it.
+  void clear(const Problem& problem, int rows);
   /// Adds what the same queries gathered over other tokens.
   void merge(const Partial& other, int rows);
 };
@@ -79,6 +79,7 @@ class HeadAttention {
   void run_coded(Index first_coded, Index num_coded);
   void run_tile(Segment segment, const Tile& tile);
   void score_tile(const Tile& tile, bool keys_coded);
+  void sum_coded_keys(const Tile& tile);
   void load_coded_keys(const Tile& tile, int first, int count);
   void load_exact_keys(const Tile& tile, int first, int count);
   void turn_to(Index position);
@@ -99,19 +100,20 @@ class HeadAttention {
   std::vector<double> rotation_;       // [2 * num_pairs]
   std::vector<float> float_rotation_;  // [key_width]
 
-  std::vector<float> queries_;        // [rows][key_width], planar, rotated to their positions
-  std::vector<float> unit_queries_;   // the same times the units of the key tables
-  std::vector<float> turned_;         // [rows][key_width], rotated back to a subtile's first token
-  std::vector<float> keys_;           // [kSubtile][key_width]
-  std::vector<float> scores_;         // [rows][kTile], then weights
-  std::vector<float> norms_;          // [kTile]
-  std::vector<float> value_tile_;     // [kTile][value_width]
-  std::vector<float> channels_;       // [head_dim]
-  std::vector<float> planar_;         // [key_width]
-  std::vector<std::int16_t> sums_;    // [key_width]
+  std::vector<float> queries_;       // [rows][key_width], planar, rotated to their positions
+  std::vector<float> unit_queries_;  // the same times the units of the key tables
+  std::vector<float> turned_;        // [rows][key_width], rotated back to a subtile's first token
+  std::vector<float> keys_;          // [kSubtile][key_width]
+  std::vector<float> scores_;        // [rows][kTile], then weights
+  std::vector<float> norms_;         // [kTile]
+  std::vector<float> value_tile_;    // [kTile][value_width]
+  std::vector<float> channels_;      // [head_dim]
+  std::vector<float> planar_;        // [key_width]
+  std::vector<std::int16_t> sums_;   // [kTile][key_width]
+  RowScratch row_scratch_;
   std::vector<std::uint8_t> stream_;  // codes of one tile, padded
-  std::vector<std::uint16_t> codes_;  // [key_codes]
-  std::vector<std::uint8_t> bits_;    // [code_width]
+  std::vector<std::uint16_t> codes_;  // [kTile][key_codes]
+  std::vector<std::uint8_t> bits_;    // [kTile / 8][code_width]
 };
 
 }  // namespace commvq::attention

@@ -1,7 +1,12 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
+
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
 
 /// Sixteen floats at a time, by the compilers' vector extensions: on a machine with narrower
 /// registers each operation becomes several.
@@ -12,12 +17,13 @@ inline constexpr int kLanes = 16;
 using Vec = float __attribute__((vector_size(64)));
 using IntVec = std::int32_t __attribute__((vector_size(64)));
 using ShortVec = std::int16_t __attribute__((vector_size(64)));
+using UnsignedShortVec = std::uint16_t __attribute__((vector_size(64)));
 
 // As they may lie in memory: aligned like their elements, aliasing arrays of them.
 using LooseVec = float __attribute__((vector_size(64), aligned(4), may_alias));
 using LooseShorts = std::int16_t __attribute__((vector_size(64), aligned(2), may_alias));
 using LooseHalfShorts = std::int16_t __attribute__((vector_size(32), aligned(2), may_alias));
-using LooseBytes = std::uint8_t __attribute__((vector_size(16), aligned(1), may_alias));
+using LooseBytes = std::uint8_t __attribute__((vector_size(32), aligned(1), may_alias));
 
 inline Vec load(const float* p) {
   return *reinterpret_cast<const LooseVec*>(p);
@@ -36,22 +42,52 @@ inline void store_shorts(std::int16_t* p, ShortVec v) {
   *reinterpret_cast<LooseShorts*>(p) = v;
 }
 
+// Widening conversions and lookups have code of their own where compilers make too much of the
+// portable form: several instructions for one, and sums spilled to memory.
+
 /// Sixteen 16-bit integers as floats.
 inline Vec load_as_floats(const std::int16_t* p) {
+#if defined(__AVX512BW__)
+  const auto* const lanes = reinterpret_cast<const __m256i*>(p);
+  return reinterpret_cast<Vec>(
+      _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(lanes))));
+#else
   return __builtin_convertvector(*reinterpret_cast<const LooseHalfShorts*>(p), Vec);
+#endif
 }
-/// Sixteen bytes as integers.
-inline IntVec load_as_ints(const std::uint8_t* p) {
-  return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(p), IntVec);
+/// Thirty-two bytes as 16-bit integers.
+inline UnsignedShortVec load_as_shorts(const std::uint8_t* p) {
+#if defined(__AVX512BW__)
+  const auto* const lanes = reinterpret_cast<const __m256i*>(p);
+  return reinterpret_cast<UnsignedShortVec>(_mm512_cvtepu8_epi16(_mm256_loadu_si256(lanes)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(p), UnsignedShortVec);
+#endif
+}
+/// Half 0 or 1 of thirty-two 16-bit integers, as floats.
+template <int half>
+Vec half_as_floats(UnsignedShortVec v) {
+#if defined(__AVX512BW__)
+  const __m256i lanes = _mm512_extracti64x4_epi64(reinterpret_cast<__m512i>(v), half);
+  return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(lanes)));
+#else
+  using Half = std::uint16_t __attribute__((vector_size(32)));
+  Half lanes;
+  std::memcpy(&lanes, reinterpret_cast<const char*>(&v) + half * sizeof lanes, sizeof lanes);
+  return __builtin_convertvector(__builtin_convertvector(lanes, IntVec), Vec);
+#endif
 }
 
-/// Lane i of the result is lane (indices[i] % 16) of `table`.
-inline Vec lookup(Vec table, IntVec indices) {
-#if defined(__GNUC__) && !defined(__clang__)
+/// Lane i of the result is lane (indices[i] % 32) of `table`.
+inline UnsignedShortVec lookup(UnsignedShortVec table, UnsignedShortVec indices) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<UnsignedShortVec>(_mm512_permutexvar_epi16(
+      reinterpret_cast<__m512i>(indices), reinterpret_cast<__m512i>(table)));
+#elif defined(__GNUC__) && !defined(__clang__)
   return __builtin_shuffle(table, indices);
 #else
-  Vec result;
-  for (int i = 0; i < kLanes; ++i) result[i] = table[indices[i] & 15];
+  UnsignedShortVec result;
+  for (int i = 0; i < 2 * kLanes; ++i) result[i] = table[indices[i] & 31];
   return result;
 #endif
 }

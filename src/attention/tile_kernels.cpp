@@ -1,42 +1,84 @@
 #include "attention/tile_kernels.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "attention/simd.hpp"
 
 namespace commvq::attention {
 
-using simd::IntVec;
 using simd::ShortVec;
+using simd::UnsignedShortVec;
 using simd::Vec;
 
 namespace {
 
 constexpr int kLanes = simd::kLanes;
 
-/// Sums `vectors` registers full of every row: `rows` points at the first of them.
-template <int vectors>
-void sum_columns(const std::int16_t* rows, const KeyTables& tables, const std::uint16_t* codes,
-                 std::int16_t* sum) {
-  const Index row_size = tables.row_size();
-  const Index book_size = tables.config().codebook_size * row_size;
-  const int num_books = tables.config().num_stages * 2;
-  ShortVec sums[vectors] = {};
-  for (int book = 0; book < num_books; ++book) {
-    const std::int16_t* const row = rows + book * book_size + codes[book] * row_size;
-    for (int v = 0; v < vectors; ++v) sums[v] += simd::load_shorts(row + v * KeyTables::kLanes);
+/// Adds up the rows of one token and group, `columns` columns of them: `rows` points at the first,
+/// `offsets` `[2 * num_stages]` lead to the codes' rows.
+template <bool tied, int columns>
+void sum_columns(const std::int16_t* rows, const std::uint32_t* offsets, int num_stages,
+                 std::int16_t* real, std::int16_t* imag) {
+  constexpr int kLine = KeyTables::kLanes;
+  ShortVec sums[columns][2] = {};
+  for (int stage = 0; stage < num_stages; ++stage) {
+    const std::int16_t* const a = rows + offsets[2 * stage];
+    const std::int16_t* const b = rows + offsets[2 * stage + 1];
+    for (int c = 0; c < columns; ++c) {
+      sums[c][0] += simd::load_shorts(a + 2 * c * kLine);
+      sums[c][1] += simd::load_shorts(a + (2 * c + 1) * kLine);
+      const ShortVec x = simd::load_shorts(b + 2 * c * kLine);
+      const ShortVec y = simd::load_shorts(b + (2 * c + 1) * kLine);
+      if (tied) {  // j (x + j y) = -y + j x
+        sums[c][0] -= y;
+        sums[c][1] += x;
+      } else {
+        sums[c][0] += x;
+        sums[c][1] += y;
+      }
+    }
   }
-  for (int v = 0; v < vectors; ++v) simd::store_shorts(sum + v * KeyTables::kLanes, sums[v]);
+  for (int c = 0; c < columns; ++c) {
+    simd::store_shorts(real + c * kLine, sums[c][0]);
+    simd::store_shorts(imag + c * kLine, sums[c][1]);
+  }
 }
 
-void sum_group(const std::int16_t* rows, const KeyTables& tables, const std::uint16_t* codes,
-               std::int16_t* sum) {
-  const int vectors = tables.row_size() / KeyTables::kLanes;
-  int done = 0;
-  for (; done + 4 <= vectors; done += 4)
-    sum_columns<4>(rows + done * KeyTables::kLanes, tables, codes, sum + done * KeyTables::kLanes);
-  for (; done < vectors; ++done)
-    sum_columns<1>(rows + done * KeyTables::kLanes, tables, codes, sum + done * KeyTables::kLanes);
+/// One group's sums, `[count][2 * padded_pairs]`.
+template <bool tied>
+void sum_group(const KeyTables& tables, const std::int16_t* rows, int count,
+               const std::uint32_t* offsets, std::int16_t* sums) {
+  constexpr int kLine = KeyTables::kLanes;
+  const int num_stages = tables.config().num_stages;
+  for (int t = 0; t < count; ++t, offsets += 2 * num_stages) {
+    std::int16_t* const real = sums + t * tables.row_size();
+    std::int16_t* const imag = real + tables.padded_pairs();
+    int c = 0;
+    for (; c + 2 <= tables.num_columns(); c += 2)
+      sum_columns<tied, 2>(rows + 2 * c * kLine, offsets, num_stages, real + c * kLine,
+                           imag + c * kLine);
+    if (c < tables.num_columns())
+      sum_columns<tied, 1>(rows + 2 * c * kLine, offsets, num_stages, real + c * kLine,
+                           imag + c * kLine);
+  }
+}
+
+/// Where the rows of one group's codes lie. `bases` receives `[num_codes]`.
+void find_rows(const KeyTables& tables, const std::uint16_t* codes, int codes_stride, int count,
+               std::uint32_t* bases, std::uint32_t* offsets) {
+  const auto row_size = static_cast<std::uint32_t>(tables.row_size());
+  const KeyCodecConfig& config = tables.config();
+  const int num_codes = config.num_stages * 2;
+  for (int i = 0; i < num_codes; ++i)
+    bases[i] =
+        static_cast<std::uint32_t>((config.tied ? i / 2 : i) * config.codebook_size) * row_size;
+  for (int t = 0; t < count; ++t) {
+    const std::uint16_t* const from = codes + t * codes_stride;
+    std::uint32_t* const to = offsets + t * num_codes;
+#pragma omp simd
+    for (int i = 0; i < num_codes; ++i) to[i] = bases[i] + from[i] * row_size;
+  }
 }
 
 template <class Load, class Source>
@@ -52,33 +94,80 @@ void rotate_by(Load load, const Source* planar, const float* rotation, float sig
   }
 }
 
-/// The sums over all 16 subsets of four weights: lane m adds those whose bit is set in m.
-Vec subset_sums(const float* weights) {
-  constexpr Vec kBit[4] = {{0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1},
-                           {0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1},
-                           {0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1},
-                           {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1}};
-  return (kBit[0] * weights[0] + kBit[1] * weights[1]) +
-         (kBit[2] * weights[2] + kBit[3] * weights[3]);
+/// Scores of `rows` queries with `tokens` keys, sixteen in all: each load serves several products.
+template <int rows, int tokens>
+void score_block(const float* queries, const float* keys, int width, float* scores) {
+  static_assert(rows * tokens == kLanes);
+  Vec sums[kLanes] = {};
+  for (int i = 0; i < width; i += kLanes) {
+    Vec query[rows];
+    for (int r = 0; r < rows; ++r) query[r] = simd::load(queries + r * width + i);
+    for (int t = 0; t < tokens; ++t) {
+      const Vec key = simd::load(keys + t * width + i);
+      for (int r = 0; r < rows; ++r) sums[r * tokens + t] += query[r] * key;
+    }
+  }
+  const Vec result = simd::sum_each(sums);
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(scores + r * kTile, reinterpret_cast<const float*>(&result) + r * tokens,
+                tokens * sizeof(float));
 }
 
-template <int rows>
-void add_code_bits_of(const std::uint8_t* bytes, Index num_code_bits, const float* weights,
-                      float* sums, Index stride) {
-  Vec low[rows];
-  Vec high[rows];
-  for (int r = 0; r < rows; ++r) {
-    low[r] = subset_sums(weights + r * kTile);
-    high[r] = subset_sums(weights + r * kTile + 4);
+/// Weights of the tokens of a tile in fixed point, as sums over subsets of four of them.
+struct WeightTables {
+  /// Lanes m and m + 16 of table k add up the weights 4k + i whose bit i is set in m.
+  UnsignedShortVec subset_sums[kTile / 4];
+  float unit;
+};
+
+/// The unit is chosen so that the sum of all weights, hence of any, does not overflow 16 bits.
+WeightTables tables_of(const float* weights) {
+  constexpr auto kAll = static_cast<std::uint16_t>(-1);
+  constexpr auto mask = [](int bit) {
+    UnsignedShortVec lanes{};
+    for (int m = 0; m < 2 * kLanes; ++m) lanes[m] = (m >> bit & 1) != 0 ? kAll : 0;
+    return lanes;
+  };
+  const UnsignedShortVec masks[4] = {mask(0), mask(1), mask(2), mask(3)};
+  double total = 0;
+  for (int t = 0; t < kTile; ++t) total += double(weights[t]);
+  const double unit = total / (65535 - kTile);
+  const double inverse = unit > 0 ? 1 / unit : 0;
+  std::uint16_t fixed[kTile];
+  for (int t = 0; t < kTile; ++t)
+    fixed[t] = static_cast<std::uint16_t>(static_cast<int>(double(weights[t]) * inverse + 0.5));
+  WeightTables result;
+  for (int k = 0; k < kTile / 4; ++k)
+    result.subset_sums[k] = (masks[0] & fixed[4 * k]) + (masks[1] & fixed[4 * k + 1]) +
+                            (masks[2] & fixed[4 * k + 2]) + (masks[3] & fixed[4 * k + 3]);
+  result.unit = static_cast<float>(unit);
+  return result;
+}
+
+/// Looks 32 code bits of `num_bytes` times eight tokens, from byte `first` of the tile on, up in
+/// every row's tables.
+template <int num_bytes>
+void add_code_lanes(const std::uint8_t* bytes, Index bytes_stride, int first,
+                    const WeightTables* tables, int rows, float* sums, Index stride) {
+  UnsignedShortVec low[num_bytes];
+  UnsignedShortVec high[num_bytes];
+  for (int byte = 0; byte < num_bytes; ++byte) {
+    low[byte] = simd::load_as_shorts(bytes + (first + byte) * bytes_stride);
+    high[byte] = low[byte] >> 4;
   }
-  for (Index i = 0; i < num_code_bits; i += kLanes) {
-    const IntVec bits = simd::load_as_ints(bytes + i);
-    const IntVec high_bits = bits >> 4;
-    for (int r = 0; r < rows; ++r) {
-      float* const sum = sums + r * stride + i;
-      simd::store(
-          sum, simd::load(sum) + (simd::lookup(low[r], bits) + simd::lookup(high[r], high_bits)));
+  for (int r = 0; r < rows; ++r) {
+    const UnsignedShortVec* const subset_sums = tables[r].subset_sums + 2 * first;
+    UnsignedShortVec sum{};
+    UnsignedShortVec other_sum{};
+    for (int byte = 0; byte < num_bytes; ++byte) {
+      sum += simd::lookup(subset_sums[2 * byte], low[byte]);
+      other_sum += simd::lookup(subset_sums[2 * byte + 1], high[byte]);
     }
+    sum += other_sum;
+    float* const to = sums + r * stride;
+    simd::store(to, simd::load(to) + tables[r].unit * simd::half_as_floats<0>(sum));
+    simd::store(to + kLanes,
+                simd::load(to + kLanes) + tables[r].unit * simd::half_as_floats<1>(sum));
   }
 }
 
@@ -116,30 +205,52 @@ void add_decoded_of(const float* decoder, Index decoder_stride, Index num_code_b
 
 }  // namespace
 
-void unpack_codes(const std::uint8_t* stream, Index position, int width, int count,
-                  std::uint16_t* codes) {
-  const std::uint32_t mask = (1u << width) - 1u;
-  for (int i = 0; i < count; ++i, position += width) {
+void unpack_codes(const std::uint8_t* stream, int width, Index count, std::uint16_t* codes) {
+  const std::uint64_t mask = (std::uint64_t{1} << width) - 1;
+  Index i = 0;
+  if (width < 8) {  // eight codes are whole bytes, and fit a word
+    using Words = std::uint64_t __attribute__((vector_size(64)));
+    using Codes = std::uint16_t __attribute__((vector_size(16)));
+    Words shifts;
+    for (int k = 0; k < 8; ++k) shifts[k] = static_cast<std::uint64_t>(k * width);
+    for (; i + 8 <= count; i += 8) {
+      std::uint64_t word;
+      std::memcpy(&word, stream + i / 8 * width, sizeof(word));
+      const Codes eight = __builtin_convertvector(((Words{} + word) >> shifts) & mask, Codes);
+      std::memcpy(codes + i, &eight, sizeof(eight));
+    }
+  }
+  for (; i < count; ++i) {
     std::uint32_t window;
-    std::memcpy(&window, stream + position / 8, sizeof(window));
-    codes[i] = static_cast<std::uint16_t>((window >> (position % 8)) & mask);
+    std::memcpy(&window, stream + i * width / 8, sizeof(window));
+    codes[i] = static_cast<std::uint16_t>((window >> (i * width % 8)) & mask);
   }
 }
 
-void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int padded_head_pairs,
-              std::int16_t* planar) {
+void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int count,
+              int padded_head_pairs, std::int16_t* planar, RowScratch& scratch) {
   const KeyCodecConfig& config = tables.config();
-  if (config.num_groups() == 1) {
-    sum_group(tables.group(head, 0), tables, codes, planar);
-    return;
-  }
-  alignas(64) std::int16_t sum[2 * 512 + 2 * KeyTables::kLanes];
+  const int padded_pairs = tables.padded_pairs();
+  scratch.bases.resize(static_cast<std::size_t>(config.num_stages * 2));
+  scratch.offsets.resize(static_cast<std::size_t>(count * config.num_stages * 2));
+  const auto sum = [&](int group, std::int16_t* sums) {
+    find_rows(tables, codes + group * config.num_stages * 2, config.num_codes(), count,
+              scratch.bases.data(), scratch.offsets.data());
+    const auto kernel = config.tied ? sum_group<true> : sum_group<false>;
+    kernel(tables, tables.group(head, group), count, scratch.offsets.data(), sums);
+  };
+  if (config.num_groups() == 1 && padded_pairs == padded_head_pairs) return sum(0, planar);
+
+  scratch.sums.resize(static_cast<std::size_t>(count * 2 * padded_pairs));
   const auto bytes = static_cast<std::size_t>(config.group_pairs) * sizeof(std::int16_t);
   for (int group = 0; group < config.num_groups(); ++group) {
-    sum_group(tables.group(head, group), tables, codes + group * config.num_stages * 2, sum);
-    std::int16_t* const real = planar + group * config.group_pairs;
-    std::memcpy(real, sum, bytes);
-    std::memcpy(real + padded_head_pairs, sum + tables.padded_pairs(), bytes);
+    sum(group, scratch.sums.data());
+    for (int t = 0; t < count; ++t) {
+      const std::int16_t* const from = scratch.sums.data() + t * 2 * padded_pairs;
+      std::int16_t* const real = planar + t * 2 * padded_head_pairs + group * config.group_pairs;
+      std::memcpy(real, from, bytes);
+      std::memcpy(real + padded_head_pairs, from + padded_pairs, bytes);
+    }
   }
 }
 
@@ -156,23 +267,31 @@ void rotate_back(const float* planar, const float* rotation, int padded_pairs, f
 }
 
 void score_subtile(const float* queries, int rows, const float* keys, int width, float* scores) {
-  for (int r = 0; r < rows; ++r) {
-    Vec sums[kSubtile] = {};
-    for (int i = 0; i < width; i += kLanes) {
-      const Vec query = simd::load(queries + r * width + i);
-      for (int t = 0; t < kSubtile; ++t) sums[t] += query * simd::load(keys + t * width + i);
-    }
-    simd::store(scores + r * kTile, simd::sum_each(sums));
-  }
-}
-
-void add_code_bits(const std::uint8_t* bytes, Index num_code_bits, const float* weights, int rows,
-                   float* sums, Index stride) {
   int r = 0;
   for (; r + 4 <= rows; r += 4)
-    add_code_bits_of<4>(bytes, num_code_bits, weights + r * kTile, sums + r * stride, stride);
+    for (int t = 0; t < kSubtile; t += 4)
+      score_block<4, 4>(queries + r * width, keys + t * width, width, scores + r * kTile + t);
   for (; r < rows; ++r)
-    add_code_bits_of<1>(bytes, num_code_bits, weights + r * kTile, sums + r * stride, stride);
+    score_block<1, kSubtile>(queries + r * width, keys, width, scores + r * kTile);
+}
+
+void add_code_bits(const std::uint8_t* bytes, int num_bytes, Index num_code_bits,
+                   const float* weights, int rows, float* sums, Index stride) {
+  constexpr int kRowsAtATime = 4;  // whose tables stay in the first cache level
+  WeightTables tables[kRowsAtATime];
+  for (int first = 0; first < rows; first += kRowsAtATime) {
+    const int count = std::min(kRowsAtATime, rows - first);
+    for (int r = 0; r < count; ++r) tables[r] = tables_of(weights + (first + r) * kTile);
+    float* const to = sums + first * stride;
+    for (Index i = 0; i < num_code_bits; i += kCodeLanes) {
+      if (num_bytes == kTile / 8) {
+        add_code_lanes<kTile / 8>(bytes + i, num_code_bits, 0, tables, count, to + i, stride);
+        continue;
+      }
+      for (int byte = 0; byte < num_bytes; ++byte)
+        add_code_lanes<1>(bytes + i, num_code_bits, byte, tables, count, to + i, stride);
+    }
+  }
 }
 
 void add_decoded(const float* decoder, Index decoder_stride, Index num_code_bits, int head_dim,

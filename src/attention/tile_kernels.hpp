@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "commvq/cache/key_tables.hpp"
 
@@ -11,17 +12,26 @@ namespace commvq::attention {
 inline constexpr int kSubtile = 16;
 /// Tokens between two updates of the running softmax.
 inline constexpr int kTile = 64;
+/// Value code bits that are added up at a time.
+inline constexpr int kCodeLanes = 32;
 
-/// Reads `count` codes of `width` bits at bit offset `position` of a stream as `put_bits` writes
-/// it. Reads up to three bytes past the last code.
-void unpack_codes(const std::uint8_t* stream, Index position, int width, int count,
-                  std::uint16_t* codes);
+/// What `sum_rows` needs besides its arguments.
+struct RowScratch {
+  std::vector<std::uint32_t> bases;    ///< `[2 * num_stages]`: where the codes' books begin
+  std::vector<std::uint32_t> offsets;  ///< `[count][2 * num_stages]`: of the codes' rows
+  std::vector<std::int16_t> sums;      ///< `[count][KeyTables::row_size()]`
+};
 
-/// Adds up the rows of one token and head. `codes` is `[num_groups][num_stages][2]`; `planar`
-/// receives `[2 * padded_head_pairs]` integers, real parts, then imaginary parts, in units of
-/// `KeyTables::units`. The padding of `planar` is left alone where a head has several groups.
-void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int padded_head_pairs,
-              std::int16_t* planar);
+/// Reads `count` codes of `width` bits, at most 16, from the start of a stream as `put_bits` writes
+/// it. Reads up to eight bytes past the last code.
+void unpack_codes(const std::uint8_t* stream, int width, Index count, std::uint16_t* codes);
+
+/// Adds up the rows of each of `count` tokens of one head. `codes` is
+/// `[count][num_groups][num_stages][2]`; `planar` `[count][2 * padded_head_pairs]` receives
+/// integers, real parts, then imaginary parts, in units of `KeyTables::units`. Its padding is left
+/// alone or receives zeros. `scratch` keeps its memory between calls.
+void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int count,
+              int padded_head_pairs, std::int16_t* planar, RowScratch& scratch);
 
 /// Rotates a planar head by `rotation` (cosines, then sines), all `[2 * padded_pairs]`.
 void rotate(const float* planar, const float* rotation, int padded_pairs, float* rotated);
@@ -33,10 +43,13 @@ void rotate_back(const float* planar, const float* rotation, int padded_pairs, f
 /// `[kSubtile][width]`.
 void score_subtile(const float* queries, int rows, const float* keys, int width, float* scores);
 
-/// sums[r][i] += sum over eight tokens t of weights[r * kTile + t] * (bit t of bytes[i]).
-/// `bytes` `[num_code_bits]`, `sums` `[rows][stride]`; num_code_bits is a multiple of 16.
-void add_code_bits(const std::uint8_t* bytes, Index num_code_bits, const float* weights, int rows,
-                   float* sums, Index stride);
+/// sums[r][i] += sum over the tokens t of a tile of weights[r * kTile + t] * (bit t % 8 of
+/// bytes[t / 8][i]), for the first 8 `num_bytes` tokens; other weights must be zero, none negative.
+/// Weights are added up in fixed point: the error is at most 2^-11 of their sum in the tile.
+/// `bytes` `[num_bytes][num_code_bits]`, `sums` `[rows][stride]`; num_code_bits is a multiple of
+/// kCodeLanes.
+void add_code_bits(const std::uint8_t* bytes, int num_bytes, Index num_code_bits,
+                   const float* weights, int rows, float* sums, Index stride);
 
 /// sums[r][d] += sum over the code bits i of codes[r][i] * decoder[i][d]. `codes`
 /// `[rows][codes_stride]`, `decoder` `[num_code_bits][decoder_stride]` of which `head_dim` columns

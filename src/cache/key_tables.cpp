@@ -8,10 +8,10 @@
 namespace commvq {
 
 KeyTables::KeyTables(std::shared_ptr<const KeyCodec> codec)
-    : codec_(std::move(codec)), padded_pairs_((config().group_pairs + 15) / 16 * 16) {
-  group_size_ = Index{config().num_stages} * 2 * config().codebook_size * row_size();
+    : codec_(std::move(codec)),
+      padded_pairs_((config().group_pairs + kLanes - 1) / kLanes * kLanes) {
   const Index num_groups = Index{codec_->num_kv_heads()} * config().num_groups();
-  lines_.resize(static_cast<std::size_t>(num_groups * group_size_ / kLanes));
+  lines_.resize(static_cast<std::size_t>(num_groups * group_size() / kLanes));
   units_.resize(
       static_cast<std::size_t>(Index{codec_->num_kv_heads()} * config().pairs.num_pairs()));
   for (int head = 0; head < codec_->num_kv_heads(); ++head)
@@ -26,7 +26,7 @@ void KeyTables::fill(int head, int group_index) {
   const Index rows_per_book = config().codebook_size;
   const float* const source = codebook.book(group_index, 0, 0);
   std::int16_t* const target =
-      lines_.data()->lanes + (Index{head} * config().num_groups() + group_index) * group_size_;
+      lines_.data()->lanes + (Index{head} * config().num_groups() + group_index) * group_size();
   float* const units =
       units_.data() + Index{head} * config().pairs.num_pairs() + Index{group_index} * g;
 
@@ -43,12 +43,16 @@ void KeyTables::fill(int head, int group_index) {
     // Rounding may add half a unit a book.
     const double unit = bound / (32767 - num_books);
     units[i] = static_cast<float>(unit);
-    for (Index row = 0; row < num_books * rows_per_book; ++row)
-      for (int part = 0; part < 2; ++part) {
-        const double ratio = unit > 0 ? source[row * 2 * g + part * g + i] / unit : 0.0;
-        target[row * row_size() + part * padded_pairs_ + i] =
-            static_cast<std::int16_t>(std::lrint(ratio));
-      }
+    std::int16_t* const lane = target + i / kLanes * 2 * kLanes + i % kLanes;
+    const int kept_every = config().tied ? 2 : 1;
+    for (int book = 0; book < this->num_books(); ++book)
+      for (Index row = 0; row < rows_per_book; ++row)
+        for (int part = 0; part < 2; ++part) {
+          const float entry =
+              source[(book * kept_every * rows_per_book + row) * 2 * g + part * g + i];
+          lane[(book * rows_per_book + row) * row_size() + part * kLanes] =
+              static_cast<std::int16_t>(unit > 0 ? std::lrint(entry / unit) : 0);
+        }
   }
 }
 

@@ -33,8 +33,9 @@ void expect_matches_reference(const LayerCache& cache, Rng& rng, int group, Inde
          as_matrix(output, num_queries, cols), lse.data());
   const auto expected = reference::attention(cache, as_matrix(queries, num_queries, cols), options);
 
-  // Keys are summed in fixed point: their error is that of 16 bits, not of floats.
-  const double tolerance = cache.codec().keys ? 2e-3 : 5e-5;
+  // Rows of keys and weights of values are summed in fixed point: their error is that of 16 bits,
+  // not of floats, and a key's goes through the exponential.
+  const double tolerance = cache.codec().keys ? 2e-3 : cache.codec().values ? 3e-4 : 5e-5;
   double largest = 1.0;
   for (const double value : expected.output) largest = std::max(largest, std::abs(value));
   for (std::size_t i = 0; i < output.size(); ++i)

@@ -11,11 +11,11 @@ namespace commvq {
 /// The codebooks of a key codec in fixed point, the form in which attention adds up their rows.
 ///
 /// Every pair of channels has a unit of its own, chosen so that no sum of one row per book
-/// overflows 16 bits: pair i of a decoded head is unit(i) times the sum of its integers. A row is
-/// planar like a `KeyCodebook`'s, but each half is padded with zeros to `padded_pairs()`.
+/// overflows 16 bits: pair i of a decoded head is unit(i) times the sum of its integers. Of tied
+/// books only the first is kept: rows of the second are j times its rows.
 class KeyTables {
  public:
-  /// Integers in one cache line.
+  /// Integers in one cache line, and pairs in one column.
   static constexpr int kLanes = 32;
 
   explicit KeyTables(std::shared_ptr<const KeyCodec> codec);
@@ -25,14 +25,19 @@ class KeyTables {
   static std::shared_ptr<const KeyTables> of(const std::shared_ptr<const KeyCodec>& codec);
 
   const KeyCodecConfig& config() const { return codec_->config(); }
-  /// group_pairs rounded up to a multiple of 16.
+  /// group_pairs rounded up to a multiple of kLanes; the padding is zeros.
   int padded_pairs() const { return padded_pairs_; }
-  /// Integers of one row, a multiple of kLanes.
+  int num_columns() const { return padded_pairs_ / kLanes; }
+  /// Books that are kept of each group: num_stages, or two a stage if untied.
+  int num_books() const { return config().num_stages * (config().tied ? 1 : 2); }
+
+  /// Integers of one row: real and imaginary parts of kLanes pairs, of the next kLanes pairs, ...
   int row_size() const { return 2 * padded_pairs_; }
 
-  /// Rows of one group of a head, `[num_stages * 2][codebook_size][row_size()]`, on cache lines.
+  /// Rows of one group of a head, `[num_books()][codebook_size][num_columns()][2][kLanes]`, on
+  /// cache lines.
   const std::int16_t* group(int head, int group_index) const {
-    return lines_.data()->lanes + (head * config().num_groups() + group_index) * group_size_;
+    return lines_.data()->lanes + (head * config().num_groups() + group_index) * group_size();
   }
   /// Units of a head's pairs, `[num_pairs]`.
   const float* units(int head) const {
@@ -44,11 +49,11 @@ class KeyTables {
     std::int16_t lanes[kLanes];
   };
 
+  Index group_size() const { return Index{num_books()} * config().codebook_size * row_size(); }
   void fill(int head, int group_index);
 
   std::shared_ptr<const KeyCodec> codec_;  // also keeps its address from being used again
   int padded_pairs_;
-  Index group_size_;
   std::vector<Line> lines_;
   std::vector<float> units_;
 };

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The programs from end to end on the small model, briefly calibrated, and what they say of bad
+# input. programs_test.sh FOLDER_OF_PROGRAMS MODEL
+set -euo pipefail
+programs=$1 model=$2
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+fail() {
+  echo "FAILED: $*" >&2
+  exit 1
+}
+# prints PATTERN COMMAND...: the command succeeds and says something that matches the pattern.
+prints() {
+  local pattern=$1
+  shift
+  "$@" >"$work/output" 2>&1 || fail "$* ($(cat "$work/output"))"
+  grep -q -- "$pattern" "$work/output" || fail "no '$pattern' from: $* ($(cat "$work/output"))"
+}
+# refuses PATTERN COMMAND...: the command ends with an error that matches the pattern, not a crash.
+refuses() {
+  local pattern=$1 status=0
+  shift
+  "$@" >"$work/output" 2>&1 || status=$?
+  ((status > 0 && status < 126)) || fail "status $status of: $*"
+  grep -q -- "$pattern" "$work/output" || fail "no '$pattern' from: $* ($(cat "$work/output"))"
+}
+
+for program in calibrate evaluate generate; do
+  prints MODEL "$programs/$program" --help
+done
+prints "bytes a token" "$programs/quickstart"
+prints "1/14.84 of FP16" "$programs/calibrate" "$model" --self --bits 1 --tokens 512 \
+  --em-steps 1 --value-steps 5 --out "$work/1-bit.safetensors"
+prints "of them coded" "$programs/generate" "$model" --codebooks "$work/1-bit.safetensors" \
+  --prompt "The history" --max-tokens 150 --window 32
+prints "^1-bit" "$programs/evaluate" "$model" --self --context 192 --contexts 1 --questions 1 \
+  --window 32 --codebooks "$work/1-bit.safetensors" --json "$work/result.json"
+grep -q perplexity_increase "$work/result.json" || fail "evaluate --json"
+
+refuses "cannot open" "$programs/generate" "$work/nowhere" --prompt a --cache exact
+refuses "needs --codebooks" "$programs/generate" "$model" --prompt a
+refuses "give --text" "$programs/calibrate" "$model" --out "$work/x"
+refuses "bits" "$programs/calibrate" "$model" --self --bits 3 --out "$work/x"
+refuses "cannot open" "$programs/evaluate" "$model" --text "$work/no.txt"
+echo "too short" >"$work/short.txt"
+refuses "one context needs 4096" "$programs/evaluate" "$model" --text "$work/short.txt"
+refuses "safetensors" "$programs/generate" "$model" --prompt a --codebooks "$model/config.json"
+refuses "format" "$programs/generate" "$model" --prompt a --codebooks "$model/model.safetensors"
+head -c 100000 "$work/1-bit.safetensors" >"$work/truncated.safetensors"
+refuses "truncated.safetensors" "$programs/generate" "$model" --prompt a \
+  --codebooks "$work/truncated.safetensors"
+
+mkdir "$work/other"
+cp "$model/model.safetensors" "$model/tokenizer.json" "$work/other"
+sed 's/"max_position_embeddings": 4096/"max_position_embeddings": 2048/' "$model/config.json" \
+  >"$work/other/config.json"
+refuses "learnt from model" "$programs/generate" "$work/other" --prompt a \
+  --codebooks "$work/1-bit.safetensors"
+echo "all programs passed"

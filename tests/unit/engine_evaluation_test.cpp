@@ -1,0 +1,115 @@
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <set>
+
+#include <gmock/gmock.h>
+
+#include "engine/evaluation.hpp"
+#include "engine/generate.hpp"
+#include "engine/text_file.hpp"
+#include "reference/example_data.hpp"
+
+namespace engine {
+namespace {
+
+using commvq::testing_support::shared_data;
+using commvq::testing_support::small_model;
+using testing::AllOf;
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+std::vector<int> counting(int count) {
+  std::vector<int> tokens(static_cast<std::size_t>(count));
+  std::iota(tokens.begin(), tokens.end(), 0);
+  return tokens;
+}
+
+TEST(WindowsOf, CutsWholeWindowsAndLeavesTheRest) {
+  EXPECT_EQ(windows_of(counting(10), 3, 0),
+            (std::vector<std::vector<int>>{{0, 1, 2}, {3, 4, 5}, {6, 7, 8}}));
+  EXPECT_EQ(windows_of(counting(10), 5, 1), (std::vector<std::vector<int>>{{0, 1, 2, 3, 4}}));
+  EXPECT_THAT([] { windows_of(counting(10), 11, 0); },
+              ThrowsMessage<commvq::Error>(AllOf(HasSubstr("10 tokens"), HasSubstr("11"))));
+  EXPECT_THROW(windows_of(counting(10), 1, 0), commvq::Error);
+}
+
+TEST(Predict, IsTheNegativeLogLikelihoodOfEachNextToken) {
+  const Model model(small_model());
+  const std::vector<int> tokens =
+      Tokenizer(small_model() / "tokenizer.json")
+          .encode("It was the best of times, it was the worst of times.");
+  commvq::Cache cache = model.make_cache({}), other = model.make_cache({});
+  const Predictions predictions = predict(model, cache, tokens);
+  ASSERT_EQ(predictions.nll.size(), tokens.size() - 1);
+  const std::vector<float> logits = model.prefill(tokens, other, Logits::kAll);
+  const auto vocab = static_cast<std::size_t>(model.config().vocab_size);
+  for (std::size_t t = 0; t + 1 < tokens.size(); ++t) {
+    const auto row = std::span(logits).subspan(t * vocab, vocab);
+    double sum = 0;
+    for (const float logit : row) sum += std::exp(double(logit));
+    EXPECT_NEAR(predictions.nll[t],
+                std::log(sum) - double(row[static_cast<std::size_t>(tokens[t + 1])]), 1e-3);
+    EXPECT_EQ(predictions.best[t], most_probable(row));
+  }
+}
+
+TEST(Retrieval, PlantsTheFactAndAsksForItAtTheEnd) {
+  const Tokenizer tokenizer(small_model() / "tokenizer.json");
+  const std::vector<int> text = tokenizer.encode(std::string(3000, '.'));
+  std::set<std::string> names;
+  for (int i = 0; i < 200; ++i) {
+    const RetrievalCase question = retrieval_case(tokenizer, text, 60, 5, i);
+    ASSERT_EQ(question.prompt.size(), 60u);
+    const std::string prompt = tokenizer.decode(question.prompt);
+    const std::string fact = " The secret code of ", ask = " Remember, the secret code of ";
+    const std::size_t planted = prompt.find(fact), asked = prompt.find(ask);
+    ASSERT_NE(planted, std::string::npos);
+    ASSERT_GT(asked, planted);
+    const std::string name =
+        prompt.substr(planted + fact.size(), prompt.find(" is ", planted) - planted - fact.size());
+    EXPECT_EQ(prompt.substr(asked), ask + name + " is");
+    EXPECT_NE(prompt.find(name + " is " + question.answer + "."), std::string::npos);
+    EXPECT_EQ(question.answer.size(), 5u);
+    names.insert(name);
+    EXPECT_EQ(retrieval_case(tokenizer, text, 60, 5, i).prompt, question.prompt);
+  }
+  EXPECT_EQ(names.size(), 26u);
+  EXPECT_THROW(retrieval_case(tokenizer, text, 10, 5, 0), commvq::Error);
+  EXPECT_THROW(retrieval_case(tokenizer, {1, 2, 3}, 60, 5, 0), commvq::Error);
+}
+
+TEST(Retrieval, TheShippedModelAnswersWithAnExactCache) {
+  const Model model(small_model());
+  const Tokenizer tokenizer(small_model() / "tokenizer.json");
+  const std::vector<int> text = write_text(model, {{0}}, 600, 1)[0];
+  int right = 0;
+  for (int i = 0; i < 10; ++i) {
+    commvq::Cache cache = model.make_cache({});
+    right += retrieves(model, tokenizer, cache, retrieval_case(tokenizer, text, 512, 2, i));
+  }
+  EXPECT_GE(right, 8);
+}
+
+// Perplexity of the larger model over books is about 26 at this context length.
+TEST(Perplexity, OfTheLargerModelIsThatOfItsTraining) {
+  const std::filesystem::path folder = shared_data() / "models" / "lm-29m";
+  const std::filesystem::path text = shared_data() / "text" / "validation.txt";
+  if (!std::filesystem::exists(folder) || !std::filesystem::exists(text))
+    GTEST_SKIP() << "no " << folder << " or no " << text;
+  const Model model(folder);
+  const Tokenizer tokenizer(folder / "tokenizer.json");
+  const auto windows = windows_of(tokenizer.encode(read_text_file(text)), 1024, 4);
+  double nll = 0, count = 0;
+  for (const auto& window : windows) {
+    commvq::Cache cache = model.make_cache({});
+    const Predictions predictions = predict(model, cache, window);
+    nll += std::accumulate(predictions.nll.begin(), predictions.nll.end(), 0.0);
+    count += double(predictions.nll.size());
+  }
+  EXPECT_GT(std::exp(nll / count), 15);
+  EXPECT_LT(std::exp(nll / count), 40);
+}
+
+}  // namespace
+}  // namespace engine
