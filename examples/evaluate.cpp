@@ -4,6 +4,7 @@
 #include <fstream>
 
 #include "commvq/commvq.hpp"
+#include "commvq/cuda/integer_codebook.hpp"
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -22,6 +23,7 @@ struct Options {
   std::string model, text, json;
   bool self = false;
   std::vector<std::string> codebooks;
+  bool device_keys = false;
   int context = 4096;
   int windows = 4;
   int questions = 20;
@@ -40,6 +42,22 @@ struct Row {
   int retrieved = 0;
 };
 
+/// The same codecs with key codebooks rounded to 8-bit integers, as CUDA devices read them.
+Row device_row(const Row& row) {
+  Row rounded = row;
+  rounded.name += " int8 keys";
+  for (commvq::LayerCodec& layer : rounded.codecs) {
+    commvq::require(layer.keys && layer.values, "--device-keys: codebooks ", row.name,
+                    " leave a side of a layer exact; devices need both coded");
+    const commvq::cuda::DevicePageLayout layout(layer.keys->config(), layer.keys->num_kv_heads(),
+                                                layer.values->config(), /*page_size=*/64,
+                                                commvq::cuda::key_plane_bytes(90));
+    layer.keys = std::make_shared<commvq::KeyCodec>(
+        commvq::cuda::rounded_to_integers(*layer.keys, layout));
+  }
+  return rounded;
+}
+
 std::vector<Row> make_rows(const Options& options, const engine::Model& model) {
   std::vector<Row> rows(1);
   rows[0].name = "exact fp16";
@@ -51,6 +69,7 @@ std::vector<Row> make_rows(const Options& options, const engine::Model& model) {
     row.name = std::filesystem::path(path).stem().string();
     row.codecs = std::move(codecs.layers);
     rows.push_back(std::move(row));
+    if (options.device_keys) rows.push_back(device_row(rows.back()));
   }
   return rows;
 }
@@ -182,6 +201,8 @@ int main(int argc, char** argv) {
   auto* text = app.add_option("--text", options.text, "Text file to evaluate on");
   app.add_flag("--self", options.self, "Let the model write the text")->excludes(text);
   app.add_option("--codebooks", options.codebooks, "Codebook files that calibrate wrote");
+  app.add_flag("--device-keys", options.device_keys,
+               "Also with keys in 8-bit integers, as CUDA devices read them");
   app.add_option("--context", options.context, "Tokens of one context")
       ->check(CLI::Range(64, 1 << 20))
       ->capture_default_str();
