@@ -1,8 +1,6 @@
-// Times decode attention on the device, one layer in the shape of Llama-3.1-8B: 32 query heads, 8 KV
-// heads of 128, one query token, bf16. Codes and queries are random; several caches take turns, so
-// that none is found in the second cache level. One line of JSON per case.
-#include <cuda_runtime_api.h>
-
+// Times decode attention on the device, one layer in the shape of Llama-3.1-8B: 32 query heads, 8
+// KV heads of 128, one query token, bf16. Codes and queries are random; several caches take turns,
+// so that none is found in the second cache level. One line of JSON per case.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -16,6 +14,8 @@
 #include "commvq/core/float16.hpp"
 #include "commvq/cuda/decode_attention.hpp"
 #include "commvq/io/codebook_file.hpp"
+
+#include <cuda_runtime_api.h>
 
 namespace {
 
@@ -58,12 +58,10 @@ struct Preset {
   int codebook_size, num_stages, value_bits;
   bool norm_per_head;
 };
-constexpr Preset kPresets[] = {{"paper_1bit", 64, 11, 1, false},
-                               {"paper_2bit", 64, 21, 2, false},
-                               {"commvq_1bit", 64, 11, 1, true},
-                               {"commvq_2bit", 64, 20, 2, true},
-                               {"7bit_10_books", 128, 5, 1, true},
-                               {"7bit_8_books", 128, 4, 1, true}};
+constexpr Preset kPresets[] = {
+    {"paper_1bit", 64, 11, 1, false},   {"paper_2bit", 64, 21, 2, false},
+    {"commvq_1bit", 64, 11, 1, true},   {"commvq_2bit", 64, 20, 2, true},
+    {"7bit_10_books", 128, 5, 1, true}, {"7bit_8_books", 128, 4, 1, true}};
 
 LayerCodec random_codec(Rng& rng, const Preset& preset) {
   KeyCodecConfig config;
@@ -87,7 +85,8 @@ LayerCodec random_codec(Rng& rng, const Preset& preset) {
   weights.hidden_bias.assign(1, 0.0f);
   weights.output_weight.assign(static_cast<std::size_t>(values.num_logits()), 0.0f);
   weights.output_bias.assign(static_cast<std::size_t>(values.num_logits()), 0.0f);
-  weights.decoder = normal_floats(rng, static_cast<std::size_t>(values.num_code_bits() * kChannels), 1.0f);
+  weights.decoder =
+      normal_floats(rng, static_cast<std::size_t>(values.num_code_bits() * kChannels), 1.0f);
   return {std::make_shared<KeyCodec>(std::move(heads)),
           std::make_shared<ValueCodec>(values, std::move(weights))};
 }
@@ -161,7 +160,8 @@ void run_case(const Preset& preset, int batch, int tokens) {
   const int blocks = tokens / kPageSize;
   const Index pages_per_cache = Index{batch} * blocks;
   const Index cache_bytes = pages_per_cache * layout.page_bytes;
-  const int num_caches = static_cast<int>(std::max<Index>(2, (kRotatedBytes + cache_bytes - 1) / cache_bytes));
+  const int num_caches =
+      static_cast<int>(std::max<Index>(2, (kRotatedBytes + cache_bytes - 1) / cache_bytes));
   const auto pages = random_pages(rng, layout, pages_per_cache * num_caches);
   std::vector<std::shared_ptr<std::int32_t>> tables;
   for (int cache = 0; cache < num_caches; ++cache) {
@@ -170,7 +170,8 @@ void run_case(const Preset& preset, int batch, int tokens) {
     std::shuffle(table.begin(), table.end(), rng);
     tables.push_back(to_device(table));
   }
-  const auto lengths = to_device(std::vector<std::int32_t>(static_cast<std::size_t>(batch), tokens));
+  const auto lengths =
+      to_device(std::vector<std::int32_t>(static_cast<std::size_t>(batch), tokens));
   std::vector<std::int32_t> slot_numbers(static_cast<std::size_t>(batch));
   std::iota(slot_numbers.begin(), slot_numbers.end(), 0);
   const auto slots = to_device(slot_numbers);
@@ -205,9 +206,10 @@ void run_case(const Preset& preset, int batch, int tokens) {
     require(status.ok(), status.message());
   });
   check(cudaStreamDestroy(stream));
-  std::printf("{\"preset\": \"%s\", \"batch\": %d, \"tokens\": %d, \"microseconds\": %.2f, "
-              "\"cache_bytes_per_token\": %.3f, \"workspace_bytes\": %zu}\n",
-              preset.name, batch, tokens, time, layout.bytes_per_token(), call.workspace_bytes);
+  std::printf(
+      "{\"preset\": \"%s\", \"batch\": %d, \"tokens\": %d, \"microseconds\": %.2f, "
+      "\"cache_bytes_per_token\": %.3f, \"workspace_bytes\": %zu}\n",
+      preset.name, batch, tokens, time, layout.bytes_per_token(), call.workspace_bytes);
   std::fflush(stdout);
 }
 

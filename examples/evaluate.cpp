@@ -52,8 +52,8 @@ Row device_row(const Row& row) {
     const commvq::cuda::DevicePageLayout layout(layer.keys->config(), layer.keys->num_kv_heads(),
                                                 layer.values->config(), /*page_size=*/64,
                                                 commvq::cuda::key_plane_bytes(90));
-    layer.keys = std::make_shared<commvq::KeyCodec>(
-        commvq::cuda::rounded_to_integers(*layer.keys, layout));
+    layer.keys =
+        std::make_shared<commvq::KeyCodec>(commvq::cuda::rounded_to_integers(*layer.keys, layout));
   }
   return rounded;
 }

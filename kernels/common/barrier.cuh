@@ -18,9 +18,8 @@ class WarpBarrier {
   }
   /// By all lanes of a warp: what they wrote and read before is done for those who waited.
   __device__ void arrive() const {
-    asm volatile(
-        "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}\n" ::"r"(address_)
-        : "memory");
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}\n" ::"r"(address_)
+                 : "memory");
   }
   /// Until the phase of this parity is complete.
   __device__ void wait(int parity) const {

@@ -1,11 +1,11 @@
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "commvq/core/float16.hpp"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 namespace commvq::cuda {
 
@@ -19,7 +19,9 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 /// Ends a group of copies that `wait_for_copies_but` counts.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;\n");
+}
 /// Waits for all of this thread's groups but the newest `kGroups`.
 template <int kGroups>
 __device__ __forceinline__ void wait_for_copies_but() {

@@ -48,8 +48,8 @@ class FixedCodes {
   /// Uses what was fetched of `index`: until then the loads may be under way.
   __device__ __forceinline__ void finish(int index) {
     if constexpr (kTail > 0)
-      words_[kWords] = __funnelshift_r(words_[kWords], next_tail_,
-                                       static_cast<std::uint32_t>(index * kTail));
+      words_[kWords] =
+          __funnelshift_r(words_[kWords], next_tail_, static_cast<std::uint32_t>(index * kTail));
   }
 
   /// Sixteen bytes at `address` as `row_address` gives it.
@@ -94,8 +94,7 @@ class FixedCodes {
       words_[0] = v.x, words_[1] = v.y;
     } else {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i)
-        words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
+      for (int i = 0; i < kWords; ++i) words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
     }
     if constexpr (kTail > 0) {
       const auto* const two = reinterpret_cast<const std::uint32_t*>(tail);

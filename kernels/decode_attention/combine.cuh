@@ -42,9 +42,11 @@ struct Shared {
   unsigned finished;
 };
 
-/// Factors that bring every part's sums to the row's maximum: `[kRows][parts]`, and the row's total.
-__device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, int seq, int first_row,
-                                   int rows, float* factors, Shared& shared) {
+/// Factors that bring every part's sums to the row's maximum: `[kRows][parts]`, and the row's
+/// total.
+__device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, int seq,
+                                            int first_row, int rows, float* factors,
+                                            Shared& shared) {
   const int lane = threadIdx.x % 32;
   const int num_parts = parts.last - parts.first + 1;
   for (int row = threadIdx.x / 32; row < rows; row += Config::kThreads / 32) {
@@ -79,8 +81,8 @@ struct PartSums {
   static constexpr int kRowLanes = Config::kThreads / Config::kChunkBits;
   float some[kAtOnce];
 
-  __device__ __forceinline__ void load(const Problem& p, PartRange parts, int seq, int row,
-                                       int bit, int first) {
+  __device__ __forceinline__ void load(const Problem& p, PartRange parts, int seq, int row, int bit,
+                                       int first) {
     const float* const source =
         p.value_sums +
         ((Index{parts.first} + first + seq) * p.row_stride + row) * p.page.num_code_bits + bit;
@@ -120,15 +122,16 @@ struct DecoderColumn {
   __device__ void load(int first, float (&entries)[kAtOnce]) const {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
-      entries[i] = lane + (first + i) * lanes < Config::kChunkBits ? column[(first + i) * stride] : 0;
+      entries[i] =
+          lane + (first + i) * lanes < Config::kChunkBits ? column[(first + i) * stride] : 0;
   }
 };
 
 /// The chunk's share of the output: sums times its rows of the decoder, of which `entries` are the
 /// first.
 __device__ __forceinline__ void decode_chunk(const Problem& p, const DecoderColumn& decoder,
-                                    float (&entries)[DecoderColumn::kAtOnce], int rows,
-                                    Shared& shared, float* outputs, Index stride) {
+                                             float (&entries)[DecoderColumn::kAtOnce], int rows,
+                                             Shared& shared, float* outputs, Index stride) {
   float sums[Config::kRows] = {};
 #pragma unroll 1
   for (int first = 0; decoder.lane + first * decoder.lanes < Config::kChunkBits;
@@ -147,7 +150,8 @@ __device__ __forceinline__ void decode_chunk(const Problem& p, const DecoderColu
       for (int row = 0; row < Config::kRows; ++row) shared.halves[row][decoder.channel] = sums[row];
     __syncthreads();
     if (decoder.lane == 0)
-      for (int row = 0; row < Config::kRows; ++row) sums[row] += shared.halves[row][decoder.channel];
+      for (int row = 0; row < Config::kRows; ++row)
+        sums[row] += shared.halves[row][decoder.channel];
     __syncthreads();
   }
   if (decoder.lane == 0)
@@ -157,8 +161,9 @@ __device__ __forceinline__ void decode_chunk(const Problem& p, const DecoderColu
 }
 
 /// Adds up the chunks and the exact tokens, divides, and writes the rows.
-__device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, int head, int first_head_row,
-                              int rows, int num_chunks, const Shared& shared) {
+__device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, int head,
+                                       int first_head_row, int rows, int num_chunks,
+                                       const Shared& shared) {
   const int dim = p.head_dim;
   const int num_q_heads = p.num_kv_heads * p.group;
   for (int item = threadIdx.x; item < rows * dim; item += Config::kThreads) {
@@ -222,8 +227,7 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder, floa
     __threadfence();
     __syncthreads();
   }
-  if (threadIdx.x == 0)
-    shared.finished = atomicAdd(p.counters + blockIdx.z * gridDim.y + head, 1);
+  if (threadIdx.x == 0) shared.finished = atomicAdd(p.counters + blockIdx.z * gridDim.y + head, 1);
   __syncthreads();
   if (shared.finished + 1 != gridDim.x) return;
   __threadfence();

@@ -10,8 +10,8 @@ struct KeyScoresConfig {
   static constexpr int kStepBlocks = kWarps / 2;
   /// Rows (query tokens times query heads of a KV head) that share the decoded keys.
   static constexpr int kMaxRows = 16;
-  /// Rows of a tile: the eight columns of a matrix product are these for a warp's first eight tokens
-  /// and again for its last eight.
+  /// Rows of a tile: the eight columns of a matrix product are these for a warp's first eight
+  /// tokens and again for its last eight.
   static constexpr int kTileRows = 4;
   /// Steps for which turned queries are kept: warps may be so many steps apart, less two.
   static constexpr int kBuffers = 4;
@@ -44,7 +44,7 @@ struct CombineConfig {
 struct ExactConfig {
   static constexpr int kThreads = KeyScoresConfig::kThreads;
   static constexpr int kChunkTokens = 64;
-  static constexpr int kMaxGroup = 32;    ///< query heads of a KV head
+  static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
   /// Coded tokens that a thread block scores in the time that one exact token takes.
   static constexpr int kCostInCodedTokens = 12;
 };

@@ -1,9 +1,9 @@
-#include "commvq/cuda/decode_attention.hpp"
-
 #include <algorithm>
 #include <bit>
 #include <climits>
 #include <cmath>
+
+#include "commvq/cuda/decode_attention.hpp"
 
 #include "common/launch.cuh"
 #include "decode_attention/combine.cuh"
@@ -30,7 +30,9 @@ __global__ void __launch_bounds__(CombineConfig::kThreads)
   combine::run(problem, decoder, factors);
 }
 
-int divide_up(int value, int unit) { return (value + unit - 1) / unit; }
+int divide_up(int value, int unit) {
+  return (value + unit - 1) / unit;
+}
 
 /// Fills in what depends on shapes alone.
 Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
@@ -38,9 +40,12 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   p.turns = view.turns;
   p.channels = view.channels;
   const DevicePageLayout& layout = view.layout;
-  p.page = {layout.page_size,           static_cast<int>(std::bit_width(static_cast<unsigned>(layout.page_size))) - 1,
-            layout.num_code_bits,       layout.value_codes_offset,
-            layout.key_norms_offset,    layout.value_scales_offset,
+  p.page = {layout.page_size,
+            static_cast<int>(std::bit_width(static_cast<unsigned>(layout.page_size))) - 1,
+            layout.num_code_bits,
+            layout.value_codes_offset,
+            layout.key_norms_offset,
+            layout.value_scales_offset,
             layout.norms_per_token > 1 ? 2 * layout.page_size : 0};
   p.batch = limits.batch;
   p.num_query_tokens = limits.num_query_tokens;
@@ -51,8 +56,8 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   p.num_rows = p.num_kv_heads * p.rows_per_head;
   p.row_stride = divide_up(p.num_rows, 8) * 8;
   // A sequence may begin and end within a block.
-  p.max_workspace_blocks = (limits.total_tokens + kBlockTokens - 1) / kBlockTokens +
-                           Index{2} * limits.batch;
+  p.max_workspace_blocks =
+      (limits.total_tokens + kBlockTokens - 1) / kBlockTokens + Index{2} * limits.batch;
   const int row_blocks = divide_up(p.rows_per_head, KeyScoresConfig::kMaxRows);
   p.num_key_parts = std::max(1, view.num_multiprocessors / (p.num_kv_heads * row_blocks));
   p.num_exact_blocks =
@@ -60,8 +65,7 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
-  p.num_counters =
-      p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
+  p.num_counters = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
   return p;
 }
 
@@ -129,7 +133,8 @@ Status check_limits(const CodebooksView& view, const DecodeLimits& limits) {
   if (Index{limits.batch} * row_blocks > 65535)
     return {StatusCode::kUnsupported,
             "batch %d with %d query tokens and %d query heads a KV head: batch times rows / 8 must "
-            "not exceed 65535", limits.batch, limits.num_query_tokens, limits.num_q_heads / heads};
+            "not exceed 65535",
+            limits.batch, limits.num_query_tokens, limits.num_q_heads / heads};
   return {};
 }
 
@@ -173,11 +178,11 @@ Status check_call(const DeviceCodebooks& codebooks, const DecodeAttention& call)
             name_of(call.type)};
   if (call.pages.page_stride < layout.page_bytes || call.pages.page_stride % 16 != 0 ||
       reinterpret_cast<std::uintptr_t>(call.pages.data) % 16 != 0)
-    return {StatusCode::kInvalidArgument,
-            "page_stride is %lld; it must be a multiple of 16 and at least %lld, and the pages must "
-            "lie on 16 bytes",
-            static_cast<long long>(call.pages.page_stride),
-            static_cast<long long>(layout.page_bytes)};
+    return {
+        StatusCode::kInvalidArgument,
+        "page_stride is %lld; it must be a multiple of 16 and at least %lld, and the pages must "
+        "lie on 16 bytes",
+        static_cast<long long>(call.pages.page_stride), static_cast<long long>(layout.page_bytes)};
   if (call.max_blocks < 1) return invalid("max_blocks", call.max_blocks, "it must be at least 1");
   if (call.window < 0 || call.sliding_window < 0)
     return invalid("window or sliding_window", std::min(call.window, call.sliding_window),
@@ -213,8 +218,7 @@ Problem problem_of(const DeviceCodebooks& codebooks, const DecodeAttention& call
   p.exact_begin = call.exact_begin;
   p.window = call.window;
   p.sliding_window = call.sliding_window > 0 ? call.sliding_window : INT_MAX;
-  const float scale =
-      call.scale != 0 ? call.scale : 1 / std::sqrt(static_cast<float>(p.head_dim));
+  const float scale = call.scale != 0 ? call.scale : 1 / std::sqrt(static_cast<float>(p.head_dim));
   p.score_scale = scale * kLog2E;
   p.soft_cap = call.soft_cap * kLog2E;
   return p;
@@ -251,21 +255,20 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
     const KeyPlane& plane = view.layout.planes[slice.plane];
     const key_scores::Arguments arguments{
         p, slice, turn_of(i, view.num_slices),
-        KeyCodes{plane.num_books, view.layout.code_bits, view.layout.codebook_size,
-                 plane.num_words, plane.tail_bits, plane.words_offset, plane.tails_offset}};
-    const cudaError_t error = launcher_of(view.layout, slice)(arguments, grid, shared_bytes, stream);
+        KeyCodes{plane.num_books, view.layout.code_bits, view.layout.codebook_size, plane.num_words,
+                 plane.tail_bits, plane.words_offset, plane.tails_offset}};
+    const cudaError_t error =
+        launcher_of(view.layout, slice)(arguments, grid, shared_bytes, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
 cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(value_sums_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           value_sums::kSharedBytes);
+  const cudaError_t error = cudaFuncSetAttribute(
+      value_sums_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, value_sums::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const dim3 grid(p.num_value_parts,
-                  divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits),
+  const dim3 grid(p.num_value_parts, divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits),
                   divide_up(p.num_rows, ValueSumsConfig::kRows));
   return launch_early(value_sums_kernel, grid, ValueSumsConfig::kThreads, value_sums::kSharedBytes,
                       stream, p);

@@ -48,8 +48,9 @@ struct Item {
 __device__ __forceinline__ void load_queries(const Problem& p, const Item& item, int position,
                                              const Shared& shared) {
   const int pairs = p.head_dim / 2;
-  const Index first = ((Index{item.seq} * p.num_query_tokens + item.query_token) * p.num_kv_heads +
-                       item.head) * p.group * p.head_dim;
+  const Index first =
+      ((Index{item.seq} * p.num_query_tokens + item.query_token) * p.num_kv_heads + item.head) *
+      p.group * p.head_dim;
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.group * pairs; i += Config::kThreads) {
     const int pair = i % pairs;

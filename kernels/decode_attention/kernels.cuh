@@ -5,7 +5,8 @@
 
 namespace commvq::cuda {
 
-/// Launches one slice of keys, and beside the first one the exact tokens. Returns the launch's error.
+/// Launches one slice of keys, and beside the first one the exact tokens. Returns the launch's
+/// error.
 using KeyScoresLauncher = cudaError_t (*)(const key_scores::Arguments& arguments, dim3 grid,
                                           int shared_bytes, cudaStream_t stream);
 

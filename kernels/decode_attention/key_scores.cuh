@@ -46,15 +46,15 @@ struct Place {
 /// A sequence's blocks in one part. Kept in shared memory, since registers are scarce.
 struct Segment {
   Place place;
-  Cursor cursor;       ///< at the first block
-  int count;           ///< blocks
-  int num_steps;       ///< of kStepBlocks blocks
-  int steps_before;    ///< of earlier segments
-  int first_token;     ///< of the first block
-  int last_position;   ///< of the sequence's queries
-  int last_token;      ///< that has codes
-  int seen_begin;      ///< every query sees the coded tokens from here ...
-  int seen_end;        ///< ... to here
+  Cursor cursor;      ///< at the first block
+  int count;          ///< blocks
+  int num_steps;      ///< of kStepBlocks blocks
+  int steps_before;   ///< of earlier segments
+  int first_token;    ///< of the first block
+  int last_position;  ///< of the sequence's queries
+  int last_token;     ///< that has codes
+  int seen_begin;     ///< every query sees the coded tokens from here ...
+  int seen_end;       ///< ... to here
 
   __device__ Segment(const Problem& p, const Place& place_, const Cursor& cursor_,
                      int steps_before_)
@@ -71,8 +71,8 @@ struct Segment {
 };
 
 /// What lies in shared memory before the rows. A tile of turned queries, for four rows, is
-/// [width / 16][32 lanes] of 16 bytes, as mma fragments: columns 0 to 3 are the rows for tokens g of
-/// a warp, 4 to 7 for tokens g + 16, so that both may be turned alike.
+/// [width / 16][32 lanes] of 16 bytes, as mma fragments: columns 0 to 3 are the rows for tokens g
+/// of a warp, 4 to 7 for tokens g + 16, so that both may be turned alike.
 template <int kWidth>
 struct Shared {
   static constexpr int kTileVectors = kWidth / 16 * 32;
@@ -83,7 +83,7 @@ struct Shared {
   float2 sixteen_turns[kWidth];                     ///< RoPE by 16 tokens
   uint2 zero_points[kWidth / 8 * 4];
   alignas(8) float factors[Config::kMaxRows];  ///< from sums of products to scores
-  int lags[Config::kMaxRows];       ///< how far a row's position is from the last one
+  int lags[Config::kMaxRows];                  ///< how far a row's position is from the last one
   std::uint64_t full[Config::kBuffers];
   std::uint64_t empty[Config::kBuffers];
   Segment segment;
@@ -168,8 +168,8 @@ __device__ __forceinline__ void turn_queries(const Arguments& a, Shared<kWidth>&
     for (int e = 0; e < 2; ++e) {
       const int pair = 8 * k + 2 * q + e;
       const float2 query = shared.unit_queries[row][pair];
-      const float2 turn = pair < a.slice.num_pairs ? rotation_of(row_distance, turns[pair])
-                                                   : make_float2(1, 0);
+      const float2 turn =
+          pair < a.slice.num_pairs ? rotation_of(row_distance, turns[pair]) : make_float2(1, 0);
       const float2 back = shared.sixteen_turns[pair];
       const float re = query.x * turn.x - query.y * turn.y;
       const float im = query.x * turn.y + query.y * turn.x;
@@ -295,10 +295,10 @@ __device__ __forceinline__ float capped(float score, float cap) {
 /// A warp's sixteen tokens.
 struct Half {
   int seq;
-  int block;          ///< in the workspace
-  int which;          ///< half of the block
-  int token;          ///< a lane's first token, in the sequence
-  bool wholly_seen;   ///< every query sees all of them
+  int block;         ///< in the workspace
+  int which;         ///< half of the block
+  int token;         ///< a lane's first token, in the sequence
+  bool wholly_seen;  ///< every query sees all of them
 };
 
 /// Row of a tile whose scores for tokens g and g + 16 lane 4g + q gathers: products leave it with
@@ -309,7 +309,8 @@ __device__ __forceinline__ int tile_row() {
 }
 
 /// Scores of a lane's two tokens and one row to weights and their sums in the workspace. `data` are
-/// the tokens' `norm_and_scale`; value scales below 2^-100 count as zero. `call_row` is the row of the call.
+/// the tokens' `norm_and_scale`; value scales below 2^-100 count as zero. `call_row` is the row of
+/// the call.
 __device__ __forceinline__ void store_weights(const Problem& p, const Half& half,
                                               const std::uint32_t (&data)[2], float first,
                                               float second, int lag, int call_row, bool is_row) {
@@ -349,7 +350,7 @@ __device__ __forceinline__ void store_weights(const Problem& p, const Half& half
       as_bits(__floats2half2_rn(w0, w1));
   if (g == 0)
     p.block_sums[(Index{half.block} * kHalves + half.which) * p.row_stride + call_row] = {largest,
-                                                                                       sum};
+                                                                                          sum};
 }
 
 /// Adds what other slices found to the scores of a lane's two tokens.

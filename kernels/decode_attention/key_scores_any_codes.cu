@@ -2,7 +2,9 @@
 
 namespace commvq::cuda {
 
-template cudaError_t launch_key_scores<64, AnyCodes>(const key_scores::Arguments&, dim3, int, cudaStream_t);
-template cudaError_t launch_key_scores<32, AnyCodes>(const key_scores::Arguments&, dim3, int, cudaStream_t);
+template cudaError_t launch_key_scores<64, AnyCodes>(const key_scores::Arguments&, dim3, int,
+                                                     cudaStream_t);
+template cudaError_t launch_key_scores<32, AnyCodes>(const key_scores::Arguments&, dim3, int,
+                                                     cudaStream_t);
 
 }  // namespace commvq::cuda

@@ -2,8 +2,11 @@
 
 namespace commvq::cuda {
 
-template cudaError_t launch_key_scores<64, FixedCodes<6, 22>>(const key_scores::Arguments&, dim3, int, cudaStream_t);
-template cudaError_t launch_key_scores<64, FixedCodes<6, 21>>(const key_scores::Arguments&, dim3, int, cudaStream_t);
-template cudaError_t launch_key_scores<64, FixedCodes<6, 20>>(const key_scores::Arguments&, dim3, int, cudaStream_t);
+template cudaError_t launch_key_scores<64, FixedCodes<6, 22>>(const key_scores::Arguments&, dim3,
+                                                              int, cudaStream_t);
+template cudaError_t launch_key_scores<64, FixedCodes<6, 21>>(const key_scores::Arguments&, dim3,
+                                                              int, cudaStream_t);
+template cudaError_t launch_key_scores<64, FixedCodes<6, 20>>(const key_scores::Arguments&, dim3,
+                                                              int, cudaStream_t);
 
 }  // namespace commvq::cuda

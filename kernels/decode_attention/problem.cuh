@@ -9,8 +9,8 @@ namespace commvq::cuda {
 
 /// Tokens whose weights lie together in the workspace.
 constexpr int kBlockTokens = 32;
-/// Of a block's tokens, those with token % 16 in [8 i, 8 i + 8) are its half i: one warp scores them
-/// and their weights have a maximum of their own.
+/// Of a block's tokens, those with token % 16 in [8 i, 8 i + 8) are its half i: one warp scores
+/// them and their weights have a maximum of their own.
 constexpr int kHalves = 2;
 /// Fewest blocks of a part of the values, but for the last sequence's end.
 constexpr int kLeastValueBlocks = 4;
@@ -24,13 +24,13 @@ struct RowSum {
 
 /// What the kernels need of a `DevicePageLayout` beside one plane.
 struct PageShape {
-  int size;            ///< tokens
-  int shift;           ///< log2 of it
+  int size;   ///< tokens
+  int shift;  ///< log2 of it
   int num_code_bits;
-  int value_codes;     ///< offsets in bytes
+  int value_codes;  ///< offsets in bytes
   int key_norms;
   int value_scales;
-  int norm_stride;     ///< bytes from one head's norms to the next one's; 0: all heads share them
+  int norm_stride;  ///< bytes from one head's norms to the next one's; 0: all heads share them
 };
 
 /// One call, as all its kernels see it. Rows are (query token, query head of a KV head); a row of
@@ -50,8 +50,8 @@ struct Problem {
   const std::int32_t* exact_begin;
   int window;
   int sliding_window;  ///< INT_MAX: none
-  float score_scale;  ///< times log2(e)
-  float soft_cap;     ///< times log2(e); 0: none
+  float score_scale;   ///< times log2(e)
+  float soft_cap;      ///< times log2(e); 0: none
 
   int batch;
   int num_query_tokens;
@@ -63,20 +63,20 @@ struct Problem {
   int row_stride;     ///< num_rows rounded up to 8
   Index max_workspace_blocks;
 
-  int num_key_parts;    ///< into which the blocks are cut for scoring keys
-  int num_exact_blocks; ///< thread blocks of the first key kernel that do exact tokens alone
-  int num_value_parts;  ///< likewise for adding up values
+  int num_key_parts;     ///< into which the blocks are cut for scoring keys
+  int num_exact_blocks;  ///< thread blocks of the first key kernel that do exact tokens alone
+  int num_value_parts;   ///< likewise for adding up values
 
   // Workspace.
-  std::uint32_t* weights;  ///< [blocks][row_stride][16] pairs of fp16: tokens s and s + 16
-  RowSum* block_sums;      ///< [blocks][kHalves][row_stride]
-  float* raw_scores;       ///< [blocks][row_stride][32]; null with a single key slice
-  float* value_sums;       ///< [num_value_parts + batch][row_stride][num_code_bits]
-  RowSum* part_sums;       ///< [num_value_parts + batch][row_stride]
-  float* exact_outputs;    ///< [batch][num_rows][head_dim]
-  RowSum* exact_sums;      ///< [batch][num_rows]
-  float* chunk_outputs;    ///< [batch][num_rows][chunks][head_dim]
-  std::uint32_t* counters; ///< [batch][num_kv_heads][row blocks]
+  std::uint32_t* weights;   ///< [blocks][row_stride][16] pairs of fp16: tokens s and s + 16
+  RowSum* block_sums;       ///< [blocks][kHalves][row_stride]
+  float* raw_scores;        ///< [blocks][row_stride][32]; null with a single key slice
+  float* value_sums;        ///< [num_value_parts + batch][row_stride][num_code_bits]
+  RowSum* part_sums;        ///< [num_value_parts + batch][row_stride]
+  float* exact_outputs;     ///< [batch][num_rows][head_dim]
+  RowSum* exact_sums;       ///< [batch][num_rows]
+  float* chunk_outputs;     ///< [batch][num_rows][chunks][head_dim]
+  std::uint32_t* counters;  ///< [batch][num_kv_heads][row blocks]
   int num_counters;
 
   const std::uint64_t* turns;     ///< see `CodebooksView`
@@ -90,8 +90,8 @@ struct Sequence {
   int first_exact;  ///< tokens below have no exact copy any more, sinks apart
 
   __device__ Sequence(const Problem& problem, int seq) : length(problem.seq_lens[seq]) {
-    first_exact = problem.exact_begin != nullptr ? problem.exact_begin[seq]
-                                                 : length - problem.exact.capacity;
+    first_exact =
+        problem.exact_begin != nullptr ? problem.exact_begin[seq] : length - problem.exact.capacity;
     first_exact = max(first_exact, problem.exact.sinks);
     if (problem.exact.capacity == 0) first_exact = INT_MAX;
   }
@@ -141,17 +141,15 @@ __device__ inline int total_blocks(const Problem& problem) {
 
 /// A place in the blocks of all sequences, one after the other.
 struct Cursor {
-  int seq;      ///< batch at the end
-  int block;    ///< in the sequence
-  int end;      ///< of the sequence's blocks
+  int seq;    ///< batch at the end
+  int block;  ///< in the sequence
+  int end;    ///< of the sequence's blocks
   int index;  ///< of the block in the workspace
   int stop;   ///< where this part ends
 
   __device__ bool done() const { return index >= stop; }
   /// Blocks from here on that belong to the same sequence and part, at most `most`.
-  __device__ int count(int most) const {
-    return min(min(end - block, stop - index), most);
-  }
+  __device__ int count(int most) const { return min(min(end - block, stop - index), most); }
   __device__ void advance(const Problem& problem, int blocks) {
     block += blocks;
     index += blocks;

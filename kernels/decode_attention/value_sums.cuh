@@ -6,12 +6,12 @@
 #include "decode_attention/config.hpp"
 #include "decode_attention/problem.cuh"
 
-/// Sums of value codes, sum over tokens of weight * b, for the rows of all heads at once: every code
-/// bit matters to every head, so a bit that was expanded serves 32 rows.
+/// Sums of value codes, sum over tokens of weight * b, for the rows of all heads at once: every
+/// code bit matters to every head, so a bit that was expanded serves 32 rows.
 ///
 /// A 32-bit word holds one code bit of tokens 0 to 15 (low half) and 16 to 31 (high half) of a
-/// block. A mask leaves bit s of either half: as fp16 numbers these are bit * 2^(s - 24), operands of
-/// a matrix product as they are. The weights take 2^(3 - s % 4) to make up for it: the word is
+/// block. A mask leaves bit s of either half: as fp16 numbers these are bit * 2^(s - 24), operands
+/// of a matrix product as they are. The weights take 2^(3 - s % 4) to make up for it: the word is
 /// shifted by whole fours.
 namespace commvq::cuda::value_sums {
 
@@ -23,14 +23,16 @@ constexpr int kRowTiles = Config::kRows / 8;
 /// What a sum is to be multiplied by: 2^21.
 constexpr float kSumScale = 2097152.0f;
 /// log2 of what the weights of tokens s and s + 16 of a block take.
-__device__ __forceinline__ float log_factor(int s) { return static_cast<float>(3 - s % 4); }
+__device__ __forceinline__ float log_factor(int s) {
+  return static_cast<float>(3 - s % 4);
+}
 
 /// Adds `other` to `total`.
 __device__ __forceinline__ void merge(RowSum& total, RowSum other) {
   const float largest = fmaxf(total.max, other.max);
   if (largest == -INFINITY) return;
-  total.sum = total.sum * exp2_approx(total.max - largest) +
-              other.sum * exp2_approx(other.max - largest);
+  total.sum =
+      total.sum * exp2_approx(total.max - largest) + other.sum * exp2_approx(other.max - largest);
   total.max = largest;
 }
 
@@ -101,9 +103,8 @@ class BlockCopy {
       const int token = token_ < length_ ? token_ : token_ - 16;
       const std::uint8_t* const page = p.pages + table_[token >> p.page.shift] * p.page_stride;
       const int slot = token & (p.page.size - 1);
-      copy_async_16(
-          shared_address(&stage.bits[lane / kVectors][bit_group][lane % kVectors]),
-          page + (bits_ + slot / 16 * 2 * p.page.num_code_bits));
+      copy_async_16(shared_address(&stage.bits[lane / kVectors][bit_group][lane % kVectors]),
+                    page + (bits_ + slot / 16 * 2 * p.page.num_code_bits));
     }
     const int vector = 32 * bit_group + lane;
     if (copies_weights_)
@@ -171,9 +172,8 @@ __device__ __forceinline__ void multiply(const Stage& stage,
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
       for (int t = 0; t < kRowTiles; ++t)
-        mma_16x8x16(sums[tile][t], first[tile] & mask, second[tile] & mask,
-                    first[tile] & mask << 1, second[tile] & mask << 1, weights[t][2 * step],
-                    weights[t][2 * step + 1]);
+        mma_16x8x16(sums[tile][t], first[tile] & mask, second[tile] & mask, first[tile] & mask << 1,
+                    second[tile] & mask << 1, weights[t][2 * step], weights[t][2 * step + 1]);
   }
 }
 
@@ -189,12 +189,14 @@ __device__ inline void store(const Problem& p, Index slot, int first_bit, int fi
         scratch + ((token_group % groups) * Config::kBitGroups + bit_group) * kSums * 32 + lane;
     if (token_group >= groups && token_group < 2 * groups) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) mine[i * 32] = sums[i / (4 * kRowTiles)][i / 4 % kRowTiles][i % 4];
+      for (int i = 0; i < kSums; ++i)
+        mine[i * 32] = sums[i / (4 * kRowTiles)][i / 4 % kRowTiles][i % 4];
     }
     __syncthreads();
     if (token_group < groups) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i / (4 * kRowTiles)][i / 4 % kRowTiles][i % 4] += mine[i * 32];
+      for (int i = 0; i < kSums; ++i)
+        sums[i / (4 * kRowTiles)][i / 4 % kRowTiles][i % 4] += mine[i * 32];
     }
     __syncthreads();
   }
@@ -208,8 +210,8 @@ __device__ inline void store(const Problem& p, Index slot, int first_bit, int fi
     for (int e = 0; e < 2; ++e) {
       const int row = 8 * t + 2 * q + e;
       if (row >= rows) continue;
-      float* const target = p.value_sums +
-                            (slot * p.row_stride + first_row + row) * p.page.num_code_bits + bit;
+      float* const target =
+          p.value_sums + (slot * p.row_stride + first_row + row) * p.page.num_code_bits + bit;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
         *reinterpret_cast<float2*>(target + 2 * tile) =
@@ -261,8 +263,8 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
   const int total = total_blocks(p);
   const int parts = value_parts(p, total);
   if (!fits(p, total) || blockIdx.x >= parts) return;
-  Cursor cursor = cursor_at(p, part_begin(total, blockIdx.x, parts),
-                            part_begin(total, blockIdx.x + 1, parts));
+  Cursor cursor =
+      cursor_at(p, part_begin(total, blockIdx.x, parts), part_begin(total, blockIdx.x + 1, parts));
   const WarpBarrier barrier(&barriers[warp / Config::kBitGroups]);
   if (threadIdx.x < Config::kTokenGroups)
     WarpBarrier(&barriers[threadIdx.x]).init(Config::kBitGroups);
@@ -272,16 +274,15 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
   while (!cursor.done()) {
     const int count = cursor.count(INT_MAX);
     const Index slot = Index{blockIdx.x} + cursor.seq;
-    const RowSum total_sum = merge_blocks(p, cursor.index, count, first_row, rows, merge_scratch,
-                                          shared_maxima);
+    const RowSum total_sum =
+        merge_blocks(p, cursor.index, count, first_row, rows, merge_scratch, shared_maxima);
     if (blockIdx.y == 0 && threadIdx.x < rows)
       p.part_sums[slot * p.row_stride + first_row + threadIdx.x] = total_sum;
     float maxima[kRowTiles];
 #pragma unroll
     for (int t = 0; t < kRowTiles; ++t) maxima[t] = shared_maxima[8 * t + lane / 4];
     float sums[kTiles][kRowTiles][4] = {};
-    add_segment(p, cursor, count, first_bit, first_row, maxima, stages, barrier, turns_done,
-                sums);
+    add_segment(p, cursor, count, first_bit, first_row, maxima, stages, barrier, turns_done, sums);
     __syncthreads();  // the stages' memory serves the sums now
     store(p, slot, first_bit, first_row, rows, sums, reinterpret_cast<float*>(memory));
     cursor.advance(p, count);

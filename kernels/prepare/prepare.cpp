@@ -1,5 +1,3 @@
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,6 +10,8 @@
 #include "commvq/cuda/integer_codebook.hpp"
 #include "commvq/io/codebook_file.hpp"
 #include "commvq/rope/rope.hpp"
+
+#include <cuda_runtime_api.h>
 
 namespace commvq::cuda {
 namespace {
@@ -58,11 +58,10 @@ std::vector<std::uint16_t> token_turns_of(const Rope& rope, const KeySlice& slic
       for (int part = 0; part < 2; ++part)
         for (int e = 0; e < 2; ++e) {
           const int pair = 2 * word + e;
-          const double turn =
-              pair < slice.num_pairs
-                  ? rotation[static_cast<std::size_t>(part * rope.pairs().num_pairs() +
-                                                      slice.first_pair + pair)]
-                  : 1.0 - part;
+          const double turn = pair < slice.num_pairs
+                                  ? rotation[static_cast<std::size_t>(
+                                        part * rope.pairs().num_pairs() + slice.first_pair + pair)]
+                                  : 1.0 - part;
           turns.push_back(to_fp16(static_cast<float>(turn)));
         }
   }

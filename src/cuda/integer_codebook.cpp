@@ -32,7 +32,9 @@ struct Column {
 
 }  // namespace
 
-int slice_width(const KeyCodecConfig& config) { return config.group_pairs > 32 ? 64 : 32; }
+int slice_width(const KeyCodecConfig& config) {
+  return config.group_pairs > 32 ? 64 : 32;
+}
 
 IntegerKeySlice::IntegerKeySlice(const KeyCodebook<float>& codebook, const KeyPlane& plane,
                                  int first_pair, int num_pairs, int width_)
@@ -53,8 +55,8 @@ IntegerKeySlice::IntegerKeySlice(const KeyCodebook<float>& codebook, const KeyPl
       for (int book = 0; book < num_books; ++book) {
         const int b = plane.first_book + book;
         columns[part].emplace_back(
-            codebook.book(plane.group, b / 2, b % 2) + part * g + first_in_group + i,
-            codebook_size, 2 * g);
+            codebook.book(plane.group, b / 2, b % 2) + part * g + first_in_group + i, codebook_size,
+            2 * g);
         sum += columns[part].back().largest;
         means[part] += columns[part].back().mean;
       }
@@ -72,8 +74,9 @@ IntegerKeySlice::IntegerKeySlice(const KeyCodebook<float>& codebook, const KeyPl
       offsets[static_cast<std::size_t>(part * width + i)] = static_cast<std::int16_t>(offset);
       for (int book = 0; book < num_books; ++book)
         for (int c = 0; c < codebook_size; ++c) {
-          const double value = columns[part][static_cast<std::size_t>(book)]
-                                   .values[static_cast<std::size_t>(c)] / unit;
+          const double value =
+              columns[part][static_cast<std::size_t>(book)].values[static_cast<std::size_t>(c)] /
+              unit;
           rows[(static_cast<std::size_t>(book * codebook_size + c) * 2 + part) * width + i] =
               static_cast<std::int16_t>(std::nearbyint(value + (book == 0 ? rest : 0.0)));
         }
@@ -92,9 +95,9 @@ std::vector<std::int8_t> IntegerKeySlice::image() const {
       static_cast<std::size_t>(image_bytes(width, num_books, codebook_size)));
   for (int book = 0; book < num_books; ++book)
     for (int c = 0; c < codebook_size; ++c) {
-      std::int8_t* const row = bytes.data() +
-                               (static_cast<Index>(book / books_per_line) * codebook_size + c) * 128 +
-                               book % books_per_line * 64;
+      std::int8_t* const row =
+          bytes.data() + (static_cast<Index>(book / books_per_line) * codebook_size + c) * 128 +
+          book % books_per_line * 64;
       const std::int16_t* const source =
           &rows[static_cast<std::size_t>(book * codebook_size + c) * 2 * width];
       // Four integers of one word add up as one: byte i carries what bytes below it borrow.

@@ -13,7 +13,9 @@ namespace {
 /// Larger pages' bit offsets would not fit an int.
 constexpr Index kMaxPageBits = Index{60} << 23;
 
-int align(Index bytes) { return static_cast<int>((bytes + 15) / 16 * 16); }
+int align(Index bytes) {
+  return static_cast<int>((bytes + 15) / 16 * 16);
+}
 
 /// Reads or writes the bits of a token's codes in one plane: the first of them in words, the rest
 /// in the tail. `access(bit position in the page, code, width)` handles one piece.
@@ -74,8 +76,9 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
   // Planes of one group as even as the step allows.
   const int books = ((num_books + per_group - 1) / per_group + step - 1) / step * step;
   const Index bits = Index{keys.bits_per_head()} * num_kv_heads + num_code_bits;
-  require(bits * page_size <= kMaxPageBits, "a page of ", page_size, " tokens of ", bits,
-          " bits each is larger than the 60 MiB that the device's offsets reach; use smaller pages");
+  require(
+      bits * page_size <= kMaxPageBits, "a page of ", page_size, " tokens of ", bits,
+      " bits each is larger than the 60 MiB that the device's offsets reach; use smaller pages");
   int at = 0;
   for (int i = 0; i < num_planes; ++i) {
     KeyPlane& plane = planes[i];
@@ -126,20 +129,22 @@ void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slo
   for (int head = 0; head < layout.num_kv_heads; ++head)
     for (int p = 0; p < layout.num_planes; ++p) {
       const KeyPlane& plane = layout.planes[p];
-      std::uint16_t* const codes =
-          key_codes + (head * layout.num_groups + plane.group) * layout.num_books +
-          plane.first_book;
+      std::uint16_t* const codes = key_codes +
+                                   (head * layout.num_groups + plane.group) * layout.num_books +
+                                   plane.first_book;
       std::fill_n(codes, plane.num_books, std::uint16_t{0});
       for_each_piece(layout, plane, head, slot, [&](Index bit, int k, int shift, int width) {
         codes[k] |= static_cast<std::uint16_t>(get_bits(page, bit, width) << shift);
       });
     }
   for (int i = 0; i < layout.norms_per_token; ++i)
-    key_norms[i] = static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.key_norm(i, slot), 16));
+    key_norms[i] =
+        static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.key_norm(i, slot), 16));
   for (Index bit = 0; bit < layout.num_code_bits; ++bit)
     put_bits(value_code, bit, 1,
              get_bits(page, (layout.value_codes(slot) + 2 * bit) * 8 + slot % 16, 1));
-  *value_scale = static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.value_scale(slot), 16));
+  *value_scale =
+      static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.value_scale(slot), 16));
 }
 
 }  // namespace commvq::cuda

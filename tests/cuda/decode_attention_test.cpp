@@ -29,7 +29,8 @@ void expect_matches(const DecodeSetup& setup, const DecodeCase& c) {
   const Tolerance tolerance = tolerance_of(c.type);
   double worst_output = 0, worst_lse = 0;
   std::size_t worst_row = 0;
-  const std::size_t rows = static_cast<std::size_t>(c.batch() * c.num_query_tokens * c.num_q_heads());
+  const std::size_t rows =
+      static_cast<std::size_t>(c.batch() * c.num_query_tokens * c.num_q_heads());
   for (std::size_t row = 0; row < rows; ++row) {
     double largest = 0, difference = 0;
     for (std::size_t d = 0; d < dim; ++d) {

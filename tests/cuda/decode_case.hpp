@@ -48,7 +48,9 @@ struct DecodeCase {
   int capacity() const { return window > 0 ? window + num_query_tokens - 1 + spare : 0; }
 };
 
-inline void PrintTo(const DecodeCase& c, std::ostream* out) { *out << c.name; }
+inline void PrintTo(const DecodeCase& c, std::ostream* out) {
+  *out << c.name;
+}
 
 inline KeyCodecConfig key_config(int head_dim, int group_pairs, int codebook_size, int num_stages,
                                  RopeLayout layout = RopeLayout::kHalfSplit) {
@@ -72,12 +74,15 @@ inline float from_bits(FloatType type, std::uint16_t bits) {
 class DecodeSetup {
  public:
   explicit DecodeSetup(const DecodeCase& c, unsigned seed = 1)
-      : case_(c), rng_(seed), codec_(random_codec()), codebooks_(prepare(codec_, rope(), c.page_size)),
+      : case_(c),
+        rng_(seed),
+        codec_(random_codec()),
+        codebooks_(prepare(codec_, rope(), c.page_size)),
         rounded_(rounded_to_integers(*codec_.keys, codebooks_.layout())) {
     make_pages();
     make_exact();
-    queries_ = rounded(normal_floats(rng_, Index{c.batch()} * c.num_query_tokens * c.num_q_heads() *
-                                               c.head_dim(), 1.5));
+    queries_ = rounded(normal_floats(
+        rng_, Index{c.batch()} * c.num_query_tokens * c.num_q_heads() * c.head_dim(), 1.5));
     upload();
   }
 
@@ -152,11 +157,13 @@ class DecodeSetup {
           seen(seq, position, t, &keys[static_cast<std::size_t>(t * channels)],
                &values[static_cast<std::size_t>(t * channels)]);
         for (int h = 0; h < heads; ++h) {
-          const std::size_t row = static_cast<std::size_t>((seq * case_.num_query_tokens + i) * heads + h);
+          const std::size_t row =
+              static_cast<std::size_t>((seq * case_.num_query_tokens + i) * heads + h);
           result.lse[row] = reference::attend_head(
               rope, &queries_[row * static_cast<std::size_t>(dim)], position,
               {keys.data(), position + 1, channels}, {values.data(), position + 1, channels},
-              Index{h / case_.group} * dim, options, &result.output[row * static_cast<std::size_t>(dim)]);
+              Index{h / case_.group} * dim, options,
+              &result.output[row * static_cast<std::size_t>(dim)]);
         }
       }
     }
@@ -190,7 +197,8 @@ class DecodeSetup {
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), rng_);
     pages_.assign(static_cast<std::size_t>(total * stride_), 0xff);
-    table_.assign(static_cast<std::size_t>(max_blocks_ * case_.batch()), 1 << 30);  // not to be read
+    table_.assign(static_cast<std::size_t>(max_blocks_ * case_.batch()),
+                  1 << 30);  // not to be read
     std::size_t used = 0;
     for (int seq = 0; seq < case_.batch(); ++seq)
       for (int i = 0; i < num_pages[static_cast<std::size_t>(seq)]; ++i)
@@ -207,11 +215,12 @@ class DecodeSetup {
           token.value.push_back(static_cast<std::uint8_t>(rng_()));
         const double spread = 0.5 + static_cast<double>(rng_() % 1000) / 1000;
         for (int i = 0; i < layout.norms_per_token; ++i)
-          token.norms.push_back(to_bf16(static_cast<float>(
-              key_norm * (0.5 + static_cast<double>(rng_() % 1000) / 1000))));
+          token.norms.push_back(to_bf16(
+              static_cast<float>(key_norm * (0.5 + static_cast<double>(rng_() % 1000) / 1000))));
         token.scale = rng_() % 16 == 0 ? 0 : to_bf16(static_cast<float>(spread * spread));
         std::uint8_t* const page =
-            pages_.data() + table_[static_cast<std::size_t>(seq * max_blocks_ + t / case_.page_size)] * stride_;
+            pages_.data() +
+            table_[static_cast<std::size_t>(seq * max_blocks_ + t / case_.page_size)] * stride_;
         put_token(layout, page, t % case_.page_size, token.codes.data(), token.norms.data(),
                   token.value.data(), token.scale);
         codes_[static_cast<std::size_t>(seq)].push_back(std::move(token));
@@ -224,7 +233,8 @@ class DecodeSetup {
     exact_.capacity = case_.capacity();
     if (exact_.capacity == 0) return;
     for (int seq = 0; seq < case_.batch(); ++seq) slots_.push_back(case_.batch() - 1 - seq);
-    const auto size = static_cast<std::size_t>(Index{case_.batch()} * exact_.rows_per_slot() * num_channels());
+    const auto size =
+        static_cast<std::size_t>(Index{case_.batch()} * exact_.rows_per_slot() * num_channels());
     exact_keys_.assign(size, NAN);
     exact_values_.assign(size, NAN);
     for (int seq = 0; seq < case_.batch(); ++seq)
@@ -240,8 +250,8 @@ class DecodeSetup {
   /// Key and value of a token as the query at `position` sees it.
   void seen(int seq, int position, int token, float* keys, float* values) const {
     const int length = case_.lengths[static_cast<std::size_t>(seq)];
-    const bool in_window = exact_.capacity > 0 && token > position - case_.window &&
-                           token >= length - exact_.capacity;
+    const bool in_window =
+        exact_.capacity > 0 && token > position - case_.window && token >= length - exact_.capacity;
     if (token < exact_.sinks || in_window) {
       const Index at = exact_.row(slots_[static_cast<std::size_t>(seq)], token) * num_channels();
       std::copy_n(exact_keys_.begin() + at, num_channels(), keys);

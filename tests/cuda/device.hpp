@@ -1,13 +1,12 @@
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "commvq/core/error.hpp"
 
+#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 /// What tests on a device share.

@@ -109,9 +109,9 @@ TEST_P(DeviceLayout, APageHoldsItsBitsAndLittleMore) {
   for (int i = 0; i < layout.num_planes; ++i) {
     const KeyPlane& plane = layout.planes[i];
     EXPECT_EQ(plane.num_books * layout.code_bits, plane.num_words * 32 + plane.tail_bits);
-    EXPECT_LE(IntegerKeySlice::image_bytes(slice_width(config), plane.num_books,
-                                           layout.codebook_size),
-              GetParam().plane_bytes);
+    EXPECT_LE(
+        IntegerKeySlice::image_bytes(slice_width(config), plane.num_books, layout.codebook_size),
+        GetParam().plane_bytes);
     plane_bits += plane.num_books * layout.code_bits;
   }
   EXPECT_EQ(plane_bits, config.bits_per_head());
@@ -121,8 +121,7 @@ TEST_P(DeviceLayout, SumsOfIntegersStayInAByteAndDecodeToTheCodebook) {
   const Shape& shape = GetParam();
   const DevicePageLayout layout = layout_of(shape);
   Rng rng(2);
-  const auto codec =
-      testing_support::random_key_codec(rng, key_config(shape), shape.num_kv_heads);
+  const auto codec = testing_support::random_key_codec(rng, key_config(shape), shape.num_kv_heads);
   const KeyCodebook<float>& codebook = codec->codebook(0);
   const int width = slice_width(codebook.config);
   for (int i = 0; i < layout.num_planes; ++i) {
@@ -134,9 +133,9 @@ TEST_P(DeviceLayout, SumsOfIntegersStayInAByteAndDecodeToTheCodebook) {
       for (int book = 0; book < slice.num_books; ++book) {
         int largest = 0;
         for (int c = 0; c < slice.codebook_size; ++c)
-          largest = std::max(
-              largest, std::abs(int{slice.rows[static_cast<std::size_t>(
-                           (book * slice.codebook_size + c) * 2 * width + channel)]}));
+          largest =
+              std::max(largest, std::abs(int{slice.rows[static_cast<std::size_t>(
+                                    (book * slice.codebook_size + c) * 2 * width + channel)]}));
         most += largest;
       }
       EXPECT_LE(most, 127) << "plane " << i << " channel " << channel;
@@ -191,30 +190,31 @@ TEST_P(DeviceLayout, FourIntegersAddUpInOneWord) {
         words[w] += word;
       }
       for (int i = 0; i < 2 * width; ++i)
-        expected[static_cast<std::size_t>(i)] += slice.rows[static_cast<std::size_t>(
-            (book * slice.codebook_size + c) * 2 * width + i)];
+        expected[static_cast<std::size_t>(i)] +=
+            slice.rows[static_cast<std::size_t>((book * slice.codebook_size + c) * 2 * width + i)];
     }
     for (int k = 0; k < width / 8; ++k)
       for (int q = 0; q < 4; ++q)
         for (int byte = 0; byte < 4; ++byte) {
           const std::uint32_t word = words[static_cast<std::size_t>((k / 4 * 4 + q) * 4 + k % 4)];
           const int value = static_cast<int>(word >> (8 * byte) & 0xff) - 128;
-          EXPECT_EQ(value, expected[static_cast<std::size_t>(byte / 2 * width + 8 * k + 2 * q +
-                                                             byte % 2)]);
+          EXPECT_EQ(
+              value,
+              expected[static_cast<std::size_t>(byte / 2 * width + 8 * k + 2 * q + byte % 2)]);
         }
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(
     Shapes, DeviceLayout,
-    testing::Values(Shape{128, 64, 64, 11, 8, 1, 64, 176 * 1024},   // the paper's 1 bit
-                    Shape{128, 64, 64, 21, 8, 2, 32, 176 * 1024},   // and 2 bits: two planes
-                    Shape{128, 64, 64, 11, 2, 1, 16, 56 * 1024},    // little shared memory
-                    Shape{64, 32, 64, 5, 4, 1, 16, 176 * 1024},     // half-width rows
-                    Shape{256, 64, 64, 11, 1, 1, 128, 176 * 1024},  // two groups
-                    Shape{128, 64, 128, 4, 8, 1, 64, 176 * 1024},   // few wide books
+    testing::Values(Shape{128, 64, 64, 11, 8, 1, 64, 176 * 1024},        // the paper's 1 bit
+                    Shape{128, 64, 64, 21, 8, 2, 32, 176 * 1024},        // and 2 bits: two planes
+                    Shape{128, 64, 64, 11, 2, 1, 16, 56 * 1024},         // little shared memory
+                    Shape{64, 32, 64, 5, 4, 1, 16, 176 * 1024},          // half-width rows
+                    Shape{256, 64, 64, 11, 1, 1, 128, 176 * 1024},       // two groups
+                    Shape{128, 64, 128, 4, 8, 1, 64, 176 * 1024},        // few wide books
                     Shape{128, 64, 64, 20, 8, 2, 64, 176 * 1024, true},  // a norm a head
-                    Shape{128, 16, 37, 3, 2, 2, 64, 176 * 1024}));  // odd sizes
+                    Shape{128, 16, 37, 3, 2, 2, 64, 176 * 1024}));       // odd sizes
 
 TEST(DeviceLayoutRefusals, NameTheLimit) {
   const Shape good{128, 64, 64, 11, 8, 1, 64, 176 * 1024};

@@ -8,20 +8,20 @@
 namespace commvq {
 struct LayerCodec;
 struct RopeConfig;
-}
+}  // namespace commvq
 
 namespace commvq::cuda {
 
 /// Rows of a plane for up to `width` pairs of its group, as the decode kernel adds them up.
 struct KeySlice {
-  int plane;       ///< of the page layout
-  int first_pair;  ///< of the head
-  int num_pairs;   ///< pairs of the head that it covers; the rest of `width` is zeros
-  int width;       ///< 64 or 32
-  Index row_bytes;  ///< of one head: the image of the kernel's shared memory
-  const std::int8_t* rows;            ///< device, [num_kv_heads][row_bytes]
-  const float* units;                 ///< device, [num_kv_heads][width]
-  const std::uint32_t* zero_points;   ///< device, [num_kv_heads][width] pairs of fp16
+  int plane;                ///< of the page layout
+  int first_pair;           ///< of the head
+  int num_pairs;            ///< pairs of the head that it covers; the rest of `width` is zeros
+  int width;                ///< 64 or 32
+  Index row_bytes;          ///< of one head: the image of the kernel's shared memory
+  const std::int8_t* rows;  ///< device, [num_kv_heads][row_bytes]
+  const float* units;       ///< device, [num_kv_heads][width]
+  const std::uint32_t* zero_points;  ///< device, [num_kv_heads][width] pairs of fp16
   /// device, [kTurnTokens][width / 8][4 threads][cosines, sines] pairs of fp16: RoPE by 0, 1, ...
   /// tokens of a thread's pairs, in the order of the rows' words
   const std::uint32_t* token_turns;
@@ -37,10 +37,10 @@ struct CodebooksView {
   DevicePageLayout layout;
   int num_slices = 0;
   KeySlice slices[kMaxSlices] = {};
-  const std::uint64_t* turns = nullptr;      ///< device, [num_pairs]: RoPE, in 2^-64 turns a token
-  const std::uint16_t* channels = nullptr;   ///< device, [2 * num_pairs]: channel of planar index
-  const float* decoder = nullptr;            ///< device, [num_code_bits][num_kv_heads * head_dim]
-  int num_multiprocessors = 0;               ///< of the device that holds them
+  const std::uint64_t* turns = nullptr;     ///< device, [num_pairs]: RoPE, in 2^-64 turns a token
+  const std::uint16_t* channels = nullptr;  ///< device, [2 * num_pairs]: channel of planar index
+  const float* decoder = nullptr;           ///< device, [num_code_bits][num_kv_heads * head_dim]
+  int num_multiprocessors = 0;              ///< of the device that holds them
 };
 
 /// The codecs of one layer on the device, made once by `prepare`. Owns its memory; moves, does not

@@ -15,7 +15,7 @@ namespace commvq::cuda {
 /// goes into the first book. The unit is the smallest for which no sum of one row a book leaves
 /// [-127, 127]: four sums then add up in one 32-bit word, whatever the intermediate sums.
 struct IntegerKeySlice {
-  int width = 64;      ///< pairs, 64 or 32
+  int width = 64;  ///< pairs, 64 or 32
   int num_books = 0;
   int codebook_size = 0;
   std::vector<std::int16_t> rows;     ///< [num_books][codebook_size][2][width]

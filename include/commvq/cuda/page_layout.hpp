@@ -17,14 +17,15 @@ struct ValueCodecConfig;
 
 namespace commvq::cuda {
 
-/// Codes of some consecutive books of one group: what a kernel adds up in one pass, because the rows
-/// of these books fit its shared memory. A book is a half stage: book 2r is A_r, 2r + 1 is B_r.
+/// Codes of some consecutive books of one group: what a kernel adds up in one pass, because the
+/// rows of these books fit its shared memory. A book is a half stage: book 2r is A_r, 2r + 1 is
+/// B_r.
 struct KeyPlane {
   int group;       ///< of pairs
   int first_book;  ///< of the group's 2 * num_stages
   int num_books;
-  int num_words;   ///< whole 32-bit words that a token's codes fill ...
-  int tail_bits;   ///< ... and the bits that are left, in [0, 31]
+  int num_words;     ///< whole 32-bit words that a token's codes fill ...
+  int tail_bits;     ///< ... and the bits that are left, in [0, 31]
   int words_offset;  ///< bytes from the page's start to the words of head 0
   int tails_offset;  ///< likewise of the tails
 };
@@ -63,7 +64,8 @@ struct DevicePageLayout {
 
   DevicePageLayout() = default;
   /// `plane_bytes` is the shared memory that the 8-bit rows of one plane may take (see
-  /// `key_plane_bytes`). Throws `Error` for shapes that the kernels do not support, naming the limit.
+  /// `key_plane_bytes`). Throws `Error` for shapes that the kernels do not support, naming the
+  /// limit.
   DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads, const ValueCodecConfig& values,
                    int page_size, Index plane_bytes);
 
@@ -84,8 +86,7 @@ struct DevicePageLayout {
     return value_codes_offset + slot / 16 * num_code_bits * 2;
   }
   COMMVQ_HOST_DEVICE int key_norm(int head, int slot) const {
-    return key_norms_offset +
-           2 * ((norms_per_token == 1 ? 0 : head) * page_size + slot);
+    return key_norms_offset + 2 * ((norms_per_token == 1 ? 0 : head) * page_size + slot);
   }
   COMMVQ_HOST_DEVICE int value_scale(int slot) const { return value_scales_offset + 2 * slot; }
 };
@@ -95,8 +96,8 @@ struct DevicePageLayout {
 Index key_plane_bytes(int compute_capability);
 
 /// Writes token `slot` of a page in host memory: what `append` writes on the device.
-/// `key_codes` is `[num_kv_heads][num_groups][num_stages][2]`, `key_norms` `[norms_per_token]` bf16,
-/// `value_code` the packed bits as `ValueCodec::encode` writes them.
+/// `key_codes` is `[num_kv_heads][num_groups][num_stages][2]`, `key_norms` `[norms_per_token]`
+/// bf16, `value_code` the packed bits as `ValueCodec::encode` writes them.
 void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
                const std::uint16_t* key_codes, const std::uint16_t* key_norms,
                const std::uint8_t* value_code, std::uint16_t value_scale);

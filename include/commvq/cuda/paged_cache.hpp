@@ -11,7 +11,7 @@ namespace commvq::cuda {
 /// `data + p * page_stride`; a block table names the pages of a sequence.
 struct PagedCodes {
   std::uint8_t* data = nullptr;  ///< device, on 16 bytes
-  Index page_stride = 0;         ///< bytes, a multiple of 16, at least `DevicePageLayout::page_bytes`
+  Index page_stride = 0;  ///< bytes, a multiple of 16, at least `DevicePageLayout::page_bytes`
 };
 
 /// Exact copies of the sinks and of the newest tokens of one layer, in device memory that the
@@ -19,8 +19,8 @@ struct PagedCodes {
 /// channel order. A slot holds one sequence. All tokens have codes as well, so that an exact copy
 /// may be overwritten at any time.
 struct ExactTokens {
-  void* keys = nullptr;    ///< device, on 16 bytes
-  void* values = nullptr;  ///< device, on 16 bytes
+  void* keys = nullptr;               ///< device, on 16 bytes
+  void* values = nullptr;             ///< device, on 16 bytes
   FloatType type = FloatType::kBf16;  ///< kBf16 or kFp16
   int sinks = 0;     ///< the first so many tokens of a sequence keep their copies for good
   int capacity = 0;  ///< rows for the newest of the others, used in turn

@@ -7,10 +7,10 @@ namespace commvq::cuda {
 
 enum class StatusCode {
   kOk,
-  kInvalidArgument,   ///< a value is out of its documented range
-  kUnsupported,       ///< valid, but no kernel computes it; the message says what is supported
+  kInvalidArgument,  ///< a value is out of its documented range
+  kUnsupported,      ///< valid, but no kernel computes it; the message says what is supported
   kWorkspaceTooSmall,
-  kCudaError,         ///< the CUDA runtime refused a launch; the message holds its reason
+  kCudaError,  ///< the CUDA runtime refused a launch; the message holds its reason
 };
 
 /// What a call that must not throw says of itself. The message names the offending value, the limit
