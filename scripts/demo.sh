@@ -13,7 +13,7 @@ out=build/demo
 mkdir -p "$out"
 for bits in 2 1; do
   build/examples/calibrate "$model" --self --bits "$bits" --out "$out/$bits-bit.safetensors" \
-    --tokens 16384 --value-steps 500
+    --tokens 16384 --refine 1 --value-steps 200
 done
 
 echo

@@ -168,7 +168,6 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
                                 config_.num_channels);
   const ConstMatrixMap<float> gram(gram_.data(), gram_.empty() ? 0 : E.rows(),
                                    gram_.empty() ? 0 : E.rows());
-  const bool polished = config_.polish_sweeps > 0;
   const Index num_blocks = (values.rows + kBlockTokens - 1) / kBlockTokens;
   Index first_bad = kNone;
 #pragma omp parallel if (num_blocks > 1 && !omp_in_parallel()) reduction(min : first_bad)
@@ -183,15 +182,12 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
       for (Index t = 0; t < tokens; ++t)
         norms[static_cast<std::size_t>(t)] = value_layers::norm_of(values.row(first + t), values.cols);
       choose_codes(config_, weights_, values.middle_rows(first, tokens), norms, block);
-      if (polished) value_polish::polish(E, gram, block.unit, config_.polish_sweeps, block.bits);
+      if (config_.polish_sweeps > 0)
+        value_polish::polish(E, gram, block.unit, config_.polish_sweeps, block.bits);
       block.normed.noalias() = block.bits * E;
       for (Index t = 0; t < tokens; ++t) {
-        const float* const u = block.normed.row(t).data();
-        const double length = value_layers::norm_of(u, values.cols);
-        const double unit_scale =
-            polished ? value_polish::best_scale(block.unit.row(t).data(), u, values.cols)
-                     : 1 / length;
-        const double scale = length > 0 ? norms[static_cast<std::size_t>(t)] * unit_scale : 0.0;
+        const double length = value_layers::norm_of(block.normed.row(t).data(), values.cols);
+        const double scale = length > 0 ? norms[static_cast<std::size_t>(t)] / length : 0.0;
         const std::uint16_t rounded = to_bf16(static_cast<float>(scale));
         if (!std::isfinite(length) || !std::isfinite(from_bf16(rounded)))
           first_bad = std::min(first_bad, first + t);

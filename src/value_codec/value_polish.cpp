@@ -30,18 +30,14 @@ double dot(const float* x, const float* y, Index count) {
   return sum;
 }
 
-/// s from <v, u> and the lengths.
+/// s = <v, u> / |u|^2, which minimises |v - s u|^2; |v| / |u| where that is not positive, and 1
+/// where u is zero.
 double scale_of(double product, double value_length, double length) {
   if (!(length > 0)) return 1.0;
   return product > 0 ? product / (length * length) : value_length / length;
 }
 
 }  // namespace
-
-double best_scale(const float* value, const float* decoded, Index count) {
-  return scale_of(dot(value, decoded, count), value_layers::norm_of(value, count),
-                  value_layers::norm_of(decoded, count));
-}
 
 Matrix<float> gram_of(const ConstMatrixMap<float>& decoder) {
   return decoder * decoder.transpose();

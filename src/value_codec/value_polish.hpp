@@ -20,8 +20,4 @@ Matrix<float> gram_of(const ConstMatrixMap<float>& decoder);
 void polish(const ConstMatrixMap<float>& decoder, const ConstMatrixMap<float>& gram,
             const Matrix<float>& values, int sweeps, Matrix<float>& bits);
 
-/// s = <v, u> / |u|^2, which minimises |v - s u|^2; |v| / |u| where that is not positive, and 1
-/// where u is zero.
-double best_scale(const float* value, const float* decoded, Index count);
-
 }  // namespace commvq::value_polish

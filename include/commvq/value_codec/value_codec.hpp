@@ -47,8 +47,8 @@ struct ValueCodecConfig {
 ///     decoder:  u = decoder^T b,   value ~ |v| u / |u|
 ///
 /// GELU is the exact one, x Phi(x). With `polish_sweeps` single bits are then flipped, in order, as
-/// long as that lowers |v - s u|^2 with the best scale s = <v, u> / |u|^2, and s is stored instead
-/// of |v| / |u|.
+/// long as that lowers |v - s u|^2 with the best scale s = <v, u> / |u|^2. The norm is restored all
+/// the same: s is smaller, and attention averages the errors of values away but not their shrinking.
 struct ValueCodecWeights {
   std::vector<float> norm_gain;      ///< [C]
   std::vector<float> norm_bias;      ///< [C]
@@ -85,10 +85,9 @@ class ValueCodec {
   Index bits_per_token() const { return config_.num_code_bits() + 16; }
 
   /// Encodes `values` `[tokens][C]`. `codes` is `[tokens][code_bytes()]`, bit i of the code in bit
-  /// i % 8 of byte i / 8; `scales` `[tokens]` receives bf16 bits of |v| / |u|, or of the best scale
-  /// of a polished code (0 where v or u is zero). Throws `Error` for shapes that do not fit, and
-  /// for NaN, infinity or a scale beyond bf16's range, naming token and channel. Parallel over
-  /// blocks of tokens.
+  /// i % 8 of byte i / 8; `scales` `[tokens]` receives bf16 bits of |v| / |u| (0 where v or u is
+  /// zero). Throws `Error` for shapes that do not fit, and for NaN, infinity or a scale beyond
+  /// bf16's range, naming token and channel. Parallel over blocks of tokens.
   void encode(MatrixView<const float> values, MatrixView<std::uint8_t> codes,
               std::uint16_t* scales) const;
 
