@@ -11,9 +11,10 @@ cmake --build --preset release --target calibrate evaluate generate
 model=examples/data/lm-7m
 out=build/demo
 mkdir -p "$out"
+# The paper's codecs: on a model of two KV heads their one norm a token is the smaller cache.
 for bits in 2 1; do
   build/examples/calibrate "$model" --self --bits "$bits" --out "$out/$bits-bit.safetensors" \
-    --tokens 16384 --refine 1 --value-steps 200
+    --method paper --tokens 16384 --em-steps 8 --value-steps 500
 done
 
 echo

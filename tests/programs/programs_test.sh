@@ -30,7 +30,9 @@ for program in calibrate evaluate generate; do
   prints MODEL "$programs/$program" --help
 done
 prints "bytes a token" "$programs/quickstart"
-prints "1/14.84 of FP16" "$programs/calibrate" "$model" --self --bits 1 --tokens 512 \
+prints "1/14.84 of FP16" "$programs/calibrate" "$model" --self --bits 1 --method paper \
+  --tokens 512 --em-steps 1 --value-steps 5 --out "$work/paper.safetensors"
+prints "1/14.42 of FP16" "$programs/calibrate" "$model" --self --bits 1 --tokens 512 \
   --em-steps 1 --value-steps 5 --out "$work/1-bit.safetensors"
 prints "of them coded" "$programs/generate" "$model" --codebooks "$work/1-bit.safetensors" \
   --prompt "The history" --max-tokens 150 --window 32
