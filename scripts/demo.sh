@@ -14,11 +14,11 @@ mkdir -p "$out"
 # The paper's codecs: on a model of two KV heads their one norm a token is the smaller cache.
 for bits in 2 1; do
   build/examples/calibrate "$model" --self --bits "$bits" --out "$out/$bits-bit.safetensors" \
-    --method paper --tokens 16384 --em-steps 8 --value-steps 500
+    --method paper --tokens 12288 --em-steps 6 --value-steps 400
 done
 
 echo
-build/examples/evaluate "$model" --self --context 1024 --contexts 8 --questions 20 \
+build/examples/evaluate "$model" --self --context 1024 --contexts 5 --questions 20 \
   --codebooks "$out/2-bit.safetensors" "$out/1-bit.safetensors" --json "$out/quality.json"
 
 prompt="The history of the city begins"
