@@ -24,6 +24,10 @@ struct Options {
   int tokens = 65536;
   int key_tokens = 32768;
   std::string method = "commvq";
+  // Of the key codec; 0: the method's.
+  int stages = 0;
+  int codebook_size = 0;
+  int group_pairs = 0;
   int em_steps = 0;     ///< 0: the method's
   int refine = -1;      ///< -1: the method's
   int value_steps = 0;  ///< 0: the method's
@@ -103,6 +107,9 @@ commvq::KeyLearnerOptions key_options(const Options& options, const commvq::Pair
                                              : KeyCodecConfig::commvq_2bit(pairs));
     keys.pair_weights = queries.pair_weights();
   }
+  if (options.stages > 0) keys.codec.num_stages = options.stages;
+  if (options.codebook_size > 0) keys.codec.codebook_size = options.codebook_size;
+  if (options.group_pairs > 0) keys.codec.group_pairs = options.group_pairs;
   keys.max_tokens = options.key_tokens;
   if (options.em_steps > 0) keys.max_steps = options.em_steps;
   if (options.refine >= 0) keys.refinement.rounds = options.refine;
@@ -207,6 +214,17 @@ int main(int argc, char** argv) {
   app.add_option("--method", options.method,
                  "commvq: this library's own; paper: that of the CommVQ paper")
       ->check(CLI::IsMember({"commvq", "paper"}))
+      ->capture_default_str();
+  app.add_option("--stages", options.stages, "Residual stages of the keys; 0: the method's")
+      ->check(CLI::Range(0, 256))
+      ->capture_default_str();
+  app.add_option("--codebook-size", options.codebook_size,
+                 "Centroids of a key codebook; 0: the method's")
+      ->check(CLI::Range(0, 65536))
+      ->capture_default_str();
+  app.add_option("--group-pairs", options.group_pairs,
+                 "Rotary pairs of a key group; 0: the method's")
+      ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   app.add_option("--em-steps", options.em_steps, "EM steps of each key stage; 0: the method's")
       ->check(CLI::Range(0, 10000))
