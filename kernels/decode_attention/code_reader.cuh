@@ -19,7 +19,9 @@ struct KeyCodes {
 
 /// A compile-time book number.
 template <int kBook>
-struct Book {};
+struct Book {
+  static constexpr int kNumber = kBook;
+};
 
 /// The codes of one token and plane whose shape is known at compile time: a few registers, from
 /// which every code is one shift and one mask.
@@ -80,6 +82,20 @@ class FixedCodes {
   __device__ __forceinline__ void for_each_book(Function function) const {
     visit<0>(function);
   }
+  /// Calls function(book, the next one) for every second book; for an odd last one the same twice.
+  template <class Function>
+  __device__ __forceinline__ static void for_each_two_books(Function function) {
+    visit_two<0>(function);
+  }
+  /// Bytes that the lines of one number take, for all centroids.
+  static constexpr int kLineBytes = 128 << kCodeBits;
+  /// Number of two books' lines, of as many as there are books, where two share one.
+  static constexpr int kTwoBookLines = (kNumBooks + 1) / 2;
+  /// Sixteen bytes at `address`, as `row_address` gives it, in lines kLine.
+  template <int kLine>
+  __device__ __forceinline__ static uint4 load_line(std::uint32_t address) {
+    return load_shared_16<kLine * kLineBytes>(address);
+  }
 
  private:
   static constexpr int kWords = kNumBooks * kCodeBits / 32;
@@ -109,6 +125,14 @@ class FixedCodes {
     if constexpr (kBook < kNumBooks) {
       function(Book<kBook>());
       visit<kBook + 1>(function);
+    }
+  }
+
+  template <int kBook, class Function>
+  __device__ __forceinline__ static void visit_two(Function function) {
+    if constexpr (kBook < kNumBooks) {
+      function(Book<kBook>(), Book<(kBook + 1 < kNumBooks ? kBook + 1 : kBook)>());
+      visit_two<kBook + 2>(function);
     }
   }
 

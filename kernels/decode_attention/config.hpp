@@ -6,15 +6,17 @@ namespace commvq::cuda {
 struct KeyScoresConfig {
   static constexpr int kThreads = 512;
   static constexpr int kWarps = kThreads / 32;
-  /// Blocks that its warps score between two barriers: two warps a block.
-  static constexpr int kStepBlocks = kWarps / 2;
-  /// Rows (query tokens times query heads of a KV head) that share the decoded keys.
-  static constexpr int kMaxRows = 16;
-  /// Rows of a tile: the eight columns of a matrix product are these for a warp's first eight
-  /// tokens and again for its last eight.
+  /// Blocks of a step, which share turned queries: one a warp.
+  static constexpr int kStepBlocks = kWarps;
+  static constexpr int kStepTokens = kStepBlocks * 32;
+  /// Rows of a tile: the eight columns of a matrix product are these for eight tokens of a block
+  /// and again for the eight tokens sixteen later.
   static constexpr int kTileRows = 4;
-  /// Steps for which turned queries are kept: warps may be so many steps apart, less two.
-  static constexpr int kBuffers = 4;
+  static constexpr int kTiles = 2;
+  /// Rows (query tokens times query heads of a KV head) that share the decoded keys.
+  static constexpr int kMaxRows = kTiles * kTileRows;
+  /// Steps for which turned queries are kept: warps may be so many steps apart, less one.
+  static constexpr int kBuffers = 3;
   /// Warps that turn the queries of one step; they take turns.
   static constexpr int kTurningWarps = 4;
   /// Rows begin at a multiple of this in shared memory, so that a code's place in its address is

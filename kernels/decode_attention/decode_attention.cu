@@ -97,7 +97,7 @@ std::size_t place(Problem& p, int num_slices, void* memory) {
   const Index parts = Index{p.num_value_parts} + p.batch;
   const Index batch_rows = Index{p.batch} * p.num_rows;
   p.weights = workspace.take<std::uint32_t>(blocks * p.row_stride * 16);
-  p.block_sums = workspace.take<RowSum>(blocks * kHalves * p.row_stride);
+  p.block_sums = workspace.take<RowSum>(blocks * p.row_stride);
   p.raw_scores = workspace.take<float>(num_slices > 1 ? blocks * p.row_stride * kBlockTokens : 0);
   p.value_sums = workspace.take<float>(parts * p.row_stride * p.page.num_code_bits);
   p.part_sums = workspace.take<RowSum>(parts * p.row_stride);
@@ -226,16 +226,25 @@ Problem problem_of(const DeviceCodebooks& codebooks, const DecodeAttention& call
 
 KeyScoresLauncher launcher_of(const DevicePageLayout& layout, const KeySlice& slice) {
   const KeyPlane& plane = layout.planes[slice.plane];
-  const auto is = [&](int code_bits, int books) {
+  const auto is = [&](int code_bits, int books, int row_bits, int planes) {
     return slice.width == 64 && layout.code_bits == code_bits &&
-           layout.codebook_size == 1 << code_bits && plane.num_books == books;
+           layout.codebook_size == 1 << code_bits && plane.num_books == books &&
+           slice.row_bits == row_bits && slice.num_planes == planes;
   };
-  if (is(6, 22)) return launch_key_scores<64, FixedCodes<6, 22>>;
-  if (is(6, 21)) return launch_key_scores<64, FixedCodes<6, 21>>;
-  if (is(6, 20)) return launch_key_scores<64, FixedCodes<6, 20>>;
-  if (is(7, 10)) return launch_key_scores<64, FixedCodes<7, 10>>;
-  if (is(7, 8)) return launch_key_scores<64, FixedCodes<7, 8>>;
+  if (is(6, 22, 4, 1)) return launch_key_scores<64, Codes22, 4, 1>;
+  if (is(6, 21, 4, 1)) return launch_key_scores<64, Codes21, 4, 1>;
+  if (is(6, 20, 4, 1)) return launch_key_scores<64, Codes20, 4, 1>;
+  if (is(6, 22, 4, 2)) return launch_key_scores<64, Codes22, 4, 2>;
+  if (is(6, 21, 4, 2)) return launch_key_scores<64, Codes21, 4, 2>;
+  if (is(6, 20, 4, 2)) return launch_key_scores<64, Codes20, 4, 2>;
+  if (is(7, 10, 8, 1)) return launch_key_scores<64, WideCodes10>;
+  if (is(7, 8, 8, 1)) return launch_key_scores<64, WideCodes8>;
   return slice.width == 64 ? launch_key_scores<64, AnyCodes> : launch_key_scores<32, AnyCodes>;
+}
+
+KeyCodes codes_of(const DevicePageLayout& layout, const KeyPlane& plane) {
+  return {plane.num_books, layout.code_bits,   layout.codebook_size, plane.num_words,
+          plane.tail_bits, plane.words_offset, plane.tails_offset};
 }
 
 key_scores::Turn turn_of(int slice, int num_slices) {
@@ -252,11 +261,9 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
                     row_blocks);
     const int shared_bytes =
         std::max(key_scores::shared_bytes(slice), exact_tokens::Shared::bytes(p.head_dim, p.group));
-    const KeyPlane& plane = view.layout.planes[slice.plane];
-    const key_scores::Arguments arguments{
-        p, slice, turn_of(i, view.num_slices),
-        KeyCodes{plane.num_books, view.layout.code_bits, view.layout.codebook_size, plane.num_words,
-                 plane.tail_bits, plane.words_offset, plane.tails_offset}};
+    key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}};
+    for (int plane = 0; plane < slice.num_planes; ++plane)
+      arguments.codes[plane] = codes_of(view.layout, view.layout.planes[slice.plane + plane]);
     const cudaError_t error =
         launcher_of(view.layout, slice)(arguments, grid, shared_bytes, stream);
     if (error != cudaSuccess) return error;

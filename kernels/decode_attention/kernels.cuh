@@ -10,27 +10,32 @@ namespace commvq::cuda {
 using KeyScoresLauncher = cudaError_t (*)(const key_scores::Arguments& arguments, dim3 grid,
                                           int shared_bytes, cudaStream_t stream);
 
-/// Scores keys of any shape, or of one known at compile time (see the instantiations).
-template <int kWidth, class Reader>
+/// Scores keys of any shape, or of one known at compile time (see the instantiations): rows of
+/// kWidth pairs in kRowBits bits, kPlanes planes at once.
+template <int kWidth, class Reader, int kRowBits = 8, int kPlanes = 1>
 cudaError_t launch_key_scores(const key_scores::Arguments& arguments, dim3 grid, int shared_bytes,
                               cudaStream_t stream);
 
-extern template cudaError_t launch_key_scores<64, AnyCodes>(const key_scores::Arguments&, dim3, int,
-                                                            cudaStream_t);
-extern template cudaError_t launch_key_scores<32, AnyCodes>(const key_scores::Arguments&, dim3, int,
-                                                            cudaStream_t);
-// 22 and 21 books of 64 rows: the paper's 1-bit shape whole, and a half of its 2-bit shape.
-extern template cudaError_t launch_key_scores<64, FixedCodes<6, 22>>(const key_scores::Arguments&,
-                                                                     dim3, int, cudaStream_t);
-extern template cudaError_t launch_key_scores<64, FixedCodes<6, 21>>(const key_scores::Arguments&,
-                                                                     dim3, int, cudaStream_t);
-// 20 books: half of commvq_2bit.
-extern template cudaError_t launch_key_scores<64, FixedCodes<6, 20>>(const key_scores::Arguments&,
-                                                                     dim3, int, cudaStream_t);
+#define COMMVQ_KEY_SCORES(...)                                                               \
+  template cudaError_t launch_key_scores<__VA_ARGS__>(const key_scores::Arguments&, dim3, int, \
+                                                      cudaStream_t)
+
+extern COMMVQ_KEY_SCORES(64, AnyCodes);
+extern COMMVQ_KEY_SCORES(32, AnyCodes);
+// 22, 21 and 20 books of 64 rows, in 4 bits: the 1-bit presets, and halves of the 2-bit presets.
+using Codes22 = FixedCodes<6, 22>;
+using Codes21 = FixedCodes<6, 21>;
+using Codes20 = FixedCodes<6, 20>;
+extern COMMVQ_KEY_SCORES(64, Codes22, 4, 1);
+extern COMMVQ_KEY_SCORES(64, Codes21, 4, 1);
+extern COMMVQ_KEY_SCORES(64, Codes20, 4, 1);
+extern COMMVQ_KEY_SCORES(64, Codes22, 4, 2);
+extern COMMVQ_KEY_SCORES(64, Codes21, 4, 2);
+extern COMMVQ_KEY_SCORES(64, Codes20, 4, 2);
 // Few wide books.
-extern template cudaError_t launch_key_scores<64, FixedCodes<7, 10>>(const key_scores::Arguments&,
-                                                                     dim3, int, cudaStream_t);
-extern template cudaError_t launch_key_scores<64, FixedCodes<7, 8>>(const key_scores::Arguments&,
-                                                                    dim3, int, cudaStream_t);
+using WideCodes10 = FixedCodes<7, 10>;
+using WideCodes8 = FixedCodes<7, 8>;
+extern COMMVQ_KEY_SCORES(64, WideCodes10);
+extern COMMVQ_KEY_SCORES(64, WideCodes8);
 
 }  // namespace commvq::cuda

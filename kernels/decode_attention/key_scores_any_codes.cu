@@ -2,9 +2,7 @@
 
 namespace commvq::cuda {
 
-template cudaError_t launch_key_scores<64, AnyCodes>(const key_scores::Arguments&, dim3, int,
-                                                     cudaStream_t);
-template cudaError_t launch_key_scores<32, AnyCodes>(const key_scores::Arguments&, dim3, int,
-                                                     cudaStream_t);
+COMMVQ_KEY_SCORES(64, AnyCodes);
+COMMVQ_KEY_SCORES(32, AnyCodes);
 
 }  // namespace commvq::cuda

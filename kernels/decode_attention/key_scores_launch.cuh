@@ -31,7 +31,7 @@ __device__ inline void run_exact_items(const Problem& p, int block, std::uint8_t
 
 /// Thread blocks (part and head, block of rows) score coded keys; in the first slice they and
 /// num_exact_blocks others also attend over the exact tokens.
-template <int kWidth, class Reader>
+template <int kWidth, class Reader, int kRowBits, int kPlanes>
 __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     key_scores_kernel(const __grid_constant__ key_scores::Arguments arguments) {
   extern __shared__ __align__(128) std::uint8_t shared_memory[];
@@ -44,14 +44,14 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     for (int i = threadIdx.x; i < problem.num_counters; i += KeyScoresConfig::kThreads)
       problem.counters[i] = 0;
   if (block < problem.num_kv_heads * problem.num_key_parts)
-    key_scores::run<kWidth, Reader>(arguments, shared_memory);
+    key_scores::run<kWidth, Reader, kRowBits, kPlanes>(arguments, shared_memory);
   if (first_slice && blockIdx.y == 0) run_exact_items(problem, block, shared_memory);
 }
 
-template <int kWidth, class Reader>
+template <int kWidth, class Reader, int kRowBits, int kPlanes>
 cudaError_t launch_key_scores(const key_scores::Arguments& arguments, dim3 grid, int shared_bytes,
                               cudaStream_t stream) {
-  const auto kernel = key_scores_kernel<kWidth, Reader>;
+  const auto kernel = key_scores_kernel<kWidth, Reader, kRowBits, kPlanes>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;

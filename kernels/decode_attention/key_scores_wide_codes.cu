@@ -2,9 +2,7 @@
 
 namespace commvq::cuda {
 
-template cudaError_t launch_key_scores<64, FixedCodes<7, 10>>(const key_scores::Arguments&, dim3,
-                                                              int, cudaStream_t);
-template cudaError_t launch_key_scores<64, FixedCodes<7, 8>>(const key_scores::Arguments&, dim3,
-                                                             int, cudaStream_t);
+COMMVQ_KEY_SCORES(64, WideCodes10);
+COMMVQ_KEY_SCORES(64, WideCodes8);
 
 }  // namespace commvq::cuda

@@ -9,9 +9,6 @@ namespace commvq::cuda {
 
 /// Tokens whose weights lie together in the workspace.
 constexpr int kBlockTokens = 32;
-/// Of a block's tokens, those with token % 16 in [8 i, 8 i + 8) are its half i: one warp scores
-/// them and their weights have a maximum of their own.
-constexpr int kHalves = 2;
 /// Fewest blocks of a part of the values, but for the last sequence's end.
 constexpr int kLeastValueBlocks = 4;
 
@@ -69,7 +66,7 @@ struct Problem {
 
   // Workspace.
   std::uint32_t* weights;   ///< [blocks][row_stride][16] pairs of fp16: tokens s and s + 16
-  RowSum* block_sums;       ///< [blocks][kHalves][row_stride]
+  RowSum* block_sums;       ///< [blocks][row_stride]
   float* raw_scores;        ///< [blocks][row_stride][32]; null with a single key slice
   float* value_sums;        ///< [num_value_parts + batch][row_stride][num_code_bits]
   RowSum* part_sums;        ///< [num_value_parts + batch][row_stride]

@@ -22,9 +22,9 @@ constexpr int kLaneBits = Config::kWarpBits / 8;
 constexpr int kRowTiles = Config::kRows / 8;
 /// What a sum is to be multiplied by: 2^21.
 constexpr float kSumScale = 2097152.0f;
-/// log2 of what the weights of tokens s and s + 16 of a block take.
-__device__ __forceinline__ float log_factor(int s) {
-  return static_cast<float>(3 - s % 4);
+/// What the weights of tokens s, s + 8, s + 16 and s + 24 of a block take.
+__device__ __forceinline__ float weight_factor(int s) {
+  return static_cast<float>(1 << (3 - s % 4));
 }
 
 /// Adds `other` to `total`.
@@ -40,19 +40,19 @@ __device__ __forceinline__ void merge(RowSum& total, RowSum other) {
 /// Leaves the maxima in `maxima`, shared, `[kRows]`.
 __device__ inline RowSum merge_blocks(const Problem& p, Index first, int count, int first_row,
                                       int rows, RowSum* scratch, float* maxima) {
-  // Thread t: row t % 32, every eighth half block from t / 32 on, some of them at once.
+  // Thread t: row t % 32, every sixteenth block from t / 32 on, some of them at once.
   const int row = threadIdx.x % Config::kRows;
   constexpr int kLanes = Config::kThreads / Config::kRows;
   constexpr int kAtOnce = 8;
   RowSum total = {-INFINITY, 0};
   if (row < rows) {
-    const RowSum* const sums = p.block_sums + first * kHalves * p.row_stride + first_row + row;
-    for (int i = threadIdx.x / Config::kRows; i < count * kHalves; i += kLanes * kAtOnce) {
+    const RowSum* const sums = p.block_sums + first * p.row_stride + first_row + row;
+    for (int i = threadIdx.x / Config::kRows; i < count; i += kLanes * kAtOnce) {
       RowSum some[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j)
-        some[j] = i + j * kLanes < count * kHalves ? sums[Index{i + j * kLanes} * p.row_stride]
-                                                   : RowSum{-INFINITY, 0};
+        some[j] = i + j * kLanes < count ? sums[Index{i + j * kLanes} * p.row_stride]
+                                         : RowSum{-INFINITY, 0};
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) merge(total, some[j]);
     }
@@ -71,7 +71,7 @@ __device__ inline RowSum merge_blocks(const Problem& p, Index first, int count, 
 struct Stage {
   uint4 bits[2][Config::kBitGroups][Config::kWarpBits / 8];  ///< [half of the block]: 16-bit words
   uint4 weights[Config::kRows][4];                           ///< sixteen pairs of fp16
-  RowSum sums[kHalves][Config::kRows];
+  RowSum sums[Config::kRows];
 };
 constexpr int kStages = 6;
 
@@ -88,8 +88,8 @@ class BlockCopy {
     const int vector = 32 * bit_group + lane;
     copies_weights_ = vector / 4 < rows_left;
     weights_ = p.weights + (block * p.row_stride + first_row + vector / 4) * 16 + vector % 4 * 4;
-    copies_sums_ = bit_group < kHalves && lane < Config::kRows / 2 && lane * 2 < rows_left;
-    sums_ = p.block_sums + (block * kHalves + bit_group) * p.row_stride + first_row + lane * 2;
+    copies_sums_ = bit_group == 0 && lane < Config::kRows / 2 && lane * 2 < rows_left;
+    sums_ = p.block_sums + block * p.row_stride + first_row + lane * 2;
     copies_bits_ = lane < 2 * kVectors;
     token_ = (cursor.block + group) * kBlockTokens + 16 * (lane / kVectors);
     const int first_bit = bit + lane % kVectors * 8;
@@ -109,10 +109,10 @@ class BlockCopy {
     const int vector = 32 * bit_group + lane;
     if (copies_weights_)
       copy_async_16(shared_address(&stage.weights[vector / 4][vector % 4]), weights_);
-    if (copies_sums_) copy_async_16(shared_address(&stage.sums[bit_group][lane * 2]), sums_);
+    if (copies_sums_) copy_async_16(shared_address(&stage.sums[lane * 2]), sums_);
     token_ += Config::kTokenGroups * kBlockTokens;
     weights_ += Config::kTokenGroups * 16 * p.row_stride;
-    sums_ += Config::kTokenGroups * kHalves * p.row_stride;
+    sums_ += Config::kTokenGroups * p.row_stride;
   }
 
  private:
@@ -136,7 +136,7 @@ __device__ __forceinline__ void load_weights(const Stage& stage, const float (&m
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t) {
     const __half2 factor =
-        __float2half2_rn(exp2_approx(stage.sums[q / 2][8 * t + g].max - maxima[t]));
+        __float2half2_rn(exp2_approx(stage.sums[8 * t + g].max - maxima[t]));
     const uint4 v = stage.weights[8 * t + g][q];
     const std::uint32_t raw[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll

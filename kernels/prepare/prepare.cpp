@@ -45,8 +45,15 @@ class Image {
 
 /// Offsets of one slice's arrays in the image.
 struct SliceOffsets {
-  Index rows, units, zero_points, token_turns;
+  Index rows, units, zero_points, unit_ratios, token_turns;
 };
+
+/// See `KeySlice::unit_ratios`.
+void append_ratios(const std::vector<float>& units, const std::vector<float>& others,
+                   std::vector<std::uint16_t>& ratios) {
+  for (std::size_t i = 0; i < units.size(); ++i)
+    ratios.push_back(to_fp16(units[i] == 0 ? 0.0f : others[i] / units[i]));
+}
 
 /// See `KeySlice::token_turns`.
 std::vector<std::uint16_t> token_turns_of(const Rope& rope, const KeySlice& slice) {
@@ -72,19 +79,22 @@ SliceOffsets add_slice(const KeyCodec& codec, const Rope& rope, const DevicePage
                        KeySlice& slice, Image& image) {
   std::vector<std::int8_t> rows;
   std::vector<float> units;
-  std::vector<std::uint16_t> zero_points;
+  std::vector<std::uint16_t> zero_points, unit_ratios;
+  const auto append = [](auto& to, const auto& from) {
+    to.insert(to.end(), from.begin(), from.end());
+  };
   for (int head = 0; head < layout.num_kv_heads; ++head) {
-    const IntegerKeySlice integers(codec.codebook(head), layout.planes[slice.plane],
-                                   slice.first_pair, slice.num_pairs, slice.width);
-    const auto append = [](auto& to, const auto& from) {
-      to.insert(to.end(), from.begin(), from.end());
-    };
-    append(rows, integers.image());
-    append(units, integers.units);
-    append(zero_points, integers.zero_points());
+    const auto integers = integer_slices(codec.codebook(head), layout, slice.plane,
+                                         slice.first_pair, slice.num_pairs);
+    for (const IntegerKeySlice& plane : integers) {
+      append(rows, plane.image());
+      append(zero_points, plane.zero_points());
+    }
+    append(units, integers[0].units);
+    if (slice.num_planes > 1) append_ratios(integers[0].units, integers[1].units, unit_ratios);
   }
   slice.row_bytes = static_cast<Index>(rows.size()) / layout.num_kv_heads;
-  return {image.add(rows), image.add(units), image.add(zero_points),
+  return {image.add(rows), image.add(units), image.add(zero_points), image.add(unit_ratios),
           image.add(token_turns_of(rope, slice))};
 }
 
@@ -142,13 +152,17 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
   Image image;
   const int g = keys.config().group_pairs;
   const int width = slice_width(keys.config());
+  const int row_bits = key_row_bits(view.layout, keys.config());
+  const int planes = planes_of_slice(view.layout, row_bits);
   std::vector<SliceOffsets> offsets;
-  for (int plane = 0; plane < view.layout.num_planes; ++plane)
+  for (int plane = 0; plane < view.layout.num_planes; plane += planes)
     for (int first = 0; first < g; first += width) {
       require(view.num_slices < CodebooksView::kMaxSlices, "the key codec needs more than ",
               CodebooksView::kMaxSlices, " slices on the device; use larger groups");
       KeySlice& slice = view.slices[view.num_slices++];
       slice.plane = plane;
+      slice.num_planes = planes;
+      slice.row_bits = row_bits;
       slice.first_pair = view.layout.planes[plane].group * g + first;
       slice.num_pairs = std::min(width, g - first);
       slice.width = width;
@@ -165,6 +179,8 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
     view.slices[i].rows = reinterpret_cast<const std::int8_t*>(base + at.rows);
     view.slices[i].units = reinterpret_cast<const float*>(base + at.units);
     view.slices[i].zero_points = reinterpret_cast<const std::uint32_t*>(base + at.zero_points);
+    view.slices[i].unit_ratios =
+        planes > 1 ? reinterpret_cast<const std::uint32_t*>(base + at.unit_ratios) : nullptr;
     view.slices[i].token_turns = reinterpret_cast<const std::uint32_t*>(base + at.token_turns);
   }
   view.turns = reinterpret_cast<const std::uint64_t*>(base + turns);

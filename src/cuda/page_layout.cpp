@@ -63,7 +63,7 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
           values.num_channels, " channels; the keys have ", num_kv_heads, " heads of ", head_dim);
   const int width = slice_width(keys);
   const int step = width == 32 ? 2 : 1;  // books that share a line
-  const Index bytes_per_step = IntegerKeySlice::image_bytes(width, step, codebook_size);
+  const Index bytes_per_step = IntegerKeySlice::image_bytes(width, 8, 0, step, codebook_size);
   require(bytes_per_step <= plane_bytes, "codebook_size is ", codebook_size,
           "; one book of the device's integers takes ", bytes_per_step,
           " bytes of shared memory, of which ", plane_bytes, " are there");

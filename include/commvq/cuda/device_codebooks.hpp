@@ -12,21 +12,28 @@ struct RopeConfig;
 
 namespace commvq::cuda {
 
-/// Rows of a plane for up to `width` pairs of its group, as the decode kernel adds them up.
+/// Rows of one plane or two for up to `width` pairs of their group, as the decode kernel adds them
+/// up.
 struct KeySlice {
-  int plane;                ///< of the page layout
+  int plane;                ///< of the page layout, the first
+  int num_planes;           ///< 1 or, with rows of 4 bits, 2
+  int row_bits;             ///< 8 or 4
   int first_pair;           ///< of the head
   int num_pairs;            ///< pairs of the head that it covers; the rest of `width` is zeros
   int width;                ///< 64 or 32
   Index row_bytes;          ///< of one head: the image of the kernel's shared memory
-  const std::int8_t* rows;  ///< device, [num_kv_heads][row_bytes]
-  const float* units;       ///< device, [num_kv_heads][width]
-  const std::uint32_t* zero_points;  ///< device, [num_kv_heads][width] pairs of fp16
+  const std::int8_t* rows;  ///< device, [num_kv_heads][row_bytes], plane after plane
+  const float* units;       ///< device, [num_kv_heads][width], of the first plane
+  /// device, [num_kv_heads][num_planes][width] pairs of fp16, see `IntegerKeySlice::zero_points`
+  const std::uint32_t* zero_points;
+  /// device, [num_kv_heads][width / 8][4 threads] pairs of fp16: the second plane's units over the
+  /// first one's; null with one plane
+  const std::uint32_t* unit_ratios;
   /// device, [kTurnTokens][width / 8][4 threads][cosines, sines] pairs of fp16: RoPE by 0, 1, ...
   /// tokens of a thread's pairs, in the order of the rows' words
   const std::uint32_t* token_turns;
 
-  static constexpr int kTurnTokens = 256;
+  static constexpr int kTurnTokens = 512;
 };
 
 /// What the decode kernels read of a layer's codecs. Plain data; the memory belongs to the

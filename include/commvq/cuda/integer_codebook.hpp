@@ -8,35 +8,59 @@
 
 namespace commvq::cuda {
 
-/// The rows of one plane of a head in 8-bit integers, for up to `width` pairs.
+/// The rows of one plane of a head in integers of 8 or 4 bits, for up to `width` pairs.
 ///
-/// A pair has a unit of its own. Rows are rounded after each book's mean over its centroids was
-/// taken off; the means come back as one integer offset per channel, and what their rounding leaves
-/// goes into the first book. The unit is the smallest for which no sum of one row a book leaves
-/// [-127, 127]: four sums then add up in one 32-bit word, whatever the intermediate sums.
+/// A pair has a unit of its own. Rows are rounded after each book's mean (8 bits) or least entry (4
+/// bits) over its centroids was taken off; these come back as one integer offset per channel, and
+/// what their rounding leaves goes into the first book. The unit is the smallest for which no sum of
+/// one row a book leaves [-127, 127] (8 bits) or [0, 255] (4 bits): four sums then add up in one
+/// 32-bit word, whatever the intermediate sums. Rows of 4 bits are in [0, 15]; those of a group's
+/// first stage, which are larger than the others, in [0, 30] and kept as two that add up to them.
 struct IntegerKeySlice {
   int width = 64;  ///< pairs, 64 or 32
+  int row_bits = 8;
+  int first_book = 0;  ///< of the group's
   int num_books = 0;
   int codebook_size = 0;
   std::vector<std::int16_t> rows;     ///< [num_books][codebook_size][2][width]
   std::vector<std::int16_t> offsets;  ///< [2][width]
   std::vector<float> units;           ///< [width]
 
-  /// Rounds pairs `[first_pair, first_pair + num_pairs)` (of the head) of books
-  /// `[first_book, first_book + num_books)` of a group.
+  /// Rounds pairs `[first_pair, first_pair + num_pairs)` (of the head) of the plane's books.
+  /// `least_units` is empty or bounds the units from below, `[num_pairs]`.
   IntegerKeySlice(const KeyCodebook<float>& codebook, const KeyPlane& plane, int first_pair,
-                  int num_pairs, int width);
+                  int num_pairs, int width, int row_bits,
+                  const std::vector<float>& least_units = {});
 
-  /// Bytes of `image`.
-  static Index image_bytes(int width, int num_books, int codebook_size);
-  /// The kernel's shared memory: lines of 128 bytes, `[book][centroid]` at width 64; at width 32 a
-  /// line holds the rows of two consecutive books. Within a row, 16-byte piece q and (at width 64)
-  /// q + 4 belong to thread q of four; word k of a thread is pairs 8k + 2q and 8k + 2q + 1: real
-  /// parts, then imaginary parts.
+  /// Bytes of `image` of a plane that begins with book `first_book` of its group.
+  static Index image_bytes(int width, int row_bits, int first_book, int num_books,
+                           int codebook_size);
+  /// The kernel's shared memory: lines of 128 bytes, `[book][centroid]` at width 64 and 8 bits, else
+  /// `[two books][centroid]`, the even book's row first (of 4 bits an odd last book's row twice). What
+  /// rows of 4 bits of the first stage have above 15 comes in lines before all others.
+  /// Within a row, 16-byte piece q and (at width 64 and 8 bits) q + 4 belong to thread q of four;
+  /// word k of a thread is pairs 8k + 2q and 8k + 2q + 1: real parts, then imaginary parts. Words of
+  /// 4 bits hold word k in the low and word k + 4 in the high halves of their bytes.
   std::vector<std::int8_t> image() const;
-  /// 1152 - offset as fp16, `[width / 8][4 threads][real, imaginary][2 pairs]`.
+  /// What a sum of 4 bits, or of 8 bits plus 128, is less 1024 when it stands for zero, negated, as
+  /// fp16 numbers `[width / 8][4 threads][real, imaginary][2 pairs]`: 1024 - offset and
+  /// 1152 - offset.
   std::vector<std::uint16_t> zero_points() const;
 };
+
+/// Bits of the device's key rows: 4 for the shapes whose kernels add up such rows (one or two planes
+/// of 20 to 22 books of 64 centroids a group, as in the presets at head_dim 128), else 8.
+int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config);
+
+/// The integer rows of pairs `[first_pair, first_pair + num_pairs)` of the head for the planes that
+/// one kernel adds up: `layout.planes[first_plane]` and, at 4 bits, the other of its group. Their
+/// units are at most sixteen times those of the first.
+std::vector<IntegerKeySlice> integer_slices(const KeyCodebook<float>& codebook,
+                                            const DevicePageLayout& layout, int first_plane,
+                                            int first_pair, int num_pairs);
+
+/// Planes that one kernel adds up: all of a group at 4 bits, else one.
+int planes_of_slice(const DevicePageLayout& layout, int row_bits);
 
 /// The codec whose codebooks are what the integers stand for: with it the evaluation measures what
 /// rounding costs. The same codes decode to what the device computes.

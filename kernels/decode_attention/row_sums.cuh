@@ -1,0 +1,140 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/memory.cuh"
+#include "decode_attention/code_reader.cuh"
+
+/// Sums of the rows that tokens' codes name, in shared memory as `IntegerKeySlice::image` lays them
+/// out: four sums of a byte each to a 32-bit word, word k of a thread being pairs 8k + 2q and
+/// 8k + 2q + 1.
+namespace commvq::cuda::key_scores {
+
+/// Adds up the rows of two of a lane's tokens: lane 4g + q decodes tokens g, g + 8, g + 16 and
+/// g + 24 of a block with three other lanes.
+template <int kWidth, class Reader>
+__device__ __forceinline__ void sum_byte_rows(std::uint32_t rows, const Reader& first,
+                                         const Reader& second,
+                                         std::uint32_t (&sums)[2][kWidth / 8]) {
+  const int lane = threadIdx.x % 32;
+  const int q = lane % 4;
+  const bool odd = lane / 4 % 2 != 0;
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < kWidth / 8; ++i) sums[t][i] = 0x80808080u;
+
+  if constexpr (kWidth == 64) {
+    // Odd tokens read the halves of a row in the other order: eight lanes then meet all 32 banks.
+    const std::uint32_t part = rows + q * 16 + (odd ? 64 : 0);
+    first.for_each_book([&](auto book) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const std::uint32_t address = (t == 0 ? first : second).row_address(book, part);
+        const uint4 x = Reader::load(book, address);
+        const uint4 y = Reader::load(book, address ^ 64);
+        sums[t][0] += x.x, sums[t][1] += x.y, sums[t][2] += x.z, sums[t][3] += x.w;
+        sums[t][4] += y.x, sums[t][5] += y.y, sums[t][6] += y.z, sums[t][7] += y.w;
+      }
+    });
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::uint32_t low = sums[t][i], high = sums[t][i + 4];
+        sums[t][i] = odd ? high : low;
+        sums[t][i + 4] = odd ? low : high;
+      }
+  } else {
+    // A line holds the rows of two books; odd tokens read the second one first.
+    const std::uint32_t part = rows + q * 16;
+    first.for_each_pair([&](auto book) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const Reader& reader = t == 0 ? first : second;
+        const std::uint32_t even = reader.pair_address(book, 0, part);
+        const std::uint32_t next = reader.pair_address(book, 1, part + 64);
+        const uint4 x = load_shared_16<0>(odd ? next : even);
+        const uint4 y = load_shared_16<0>(odd ? even : next);
+        sums[t][0] += x.x + y.x, sums[t][1] += x.y + y.y;
+        sums[t][2] += x.z + y.z, sums[t][3] += x.w + y.w;
+      }
+    });
+  }
+}
+
+/// Sums of words of eight 4-bit numbers: the low halves of the bytes by themselves, and everything in
+/// 36 bits, from which they are taken at the end.
+struct NarrowSums {
+  static constexpr std::uint32_t kLow = 0x0f0f0f0fu;
+  std::uint32_t low[4] = {};
+  std::uint64_t all[4] = {};
+
+  __device__ __forceinline__ void add(const uint4& v) {
+    const std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) low[i] += words[i] & kLow, all[i] += words[i];
+  }
+  __device__ __forceinline__ void add(const uint4& v, const uint4& w) {
+    const std::uint32_t words[4] = {v.x, v.y, v.z, v.w}, more[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      low[i] += (words[i] & kLow) + (more[i] & kLow);
+      all[i] += std::uint64_t{words[i]} + more[i];
+    }
+  }
+  __device__ __forceinline__ void get(std::uint32_t (&sums)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = low[i];
+      sums[4 + i] = static_cast<std::uint32_t>((all[i] - low[i]) >> 4);
+    }
+  }
+};
+
+/// The same for rows of 4 bits; kSplit: the first two books' rows come in two parts.
+template <bool kSplit, class Reader>
+__device__ __forceinline__ void sum_narrow_rows(std::uint32_t rows, const Reader& first,
+                                                const Reader& second,
+                                                std::uint32_t (&sums)[2][8]) {
+  const int lane = threadIdx.x % 32;
+  const std::uint32_t part = rows + lane % 4 * 16;
+  // A line holds the rows of two books; odd tokens read the second one first, so that eight lanes
+  // meet all 32 banks.
+  const bool odd = lane / 4 % 2 != 0;
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    const Reader& reader = t == 0 ? first : second;
+    NarrowSums total;
+    Reader::for_each_two_books([&](auto even, auto next) {
+      constexpr int kLine = even.kNumber / 2 + (kSplit ? 1 : 0);
+      if constexpr (even.kNumber == next.kNumber) {
+        const std::uint32_t address = reader.row_address(even, part + (odd ? 64 : 0));
+        total.add(Reader::template load_line<kLine>(address));
+      } else {
+        const std::uint32_t a = reader.row_address(even, part);
+        const std::uint32_t b = reader.row_address(next, part + 64);
+        const std::uint32_t x = odd ? b : a, y = odd ? a : b;
+        total.add(Reader::template load_line<kLine>(x), Reader::template load_line<kLine>(y));
+        if constexpr (kSplit && even.kNumber == 0)
+          total.add(Reader::template load_line<0>(x), Reader::template load_line<0>(y));
+      }
+    });
+    total.get(sums[t]);
+  }
+}
+
+/// The sums of plane kPlane of those whose rows, of kRowBits bits, begin at `rows`.
+template <int kWidth, int kRowBits, int kPlane, class Reader>
+__device__ __forceinline__ void sum_rows(std::uint32_t rows, const Reader& first,
+                                         const Reader& second,
+                                         std::uint32_t (&sums)[2][kWidth / 8]) {
+  if constexpr (kRowBits == 8) {
+    sum_byte_rows<kWidth>(rows, first, second, sums);
+  } else {
+    constexpr int kLinesBefore = kPlane * (1 + Reader::kTwoBookLines);
+    sum_narrow_rows<kPlane == 0>(rows + kLinesBefore * Reader::kLineBytes, first, second, sums);
+  }
+}
+
+}  // namespace commvq::cuda::key_scores
