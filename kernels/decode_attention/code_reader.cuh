@@ -62,20 +62,27 @@ class FixedCodes {
   /// Address of the code's row at 128 bytes a row, less the book's distance from the first one;
   /// `part` is the rows' address, which leaves the bits of a code free, and the place in the row.
   template <int kBook>
-  __device__ __forceinline__ std::uint32_t row_address(Book<kBook>, std::uint32_t part) const {
+  __device__ __forceinline__ std::uint32_t row_address(Book<kBook> book, std::uint32_t part) const {
+    return row_address(shifted(book), part);
+  }
+  /// The same of a `shifted` code.
+  __device__ __forceinline__ static std::uint32_t row_address(std::uint32_t shifted,
+                                                              std::uint32_t part) {
+    return (shifted & (((1u << kCodeBits) - 1) << 7)) | part;
+  }
+  /// The code times 128, among other bits.
+  template <int kBook>
+  __device__ __forceinline__ std::uint32_t shifted(Book<kBook>) const {
     constexpr int kBit = kBook * kCodeBits;
     constexpr int kWord = kBit / 32;
     constexpr int kShift = kBit % 32;
-    constexpr std::uint32_t kMask = ((1u << kCodeBits) - 1) << 7;
-    std::uint32_t shifted;
     if constexpr (kShift + kCodeBits > 32) {
-      shifted = __funnelshift_r(words_[kWord], words_[kWord + 1], kShift) << 7;
+      return __funnelshift_r(words_[kWord], words_[kWord + 1], kShift - 7);
     } else if constexpr (kShift >= 7) {
-      shifted = words_[kWord] >> (kShift - 7);
+      return words_[kWord] >> (kShift - 7);
     } else {
-      shifted = words_[kWord] << (7 - kShift);
+      return words_[kWord] << (7 - kShift);
     }
-    return (shifted & kMask) | part;
   }
 
   template <class Function>

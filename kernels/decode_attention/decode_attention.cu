@@ -234,7 +234,6 @@ KeyScoresLauncher launcher_of(const DevicePageLayout& layout, const KeySlice& sl
   if (is(6, 22, 4, 1)) return launch_key_scores<64, Codes22, 4, 1>;
   if (is(6, 21, 4, 1)) return launch_key_scores<64, Codes21, 4, 1>;
   if (is(6, 20, 4, 1)) return launch_key_scores<64, Codes20, 4, 1>;
-  if (is(6, 22, 4, 2)) return launch_key_scores<64, Codes22, 4, 2>;
   if (is(6, 21, 4, 2)) return launch_key_scores<64, Codes21, 4, 2>;
   if (is(6, 20, 4, 2)) return launch_key_scores<64, Codes20, 4, 2>;
   if (is(7, 10, 8, 1)) return launch_key_scores<64, WideCodes10>;

@@ -29,7 +29,6 @@ using Codes20 = FixedCodes<6, 20>;
 extern COMMVQ_KEY_SCORES(64, Codes22, 4, 1);
 extern COMMVQ_KEY_SCORES(64, Codes21, 4, 1);
 extern COMMVQ_KEY_SCORES(64, Codes20, 4, 1);
-extern COMMVQ_KEY_SCORES(64, Codes22, 4, 2);
 extern COMMVQ_KEY_SCORES(64, Codes21, 4, 2);
 extern COMMVQ_KEY_SCORES(64, Codes20, 4, 2);
 // Few wide books.

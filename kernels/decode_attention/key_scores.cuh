@@ -39,6 +39,7 @@ struct Arguments {
   KeySlice slice;
   Turn turn;
   KeyCodes codes[kMaxPlanes];
+  std::uint32_t one = 1;  ///< see `NarrowSums`
 };
 
 /// What a thread block works on.
@@ -506,11 +507,11 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     for (int half = 0; half < 2; ++half) {
       std::uint32_t sums[kPlanes][2][kWidth / 8];
       tokens_of(step).finish_codes(p, segment.place.head, half, readers);
-      sum_rows<kWidth, kRowBits, 0>(rows, readers[0], readers[1], sums[0]);
+      sum_rows<kWidth, kRowBits, 0, kPlanes>(rows, a.one, readers[0], readers[1], sums[0]);
       if constexpr (kPlanes == 2) {
         tokens_of(step).fetch_codes(p, a.codes[1], segment.place.head, half, readers);
         tokens_of(step).finish_codes(p, segment.place.head, half, readers);
-        sum_rows<kWidth, kRowBits, 1>(rows, readers[0], readers[1], sums[1]);
+        sum_rows<kWidth, kRowBits, 1, kPlanes>(rows, a.one, readers[0], readers[1], sums[1]);
       }
       if (half == 0) {
         tokens_of(step).fetch_codes(p, a.codes[0], segment.place.head, 1, readers);

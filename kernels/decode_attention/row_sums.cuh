@@ -64,23 +64,20 @@ __device__ __forceinline__ void sum_byte_rows(std::uint32_t rows, const Reader& 
 }
 
 /// Sums of words of eight 4-bit numbers: the low halves of the bytes by themselves, and everything in
-/// 36 bits, from which they are taken at the end.
+/// 36 bits, from which they are taken at the end. The former are added by multiplying with a one that
+/// the compiler does not know: the units for logic and plain sums have enough to do, those for
+/// products stand idle.
 struct NarrowSums {
   static constexpr std::uint32_t kLow = 0x0f0f0f0fu;
   std::uint32_t low[4] = {};
   std::uint64_t all[4] = {};
 
-  __device__ __forceinline__ void add(const uint4& v) {
+  __device__ __forceinline__ void add(const uint4& v, std::uint32_t one) {
     const std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) low[i] += words[i] & kLow, all[i] += words[i];
-  }
-  __device__ __forceinline__ void add(const uint4& v, const uint4& w) {
-    const std::uint32_t words[4] = {v.x, v.y, v.z, v.w}, more[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
     for (int i = 0; i < 4; ++i) {
-      low[i] += (words[i] & kLow) + (more[i] & kLow);
-      all[i] += std::uint64_t{words[i]} + more[i];
+      asm("mad.lo.u32 %0, %1, %2, %0;" : "+r"(low[i]) : "r"(words[i] & kLow), "r"(one));
+      all[i] += words[i];
     }
   }
   __device__ __forceinline__ void get(std::uint32_t (&sums)[8]) const {
@@ -92,16 +89,20 @@ struct NarrowSums {
   }
 };
 
-/// The same for rows of 4 bits; kSplit: the first two books' rows come in two parts.
-template <bool kSplit, class Reader>
-__device__ __forceinline__ void sum_narrow_rows(std::uint32_t rows, const Reader& first,
-                                                const Reader& second,
+/// The same for rows of 4 bits of one of kPlanes planes; kSplit: the first two books' rows come in
+/// two parts.
+template <bool kSplit, int kPlanes, class Reader>
+__device__ __forceinline__ void sum_narrow_rows(std::uint32_t rows, std::uint32_t one,
+                                                const Reader& first, const Reader& second,
                                                 std::uint32_t (&sums)[2][8]) {
   const int lane = threadIdx.x % 32;
-  const std::uint32_t part = rows + lane % 4 * 16;
   // A line holds the rows of two books; odd tokens read the second one first, so that eight lanes
   // meet all 32 banks.
   const bool odd = lane / 4 % 2 != 0;
+  const std::uint32_t part = rows + lane % 4 * 16 + (odd ? 64 : 0);
+  // part ^ 64. Which way of saying so takes fewest registers was found by trying.
+  const std::uint32_t other_part =
+      kPlanes == 1 ? part ^ 64 : (odd ? 0 : 64) * one + (rows + lane % 4 * 16);
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
     const Reader& reader = t == 0 ? first : second;
@@ -109,31 +110,35 @@ __device__ __forceinline__ void sum_narrow_rows(std::uint32_t rows, const Reader
     Reader::for_each_two_books([&](auto even, auto next) {
       constexpr int kLine = even.kNumber / 2 + (kSplit ? 1 : 0);
       if constexpr (even.kNumber == next.kNumber) {
-        const std::uint32_t address = reader.row_address(even, part + (odd ? 64 : 0));
-        total.add(Reader::template load_line<kLine>(address));
+        const std::uint32_t address = reader.row_address(even, part);
+        total.add(Reader::template load_line<kLine>(address), one);
       } else {
-        const std::uint32_t a = reader.row_address(even, part);
-        const std::uint32_t b = reader.row_address(next, part + 64);
-        const std::uint32_t x = odd ? b : a, y = odd ? a : b;
-        total.add(Reader::template load_line<kLine>(x), Reader::template load_line<kLine>(y));
-        if constexpr (kSplit && even.kNumber == 0)
-          total.add(Reader::template load_line<0>(x), Reader::template load_line<0>(y));
+        const std::uint32_t a = reader.shifted(even), b = reader.shifted(next);
+        const std::uint32_t x = Reader::row_address(odd ? b : a, part);
+        const std::uint32_t y = Reader::row_address(odd ? a : b, other_part);
+        total.add(Reader::template load_line<kLine>(x), one);
+        total.add(Reader::template load_line<kLine>(y), one);
+        if constexpr (kSplit && even.kNumber == 0) {
+          total.add(Reader::template load_line<0>(x), one);
+          total.add(Reader::template load_line<0>(y), one);
+        }
       }
     });
     total.get(sums[t]);
   }
 }
 
-/// The sums of plane kPlane of those whose rows, of kRowBits bits, begin at `rows`.
-template <int kWidth, int kRowBits, int kPlane, class Reader>
-__device__ __forceinline__ void sum_rows(std::uint32_t rows, const Reader& first,
+/// The sums of plane kPlane of the kPlanes whose rows, of kRowBits bits, begin at `rows`; `one` is 1.
+template <int kWidth, int kRowBits, int kPlane, int kPlanes, class Reader>
+__device__ __forceinline__ void sum_rows(std::uint32_t rows, std::uint32_t one, const Reader& first,
                                          const Reader& second,
                                          std::uint32_t (&sums)[2][kWidth / 8]) {
   if constexpr (kRowBits == 8) {
     sum_byte_rows<kWidth>(rows, first, second, sums);
   } else {
     constexpr int kLinesBefore = kPlane * (1 + Reader::kTwoBookLines);
-    sum_narrow_rows<kPlane == 0>(rows + kLinesBefore * Reader::kLineBytes, first, second, sums);
+    sum_narrow_rows<kPlane == 0, kPlanes>(rows + kLinesBefore * Reader::kLineBytes, one, first,
+                                          second, sums);
   }
 }
 

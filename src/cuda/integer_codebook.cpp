@@ -188,9 +188,10 @@ std::vector<std::int8_t> IntegerKeySlice::image() const {
 
 int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config) {
   if (slice_width(config) != 64 || layout.code_bits != 6 || layout.codebook_size != 64) return 8;
-  if (layout.num_planes > 2 * layout.num_groups) return 8;
+  const int planes = layout.num_planes / layout.num_groups;
+  const int most_books = planes == 1 ? 22 : 21;
   for (int i = 0; i < layout.num_planes; ++i)
-    if (layout.planes[i].num_books < 20 || layout.planes[i].num_books > 22 ||
+    if (planes > 2 || layout.planes[i].num_books < 20 || layout.planes[i].num_books > most_books ||
         layout.planes[i].num_books != layout.planes[0].num_books)
       return 8;
   return 4;

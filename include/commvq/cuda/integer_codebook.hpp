@@ -48,8 +48,8 @@ struct IntegerKeySlice {
   std::vector<std::uint16_t> zero_points() const;
 };
 
-/// Bits of the device's key rows: 4 for the shapes whose kernels add up such rows (one or two planes
-/// of 20 to 22 books of 64 centroids a group, as in the presets at head_dim 128), else 8.
+/// Bits of the device's key rows: 4 for the shapes whose kernels add up such rows (one plane of 20 to
+/// 22 or two of 20 or 21 books of 64 centroids a group, as in the presets at head_dim 128), else 8.
 int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config);
 
 /// The integer rows of pairs `[first_pair, first_pair + num_pairs)` of the head for the planes that
