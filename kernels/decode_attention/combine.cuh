@@ -7,13 +7,18 @@
 #include "decode_attention/value_sums.cuh"
 
 /// Merges what the parts gathered over the tokens, applies the value decoder and adds the exact
-/// tokens. A thread block takes one chunk of code bits for some rows of one sequence and KV head;
-/// the last one to finish adds up the chunks.
+/// tokens. A thread block takes some chunks of code bits for some rows of one sequence and KV head;
+/// the last one to finish adds up what the blocks of these rows found.
 namespace commvq::cuda::combine {
 
 using Config = CombineConfig;
 
 constexpr int kMaxDim = 256;
+
+/// Chunks of a token's code bits.
+__host__ __device__ inline int num_chunks(const Problem& p) {
+  return (p.page.num_code_bits + Config::kChunkBits - 1) / Config::kChunkBits;
+}
 
 /// Parts whose blocks are some of a sequence's: `[first, last]`.
 struct PartRange {
@@ -119,6 +124,9 @@ struct DecoderColumn {
     column = decoder + Index{first_bit + lane} * channels + head * p.head_dim + channel;
     stride = Index{lanes} * channels;
   }
+  __device__ void next_chunk(const Problem& p) {
+    column += Index{Config::kChunkBits} * p.num_kv_heads * p.head_dim;
+  }
   __device__ void load(int first, float (&entries)[kAtOnce]) const {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
@@ -127,12 +135,12 @@ struct DecoderColumn {
   }
 };
 
-/// The chunk's share of the output: sums times its rows of the decoder, of which `entries` are the
-/// first.
-__device__ __forceinline__ void decode_chunk(const Problem& p, const DecoderColumn& decoder,
-                                             float (&entries)[DecoderColumn::kAtOnce], int rows,
-                                             Shared& shared, float* outputs, Index stride) {
-  float sums[Config::kRows] = {};
+/// Adds a chunk's share of the output, its sums times its rows of the decoder, of which `entries` are
+/// the first, to the thread's channel of all rows.
+__device__ __forceinline__ void decode_chunk(const DecoderColumn& decoder,
+                                             float (&entries)[DecoderColumn::kAtOnce],
+                                             const Shared& shared,
+                                             float (&outputs)[Config::kRows]) {
 #pragma unroll 1
   for (int first = 0; decoder.lane + first * decoder.lanes < Config::kChunkBits;
        first += DecoderColumn::kAtOnce) {
@@ -141,28 +149,36 @@ __device__ __forceinline__ void decode_chunk(const Problem& p, const DecoderColu
     for (int i = 0; i < DecoderColumn::kAtOnce; ++i) {
       const int bit = min(decoder.lane + (first + i) * decoder.lanes, Config::kChunkBits - 1);
 #pragma unroll
-      for (int row = 0; row < Config::kRows; ++row) sums[row] += shared.sums[bit][row] * entries[i];
+      for (int row = 0; row < Config::kRows; ++row)
+        outputs[row] += shared.sums[bit][row] * entries[i];
     }
   }
+}
+
+/// Adds up what the threads of a channel have and writes it to `target`, `[rows][stride]`.
+__device__ __forceinline__ void store_outputs(const DecoderColumn& decoder, int rows,
+                                              Shared& shared, float (&outputs)[Config::kRows],
+                                              float* target, Index stride) {
 #pragma unroll 1
   for (int other = 1; other < decoder.lanes; ++other) {
     if (decoder.lane == other)
-      for (int row = 0; row < Config::kRows; ++row) shared.halves[row][decoder.channel] = sums[row];
+      for (int row = 0; row < Config::kRows; ++row)
+        shared.halves[row][decoder.channel] = outputs[row];
     __syncthreads();
     if (decoder.lane == 0)
       for (int row = 0; row < Config::kRows; ++row)
-        sums[row] += shared.halves[row][decoder.channel];
+        outputs[row] += shared.halves[row][decoder.channel];
     __syncthreads();
   }
   if (decoder.lane == 0)
 #pragma unroll
     for (int row = 0; row < Config::kRows; ++row)
-      if (row < rows) outputs[row * stride + decoder.channel] = sums[row];
+      if (row < rows) target[row * stride + decoder.channel] = outputs[row];
 }
 
-/// Adds up the chunks and the exact tokens, divides, and writes the rows.
+/// Adds up the blocks' outputs and the exact tokens, divides, and writes the rows.
 __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, int head,
-                                       int first_head_row, int rows, int num_chunks,
+                                       int first_head_row, int rows, int num_blocks,
                                        const Shared& shared) {
   const int dim = p.head_dim;
   const int num_q_heads = p.num_kv_heads * p.group;
@@ -172,8 +188,8 @@ __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, in
     const Index call_row = Index{seq} * p.num_rows + Index{head} * p.rows_per_head + head_row;
     float sum = shared.exact_weights[row] * p.exact_outputs[call_row * dim + d];
 #pragma unroll 8
-    for (int chunk = 0; chunk < num_chunks; ++chunk)
-      sum += __ldcg(p.chunk_outputs + (call_row * num_chunks + chunk) * dim + d);
+    for (int block = 0; block < num_blocks; ++block)
+      sum += __ldcg(p.block_outputs + (call_row * num_blocks + block) * dim + d);
     const Index target = (Index{seq} * p.num_query_tokens + head_row / p.group) * num_q_heads +
                          head * p.group + head_row % p.group;
     const RowSum total = shared.totals[row];
@@ -181,6 +197,50 @@ __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, in
     if (d == 0 && p.lse != nullptr)
       p.lse[target] = valid ? (total.max + log2f(total.sum)) * 0.693147180559945f : NAN;
   }
+}
+
+/// The share of the chunks of this thread block in the output of its rows. `entries` are the first
+/// of the first chunk, to which `decoder` points.
+__device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts, int seq,
+                                              int first_row, int rows, DecoderColumn& decoder,
+                                              float (&entries)[DecoderColumn::kAtOnce],
+                                              float* factors, Shared& shared) {
+  const int chunks = num_chunks(p), num_parts = parts.last - parts.first + 1;
+  const int first_chunk = part_begin(chunks, blockIdx.x, gridDim.x);
+  const int end_chunk = part_begin(chunks, blockIdx.x + 1, gridDim.x);
+  const int bit = threadIdx.x % Config::kChunkBits, row = threadIdx.x / Config::kChunkBits;
+  for (int i = threadIdx.x; i < Config::kRows * Config::kChunkBits; i += Config::kThreads)
+    shared.sums[i / Config::kRows][i % Config::kRows] = 0;
+  float outputs[Config::kRows] = {};
+#pragma unroll 1
+  for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    const int chunk_bit = chunk * Config::kChunkBits + bit;
+    PartSums some;
+    if (row < rows) some.load(p, parts, seq, first_row + row, chunk_bit, 0);
+    if (chunk == first_chunk) {
+      weigh_parts(p, parts, seq, first_row, rows, factors, shared);
+    } else {
+      decoder.next_chunk(p);
+      decoder.load(0, entries);
+    }
+    __syncthreads();
+    if (row < rows) {
+      const float* const row_factors = factors + row * num_parts;
+      float sum = some.sum(row_factors, num_parts);
+#pragma unroll 1
+      for (int i = PartSums::kAtOnce; i < num_parts; i += PartSums::kAtOnce) {
+        some.load(p, parts, seq, first_row + row, chunk_bit, i);
+        sum += some.sum(row_factors + i, num_parts - i);
+      }
+      shared.sums[bit][row] = sum * value_sums::kSumScale;
+    }
+    __syncthreads();
+    decode_chunk(decoder, entries, shared, outputs);
+  }
+  store_outputs(decoder, rows, shared, outputs,
+                p.block_outputs +
+                    ((Index{seq} * p.num_rows + first_row) * gridDim.x + blockIdx.x) * p.head_dim,
+                Index{gridDim.x} * p.head_dim);
 }
 
 __device__ __forceinline__ void run(const Problem& p, const float* decoder, float* factors) {
@@ -191,8 +251,8 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder, floa
   const int first_head_row = blockIdx.z % row_blocks * Config::kRows;
   const int rows = min(Config::kRows, p.rows_per_head - first_head_row);
   const int first_row = head * p.rows_per_head + first_head_row;
-  const int first_bit = blockIdx.x * Config::kChunkBits;
-  const DecoderColumn column(p, decoder, head, first_bit);
+  DecoderColumn column(p, decoder, head,
+                       part_begin(num_chunks(p), blockIdx.x, gridDim.x) * Config::kChunkBits);
   float entries[DecoderColumn::kAtOnce];
   column.load(0, entries);  // while the previous kernel ends
   wait_for_previous_kernel();
@@ -200,30 +260,8 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder, floa
   const bool valid = fits(p, total) && p.seq_lens[seq] >= p.num_query_tokens;
 
   if (valid) {
-    const PartRange parts = parts_of(p, total, seq);
-    for (int i = threadIdx.x; i < Config::kRows * Config::kChunkBits; i += Config::kThreads)
-      shared.sums[i / Config::kRows][i % Config::kRows] = 0;
-    const int num_parts = parts.last - parts.first + 1;
-    const int bit = threadIdx.x % Config::kChunkBits, row = threadIdx.x / Config::kChunkBits;
-    PartSums part_sums;
-    if (row < rows) part_sums.load(p, parts, seq, first_row + row, first_bit + bit, 0);
-    weigh_parts(p, parts, seq, first_row, rows, factors, shared);
-    __syncthreads();
-    if (row < rows) {
-      const float* const row_factors = factors + row * num_parts;
-      float sum = part_sums.sum(row_factors, num_parts);
-#pragma unroll 1
-      for (int i = PartSums::kAtOnce; i < num_parts; i += PartSums::kAtOnce) {
-        part_sums.load(p, parts, seq, first_row + row, first_bit + bit, i);
-        sum += part_sums.sum(row_factors + i, num_parts - i);
-      }
-      shared.sums[bit][row] = sum * value_sums::kSumScale;
-    }
-    __syncthreads();
-    float* const outputs =
-        p.chunk_outputs +
-        ((Index{seq} * p.num_rows + first_row) * gridDim.x + blockIdx.x) * p.head_dim;
-    decode_chunk(p, column, entries, rows, shared, outputs, Index{gridDim.x} * p.head_dim);
+    decode_chunks(p, parts_of(p, total, seq), seq, first_row, rows, column, entries, factors,
+                  shared);
     __threadfence();
     __syncthreads();
   }

@@ -65,12 +65,12 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
+  // A block for each chunk where there are few rows; with many, as many as run at once.
+  const int row_groups = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
+  p.num_combine_blocks =
+      std::clamp(view.num_multiprocessors / row_groups, 1, combine::num_chunks(p));
   p.num_counters = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
   return p;
-}
-
-int num_combine_chunks(const Problem& p) {
-  return divide_up(p.page.num_code_bits, CombineConfig::kChunkBits);
 }
 
 /// Hands out pieces of the workspace, each on 256 bytes; without memory it only counts.
@@ -103,7 +103,7 @@ std::size_t place(Problem& p, int num_slices, void* memory) {
   p.part_sums = workspace.take<RowSum>(parts * p.row_stride);
   p.exact_outputs = workspace.take<float>(batch_rows * p.head_dim);
   p.exact_sums = workspace.take<RowSum>(batch_rows);
-  p.chunk_outputs = workspace.take<float>(batch_rows * num_combine_chunks(p) * p.head_dim);
+  p.block_outputs = workspace.take<float>(batch_rows * p.num_combine_blocks * p.head_dim);
   p.counters = workspace.take<std::uint32_t>(p.num_counters);
   return workspace.used();
 }
@@ -281,7 +281,7 @@ cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
 }
 
 cudaError_t combine_parts(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
-  const dim3 grid(num_combine_chunks(p), p.num_kv_heads,
+  const dim3 grid(p.num_combine_blocks, p.num_kv_heads,
                   p.batch * divide_up(p.rows_per_head, CombineConfig::kRows));
   const int shared_bytes =
       static_cast<int>(sizeof(float)) * CombineConfig::kRows * p.num_value_parts;

@@ -63,6 +63,7 @@ struct Problem {
   int num_key_parts;     ///< into which the blocks are cut for scoring keys
   int num_exact_blocks;  ///< thread blocks of the first key kernel that do exact tokens alone
   int num_value_parts;   ///< likewise for adding up values
+  int num_combine_blocks;  ///< among which the combination of some rows shares out the code bits
 
   // Workspace.
   std::uint32_t* weights;   ///< [blocks][row_stride][16] pairs of fp16: tokens s and s + 16
@@ -72,7 +73,7 @@ struct Problem {
   RowSum* part_sums;        ///< [num_value_parts + batch][row_stride]
   float* exact_outputs;     ///< [batch][num_rows][head_dim]
   RowSum* exact_sums;       ///< [batch][num_rows]
-  float* chunk_outputs;     ///< [batch][num_rows][chunks][head_dim]
+  float* block_outputs;     ///< [batch][num_rows][num_combine_blocks][head_dim]
   std::uint32_t* counters;  ///< [batch][num_kv_heads][row blocks]
   int num_counters;
 
