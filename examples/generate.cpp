@@ -9,30 +9,33 @@
 #include <CLI/CLI.hpp>
 
 #include "engine/console.hpp"
+#include "engine/device_cache.hpp"
 #include "engine/tokenizer.hpp"
 
 namespace {
 
 struct Options {
-  std::string model, codebooks, prompt, cache = "commvq";
+  std::string model, codebooks, prompt, cache = "commvq", device = "cpu";
   int max_tokens = 200;
   engine::Index window = 128, sinks = 0;
   engine::SamplerOptions sampler;
 };
 
-/// What the finished cache takes, and what FP16 would.
-void print_cost(const engine::Model& model, const commvq::Cache& cache, std::size_t new_tokens,
-                double seconds) {
-  const auto fp16 = 4.0 * model.config().kv_size() * double(cache.num_layers() * cache.length());
-  const auto bytes = static_cast<double>(cache.allocated_bytes());
+/// What a finished cache takes, and what FP16 would.
+void print_size(const engine::Model& model, commvq::Index length, commvq::Index allocated) {
+  const auto fp16 = 4.0 * model.config().kv_size() * double(model.config().num_layers * length);
+  const auto bytes = static_cast<double>(allocated);
+  std::printf("\n\n%lld tokens in the cache: %s allocated, FP16 would take %s (%.2fx)\n",
+              static_cast<long long>(length), engine::human_bytes(bytes).c_str(),
+              engine::human_bytes(fp16).c_str(), fp16 / bytes);
+}
+
+void print_cost(const engine::Model& model, const commvq::Cache& cache) {
+  print_size(model, cache.length(), cache.allocated_bytes());
   const commvq::LayerCache& layer = cache.layer(0);
   const auto coded = static_cast<long long>(layer.coded_end() - layer.sinks_end());
-  std::printf("\n\n%lld tokens in the cache: %s allocated, FP16 would take %s (%.2fx)\n",
-              static_cast<long long>(cache.length()), engine::human_bytes(bytes).c_str(),
-              engine::human_bytes(fp16).c_str(), fp16 / bytes);
   std::printf("%lld of them coded, %.3f bytes each a layer: 1/%.2f of FP16\n", coded,
               layer.bytes_per_token(), 4.0 * model.config().kv_size() / layer.bytes_per_token());
-  std::printf("%.1f tokens/s, prompt included\n", double(new_tokens) / seconds);
 }
 
 int generate(const Options& options) {
@@ -47,8 +50,18 @@ int generate(const Options& options) {
                        model.digest());
     codecs = std::move(file.layers);
   }
-  commvq::Cache cache = model.make_cache(std::move(codecs), options.window, options.sinks);
   const std::vector<int> prompt = tokenizer.encode(options.prompt);
+  commvq::Cache cache = model.make_cache(codecs, options.window, options.sinks);
+  std::unique_ptr<engine::SequenceCache> device_cache;
+  if (options.device == "cuda") {
+    commvq::require(options.cache == "commvq", "--device cuda needs --cache commvq");
+    device_cache = engine::make_device_cache(
+        model.config(), codecs,
+        static_cast<engine::Index>(prompt.size()) + options.max_tokens,
+        static_cast<int>(options.window), static_cast<int>(options.sinks));
+  }
+  const engine::CacheHandle handle =
+      device_cache ? engine::CacheHandle(*device_cache) : engine::CacheHandle(cache);
   engine::Sampler sampler(options.sampler);
   engine::StreamingDecoder decoder(tokenizer);
 
@@ -56,7 +69,7 @@ int generate(const Options& options) {
   const int stop = tokenizer.added_token("<|endoftext|>");
   const auto start = std::chrono::steady_clock::now();
   const auto tokens =
-      engine::generate(model, cache, prompt, options.max_tokens, sampler, stop, [&](int token) {
+      engine::generate(model, handle, prompt, options.max_tokens, sampler, stop, [&](int token) {
         if (token == stop) return true;
         std::printf("%s", decoder.add(token).c_str());
         std::fflush(stdout);
@@ -64,7 +77,12 @@ int generate(const Options& options) {
       });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   std::printf("%s", decoder.finish().c_str());
-  print_cost(model, cache, tokens.size(), seconds.count());
+  if (device_cache) {
+    print_size(model, device_cache->length(), device_cache->allocated_bytes());
+  } else {
+    print_cost(model, cache);
+  }
+  std::printf("%.1f tokens/s, prompt included\n", double(tokens.size()) / seconds.count());
   return 0;
 }
 
@@ -78,6 +96,10 @@ int main(int argc, char** argv) {
   app.add_option("--prompt", options.prompt, "Text to continue")->required();
   app.add_option("--cache", options.cache, "exact (FP16) or commvq")
       ->check(CLI::IsMember({"exact", "commvq"}))
+      ->capture_default_str();
+  app.add_option("--device", options.device,
+                 "Where attention over the compressed cache runs: cpu or cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   app.add_option("--max-tokens", options.max_tokens, "Most tokens to write")
       ->check(CLI::Range(1, 1 << 24))

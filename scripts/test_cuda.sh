@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a device and the CUDA toolkit: builds, tests, sanitizes and times the CUDA
 # backend, and prints a short table last. Steps: build, test, sanitize, bench; all by default.
+# COMMVQ_CUDA_EXAMPLES=OFF leaves out the example engine and its test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,7 +14,7 @@ if has build; then
   command -v ninja >/dev/null && generator=(-G Ninja)
   cmake -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DCOMMVQ_ENABLE_CUDA=ON \
     -DCMAKE_CUDA_ARCHITECTURES="${COMMVQ_CUDA_ARCHITECTURES:-90a}" \
-    -DCOMMVQ_BUILD_EXAMPLES=OFF >/dev/null
+    -DCOMMVQ_BUILD_EXAMPLES="${COMMVQ_CUDA_EXAMPLES:-ON}" >/dev/null
   targets=$(cmake --build "$build" --target help | grep -oE '\bcuda_[a-z_]+_test\b|\b[a-z_]+_cuda_bench\b' | sort -u)
   # shellcheck disable=SC2086
   cmake --build "$build" --parallel "$(nproc)" --target $targets

@@ -4,7 +4,7 @@
 
 namespace engine {
 
-std::vector<int> generate(const Model& model, commvq::Cache& cache, std::span<const int> prompt,
+std::vector<int> generate(const Model& model, CacheHandle cache, std::span<const int> prompt,
                           int max_tokens, Sampler& sampler, int stop_token,
                           const TokenCallback& on_token) {
   commvq::require(!prompt.empty(), "the prompt has no tokens");
@@ -17,7 +17,7 @@ std::vector<int> generate(const Model& model, commvq::Cache& cache, std::span<co
     const bool goes_on = !on_token || on_token(token);
     if (!goes_on || token == stop_token || static_cast<int>(result.size()) >= max_tokens)
       return result;
-    const Segment segment{{&token, 1}, &cache};
+    const Segment segment{{&token, 1}, cache};
     logits = model.forward({&segment, 1}, Logits::kLastOfSegment);
   }
 }

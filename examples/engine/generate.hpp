@@ -17,7 +17,7 @@ using TokenCallback = std::function<bool(int token)>;
 /// hold what comes before the prompt; it ends up with everything but the last new token. Stops
 /// early after `stop_token` (-1: never), which is part of the result. Throws `commvq::Error` for an
 /// empty prompt.
-std::vector<int> generate(const Model& model, commvq::Cache& cache, std::span<const int> prompt,
+std::vector<int> generate(const Model& model, CacheHandle cache, std::span<const int> prompt,
                           int max_tokens, Sampler& sampler, int stop_token = -1,
                           const TokenCallback& on_token = {});
 

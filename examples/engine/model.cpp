@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <exception>
 
-#include "commvq/attention/attention.hpp"
 #include "commvq/io/safetensors.hpp"
 
 #include <Eigen/Core>
@@ -65,10 +64,9 @@ void attend_segments(std::span<const Segment> segments, int layer, MatrixView<co
   for (std::size_t s = 0; s < segments.size(); ++s) {
     try {
       const Index first = begins[s], count = begins[s + 1] - begins[s];
-      commvq::LayerCache& cache = segments[s].cache->layer(layer);
-      cache.append(k.middle_rows(first, count), v.middle_rows(first, count));
-      commvq::attend(cache, q.middle_rows(first, count), {},
-                     {attended.row(first).data(), count, attended.cols()});
+      segments[s].cache.append_and_attend(
+          layer, q.middle_rows(first, count), k.middle_rows(first, count),
+          v.middle_rows(first, count), {attended.row(first).data(), count, attended.cols()});
     } catch (...) {
 #pragma omp critical
       error = std::current_exception();
@@ -164,13 +162,13 @@ std::vector<float> Model::forward(std::span<const Segment> segments, Logits logi
   return {result.data(), result.data() + result.size()};
 }
 
-std::vector<float> Model::prefill(std::span<const int> tokens, commvq::Cache& cache, Logits logits,
+std::vector<float> Model::prefill(std::span<const int> tokens, CacheHandle cache, Logits logits,
                                   const LayerObserver& observer) const {
   std::vector<float> result;
   for (std::size_t first = 0; first < tokens.size(); first += kChunkTokens) {
     const std::size_t count = std::min<std::size_t>(kChunkTokens, tokens.size() - first);
     const bool wanted = logits == Logits::kAll || first + count == tokens.size();
-    const Segment segment{tokens.subspan(first, count), &cache};
+    const Segment segment{tokens.subspan(first, count), cache};
     const std::vector<float> part =
         forward({&segment, 1}, wanted ? logits : Logits::kNone, observer);
     result.insert(result.end(), part.begin(), part.end());

@@ -10,16 +10,14 @@
 #include "commvq/cache/cache.hpp"
 
 #include "engine/model_config.hpp"
+#include "engine/sequence_cache.hpp"
 
 namespace engine {
-
-using commvq::Index;
-using commvq::MatrixView;
 
 /// New tokens of one sequence and the cache that holds what came before.
 struct Segment {
   std::span<const int> tokens;
-  commvq::Cache* cache = nullptr;
+  CacheHandle cache;
 };
 
 /// What one layer computed for the tokens of a `forward`, before RoPE: queries
@@ -55,7 +53,7 @@ class Model {
                              const LayerObserver& observer = {}) const;
 
   /// One sequence, its tokens in chunks, so that attention and exact copies stay small.
-  std::vector<float> prefill(std::span<const int> tokens, commvq::Cache& cache, Logits logits,
+  std::vector<float> prefill(std::span<const int> tokens, CacheHandle cache, Logits logits,
                              const LayerObserver& observer = {}) const;
 
   /// Tokens that `prefill` runs at a time.

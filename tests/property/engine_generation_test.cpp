@@ -4,68 +4,25 @@
 #include <memory>
 
 #include "commvq/io/codebook_file.hpp"
-#include "commvq/learner/key_learner.hpp"
-#include "commvq/learner/value_trainer.hpp"
 
 #include <gmock/gmock.h>
 
 #include "engine/generate.hpp"
 #include "engine/tokenizer.hpp"
+#include "reference/brief_codecs.hpp"
 #include "reference/example_data.hpp"
 
 namespace engine {
 namespace {
 
 using commvq::LayerCodec;
+using commvq::testing_support::learn_briefly;
 using commvq::testing_support::small_model;
 using commvq::testing_support::TemporaryFolder;
 using testing::HasSubstr;
 using testing::ThrowsMessage;
 
 constexpr const char* kPrompt = "The history of the city begins";
-
-/// Keys and values of every layer over text that the model wrote itself.
-struct Calibration {
-  Index tokens = 0;
-  std::vector<std::vector<float>> keys, values;
-};
-
-Calibration collect(const Model& model, const std::vector<int>& text) {
-  Calibration data;
-  data.tokens = static_cast<Index>(text.size());
-  data.keys.resize(static_cast<std::size_t>(model.config().num_layers));
-  data.values.resize(data.keys.size());
-  commvq::Cache cache = model.make_cache({});
-  model.prefill(text, cache, Logits::kNone, [&](int layer, auto, auto k, auto v) {
-    const auto i = static_cast<std::size_t>(layer);
-    for (Index t = 0; t < k.rows; ++t) {
-      data.keys[i].insert(data.keys[i].end(), k.row(t), k.row(t) + k.cols);
-      data.values[i].insert(data.values[i].end(), v.row(t), v.row(t) + v.cols);
-    }
-  });
-  return data;
-}
-
-/// Codecs in the paper's 1-bit format, learnt briefly: the tests are about equality, not quality.
-std::vector<LayerCodec> learn_briefly(const Model& model) {
-  const auto text = write_text(model, {{0}}, 600, 1)[0];
-  const Calibration data = collect(model, text);
-  const Index channels = model.config().kv_size();
-  commvq::KeyLearnerOptions keys;
-  keys.codec = commvq::KeyCodecConfig::paper_1bit(model.config().rope.pairs);
-  keys.max_steps = 3;
-  commvq::ValueTrainerOptions values;
-  values.codec = {static_cast<int>(channels), 1, 64};
-  values.steps = 40;
-  values.batch_tokens = 64;
-  std::vector<LayerCodec> codecs;
-  for (std::size_t i = 0; i < data.keys.size(); ++i)
-    codecs.push_back({std::make_shared<commvq::KeyCodec>(commvq::learn_key_codec(
-                          commvq::as_matrix(data.keys[i], data.tokens, channels), keys)),
-                      std::make_shared<commvq::ValueCodec>(commvq::train_value_codec(
-                          commvq::as_matrix(data.values[i], data.tokens, channels), values))});
-  return codecs;
-}
 
 class Generation : public testing::Test {
  protected:

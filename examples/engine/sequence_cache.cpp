@@ -1,0 +1,20 @@
+#include "engine/sequence_cache.hpp"
+
+#include "commvq/attention/attention.hpp"
+
+namespace engine {
+
+void CacheHandle::append_and_attend(int layer, MatrixView<const float> queries,
+                                    MatrixView<const float> keys, MatrixView<const float> values,
+                                    MatrixView<float> attended) const {
+  if (other_ != nullptr) {
+    other_->append_and_attend(layer, queries, keys, values, attended);
+    return;
+  }
+  commvq::require(host_ != nullptr, "a sequence has no cache");
+  commvq::LayerCache& cache = host_->layer(layer);
+  cache.append(keys, values);
+  commvq::attend(cache, queries, {}, attended);
+}
+
+}  // namespace engine
