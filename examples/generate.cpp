@@ -56,8 +56,7 @@ int generate(const Options& options) {
   if (options.device == "cuda") {
     commvq::require(options.cache == "commvq", "--device cuda needs --cache commvq");
     device_cache = engine::make_device_cache(
-        model.config(), codecs,
-        static_cast<engine::Index>(prompt.size()) + options.max_tokens,
+        model.config(), codecs, static_cast<engine::Index>(prompt.size()) + options.max_tokens,
         static_cast<int>(options.window), static_cast<int>(options.sinks));
   }
   const engine::CacheHandle handle =

@@ -26,7 +26,7 @@ if has sanitize; then
   for test in "$build"/tests/cuda_*_test; do
     for tool in memcheck racecheck initcheck synccheck; do
       echo "$(basename "$test") under $tool"
-      compute-sanitizer --tool "$tool" --error-exitcode 9 "$test" --gtest_brief=1 \
+      timeout "${COMMVQ_SANITIZE_SECONDS:-3600}" compute-sanitizer --tool "$tool" --error-exitcode 9 "$test" --gtest_brief=1 \
         --gtest_filter="${COMMVQ_SANITIZE_FILTER:-*}" | tail -n 3
     done
   done

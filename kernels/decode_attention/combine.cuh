@@ -135,8 +135,8 @@ struct DecoderColumn {
   }
 };
 
-/// Adds a chunk's share of the output, its sums times its rows of the decoder, of which `entries` are
-/// the first, to the thread's channel of all rows.
+/// Adds a chunk's share of the output, its sums times its rows of the decoder, of which `entries`
+/// are the first, to the thread's channel of all rows.
 __device__ __forceinline__ void decode_chunk(const DecoderColumn& decoder,
                                              float (&entries)[DecoderColumn::kAtOnce],
                                              const Shared& shared,

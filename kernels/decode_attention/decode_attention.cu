@@ -66,7 +66,8 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
   // A block for each chunk where there are few rows; with many, as many as run at once.
-  const int row_groups = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
+  const int row_groups =
+      p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
   p.num_combine_blocks =
       std::clamp(view.num_multiprocessors / row_groups, 1, combine::num_chunks(p));
   p.num_counters = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);

@@ -16,7 +16,7 @@ template <int kWidth, class Reader, int kRowBits = 8, int kPlanes = 1>
 cudaError_t launch_key_scores(const key_scores::Arguments& arguments, dim3 grid, int shared_bytes,
                               cudaStream_t stream);
 
-#define COMMVQ_KEY_SCORES(...)                                                               \
+#define COMMVQ_KEY_SCORES(...)                                                                 \
   template cudaError_t launch_key_scores<__VA_ARGS__>(const key_scores::Arguments&, dim3, int, \
                                                       cudaStream_t)
 

@@ -228,8 +228,8 @@ __device__ __forceinline__ __half2 less_zero(std::uint32_t sums, unsigned select
   return __hsub2(as_half2(__byte_perm(sums, 0x64646464u, selector)), as_half2(zero));
 }
 
-/// Products of sixteen of a warp's keys with the queries of a tile: the sums of rows become fp16 and
-/// are turned, 16 channels at a time. `lane_queries` is the lane's first fragment.
+/// Products of sixteen of a warp's keys with the queries of a tile: the sums of rows become fp16
+/// and are turned, 16 channels at a time. `lane_queries` is the lane's first fragment.
 template <int kWidth, int kPlanes>
 __device__ __forceinline__ void multiply(const std::uint32_t (&sums)[kPlanes][2][kWidth / 8],
                                          const Shared<kWidth>& shared,
@@ -326,7 +326,8 @@ __device__ __forceinline__ void store_weights(const Problem& p, const Block& blo
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (!is_row) return;
-  std::uint32_t* const weights = p.weights + (Index{block.index} * p.row_stride + call_row) * 16 + g;
+  std::uint32_t* const weights =
+      p.weights + (Index{block.index} * p.row_stride + call_row) * 16 + g;
   weights[0] = as_bits(__floats2half2_rn(scores[0], scores[2]));
   weights[8] = as_bits(__floats2half2_rn(scores[1], scores[3]));
   if (g == 0) p.block_sums[Index{block.index} * p.row_stride + call_row] = {largest, sum};
@@ -419,8 +420,7 @@ __device__ __forceinline__ void gather_scores(const float (&products)[2][4],
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float kept = is_second ? products[half][3] : products[half][0];
-    const float other =
-        __shfl_xor_sync(~0u, is_second ? products[half][2] : products[half][1], 2);
+    const float other = __shfl_xor_sync(~0u, is_second ? products[half][2] : products[half][1], 2);
     scores[half] = is_second ? other : kept;
     scores[half + 2] = is_second ? kept : other;
   }
@@ -567,8 +567,7 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     shared.zero_points[0][i] =
         reinterpret_cast<const uint2*>(a.slice.zero_points + place.head * kPlanes * kWidth)[i];
   if (kPlanes > 1 && threadIdx.x < kWidth / 2)
-    shared.unit_ratios[threadIdx.x] =
-        a.slice.unit_ratios[place.head * (kWidth / 2) + threadIdx.x];
+    shared.unit_ratios[threadIdx.x] = a.slice.unit_ratios[place.head * (kWidth / 2) + threadIdx.x];
   if (threadIdx.x < Config::kMaxRows) shared.factors[threadIdx.x] = 0, shared.lags[threadIdx.x] = 0;
   if (threadIdx.x < kWidth)
     shared.eight_turns[threadIdx.x] =

@@ -60,9 +60,9 @@ struct Problem {
   int row_stride;     ///< num_rows rounded up to 8
   Index max_workspace_blocks;
 
-  int num_key_parts;     ///< into which the blocks are cut for scoring keys
-  int num_exact_blocks;  ///< thread blocks of the first key kernel that do exact tokens alone
-  int num_value_parts;   ///< likewise for adding up values
+  int num_key_parts;       ///< into which the blocks are cut for scoring keys
+  int num_exact_blocks;    ///< thread blocks of the first key kernel that do exact tokens alone
+  int num_value_parts;     ///< likewise for adding up values
   int num_combine_blocks;  ///< among which the combination of some rows shares out the code bits
 
   // Workspace.

@@ -14,8 +14,8 @@ namespace commvq::cuda::key_scores {
 /// g + 24 of a block with three other lanes.
 template <int kWidth, class Reader>
 __device__ __forceinline__ void sum_byte_rows(std::uint32_t rows, const Reader& first,
-                                         const Reader& second,
-                                         std::uint32_t (&sums)[2][kWidth / 8]) {
+                                              const Reader& second,
+                                              std::uint32_t (&sums)[2][kWidth / 8]) {
   const int lane = threadIdx.x % 32;
   const int q = lane % 4;
   const bool odd = lane / 4 % 2 != 0;
@@ -63,9 +63,9 @@ __device__ __forceinline__ void sum_byte_rows(std::uint32_t rows, const Reader& 
   }
 }
 
-/// Sums of words of eight 4-bit numbers: the low halves of the bytes by themselves, and everything in
-/// 36 bits, from which they are taken at the end. The former are added by multiplying with a one that
-/// the compiler does not know: the units for logic and plain sums have enough to do, those for
+/// Sums of words of eight 4-bit numbers: the low halves of the bytes by themselves, and everything
+/// in 36 bits, from which they are taken at the end. The former are added by multiplying with a one
+/// that the compiler does not know: the units for logic and plain sums have enough to do, those for
 /// products stand idle.
 struct NarrowSums {
   static constexpr std::uint32_t kLow = 0x0f0f0f0fu;
@@ -128,7 +128,8 @@ __device__ __forceinline__ void sum_narrow_rows(std::uint32_t rows, std::uint32_
   }
 }
 
-/// The sums of plane kPlane of the kPlanes whose rows, of kRowBits bits, begin at `rows`; `one` is 1.
+/// The sums of plane kPlane of the kPlanes whose rows, of kRowBits bits, begin at `rows`; `one`
+/// is 1.
 template <int kWidth, int kRowBits, int kPlane, int kPlanes, class Reader>
 __device__ __forceinline__ void sum_rows(std::uint32_t rows, std::uint32_t one, const Reader& first,
                                          const Reader& second,

@@ -135,8 +135,7 @@ __device__ __forceinline__ void load_weights(const Stage& stage, const float (&m
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t) {
-    const __half2 factor =
-        __float2half2_rn(exp2_approx(stage.sums[8 * t + g].max - maxima[t]));
+    const __half2 factor = __float2half2_rn(exp2_approx(stage.sums[8 * t + g].max - maxima[t]));
     const uint4 v = stage.weights[8 * t + g][q];
     const std::uint32_t raw[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll

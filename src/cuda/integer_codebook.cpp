@@ -161,8 +161,8 @@ Index IntegerKeySlice::image_bytes(int width, int row_bits, int first_book, int 
 
 std::vector<std::int8_t> IntegerKeySlice::image() const {
   const int per_line = books_per_line(width, row_bits);
-  std::vector<std::int8_t> bytes(static_cast<std::size_t>(
-      image_bytes(width, row_bits, first_book, num_books, codebook_size)));
+  std::vector<std::int8_t> bytes(
+      static_cast<std::size_t>(image_bytes(width, row_bits, first_book, num_books, codebook_size)));
   const auto row_at = [&](int line, int book, int c) {
     return bytes.data() + (Index{line} * codebook_size + c) * 128 +
            book % per_line * (128 / per_line);
@@ -226,8 +226,8 @@ std::vector<std::uint16_t> IntegerKeySlice::zero_points() const {
     for (int q = 0; q < 4; ++q)
       for (int part = 0; part < 2; ++part)
         for (int e = 0; e < 2; ++e)
-          result.push_back(to_fp16(
-              zero - offsets[static_cast<std::size_t>(part * width + 8 * k + 2 * q + e)]));
+          result.push_back(
+              to_fp16(zero - offsets[static_cast<std::size_t>(part * width + 8 * k + 2 * q + e)]));
   return result;
 }
 

@@ -24,7 +24,8 @@ class DeviceGeneration : public testing::Test {
   static std::vector<int> write(const Model& model, CacheHandle cache, int count) {
     const Tokenizer tokenizer(small_model() / "tokenizer.json");
     Sampler greedy({.temperature = 0});
-    return generate(model, cache, tokenizer.encode("The history of the city begins"), count, greedy);
+    return generate(model, cache, tokenizer.encode("The history of the city begins"), count,
+                    greedy);
   }
 };
 

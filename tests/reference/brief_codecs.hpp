@@ -47,8 +47,8 @@ inline std::vector<LayerCodec> learn_briefly(const engine::Model& model) {
   values.batch_tokens = 64;
   std::vector<LayerCodec> codecs;
   for (std::size_t i = 0; i < data.keys.size(); ++i)
-    codecs.push_back({std::make_shared<KeyCodec>(learn_key_codec(
-                          as_matrix(data.keys[i], data.tokens, channels), keys)),
+    codecs.push_back({std::make_shared<KeyCodec>(
+                          learn_key_codec(as_matrix(data.keys[i], data.tokens, channels), keys)),
                       std::make_shared<ValueCodec>(train_value_codec(
                           as_matrix(data.values[i], data.tokens, channels), values))});
   return codecs;

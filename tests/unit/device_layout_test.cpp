@@ -184,8 +184,7 @@ std::vector<std::uint32_t> add_rows(const IntegerKeySlice& slice, const std::vec
     const int book = piece < 0 ? piece + 2 : piece;
     const int line = piece < 0 ? 0 : (split ? 1 : 0) + book / per_line;
     const std::int8_t* const row =
-        image.data() +
-        (line * slice.codebook_size + codes[static_cast<std::size_t>(book)]) * 128 +
+        image.data() + (line * slice.codebook_size + codes[static_cast<std::size_t>(book)]) * 128 +
         book % per_line * (128 / per_line);
     for (std::size_t w = 0; w < (narrow ? words / 2 : words); ++w) {
       std::uint32_t word;
@@ -228,8 +227,7 @@ TEST_P(DeviceLayout, FourIntegersAddUpInOneWord) {
       for (int q = 0; q < 4; ++q)
         for (int byte = 0; byte < 4; ++byte) {
           const std::uint32_t word = words[static_cast<std::size_t>(k * 4 + q)];
-          const int value =
-              static_cast<int>(word >> (8 * byte) & 0xff) - (row_bits == 4 ? 0 : 128);
+          const int value = static_cast<int>(word >> (8 * byte) & 0xff) - (row_bits == 4 ? 0 : 128);
           EXPECT_EQ(
               value,
               expected[static_cast<std::size_t>(byte / 2 * width + 8 * k + 2 * q + byte % 2)]);

@@ -86,7 +86,8 @@ class DeviceLayer {
   }
 
   void append(MatrixView<const float> keys, MatrixView<const float> values) {
-    const std::vector<std::uint16_t> key_bits = to_fp16_bits(keys), value_bits = to_fp16_bits(values);
+    const std::vector<std::uint16_t> key_bits = to_fp16_bits(keys),
+                                     value_bits = to_fp16_bits(values);
     put_codes(to_floats(key_bits), to_floats(value_bits), keys.rows, keys.cols);
     const auto row_bytes = static_cast<std::size_t>(keys.cols) * 2;
     for (Index t = 0; t < keys.rows; ++t) {
@@ -109,8 +110,7 @@ class DeviceLayer {
   /// Codes the tokens and copies the pages that they touch.
   void put_codes(const std::vector<float>& keys, const std::vector<float>& values, Index tokens,
                  Index channels) {
-    const Index num_codes =
-        Index{codec_.keys->num_kv_heads()} * codec_.keys->config().num_codes();
+    const Index num_codes = Index{codec_.keys->num_kv_heads()} * codec_.keys->config().num_codes();
     const Index num_norms = codec_.keys->num_norms(), code_bytes = codec_.values->code_bytes();
     std::vector<std::uint16_t> codes(static_cast<std::size_t>(tokens * num_codes));
     std::vector<std::uint16_t> norms(static_cast<std::size_t>(tokens * num_norms));
@@ -123,7 +123,8 @@ class DeviceLayer {
     const Index size = layout().page_size, bytes = layout().page_bytes;
     for (Index t = 0; t < tokens; ++t)
       cuda::put_token(layout(), host_pages_.data() + (length_ + t) / size * bytes,
-                      static_cast<int>((length_ + t) % size), &codes[static_cast<std::size_t>(t * num_codes)],
+                      static_cast<int>((length_ + t) % size),
+                      &codes[static_cast<std::size_t>(t * num_codes)],
                       &norms[static_cast<std::size_t>(t * num_norms)],
                       &value_codes[static_cast<std::size_t>(t * code_bytes)],
                       scales[static_cast<std::size_t>(t)]);

@@ -1,7 +1,7 @@
 // In place of device_cache.cpp where CUDA is not built.
-#include "engine/device_cache.hpp"
-
 #include "commvq/core/error.hpp"
+
+#include "engine/device_cache.hpp"
 
 namespace engine {
 

@@ -12,8 +12,8 @@ namespace commvq::cuda {
 ///
 /// A pair has a unit of its own. Rows are rounded after each book's mean (8 bits) or least entry (4
 /// bits) over its centroids was taken off; these come back as one integer offset per channel, and
-/// what their rounding leaves goes into the first book. The unit is the smallest for which no sum of
-/// one row a book leaves [-127, 127] (8 bits) or [0, 255] (4 bits): four sums then add up in one
+/// what their rounding leaves goes into the first book. The unit is the smallest for which no sum
+/// of one row a book leaves [-127, 127] (8 bits) or [0, 255] (4 bits): four sums then add up in one
 /// 32-bit word, whatever the intermediate sums. Rows of 4 bits are in [0, 15]; those of a group's
 /// first stage, which are larger than the others, in [0, 30] and kept as two that add up to them.
 struct IntegerKeySlice {
@@ -35,12 +35,13 @@ struct IntegerKeySlice {
   /// Bytes of `image` of a plane that begins with book `first_book` of its group.
   static Index image_bytes(int width, int row_bits, int first_book, int num_books,
                            int codebook_size);
-  /// The kernel's shared memory: lines of 128 bytes, `[book][centroid]` at width 64 and 8 bits, else
-  /// `[two books][centroid]`, the even book's row first (of 4 bits an odd last book's row twice). What
-  /// rows of 4 bits of the first stage have above 15 comes in lines before all others.
-  /// Within a row, 16-byte piece q and (at width 64 and 8 bits) q + 4 belong to thread q of four;
-  /// word k of a thread is pairs 8k + 2q and 8k + 2q + 1: real parts, then imaginary parts. Words of
-  /// 4 bits hold word k in the low and word k + 4 in the high halves of their bytes.
+  /// The kernel's shared memory: lines of 128 bytes, `[book][centroid]` at width 64 and 8 bits,
+  /// else
+  /// `[two books][centroid]`, the even book's row first (of 4 bits an odd last book's row twice).
+  /// What rows of 4 bits of the first stage have above 15 comes in lines before all others. Within
+  /// a row, 16-byte piece q and (at width 64 and 8 bits) q + 4 belong to thread q of four; word k
+  /// of a thread is pairs 8k + 2q and 8k + 2q + 1: real parts, then imaginary parts. Words of 4
+  /// bits hold word k in the low and word k + 4 in the high halves of their bytes.
   std::vector<std::int8_t> image() const;
   /// What a sum of 4 bits, or of 8 bits plus 128, is less 1024 when it stands for zero, negated, as
   /// fp16 numbers `[width / 8][4 threads][real, imaginary][2 pairs]`: 1024 - offset and
@@ -48,8 +49,9 @@ struct IntegerKeySlice {
   std::vector<std::uint16_t> zero_points() const;
 };
 
-/// Bits of the device's key rows: 4 for the shapes whose kernels add up such rows (one plane of 20 to
-/// 22 or two of 20 or 21 books of 64 centroids a group, as in the presets at head_dim 128), else 8.
+/// Bits of the device's key rows: 4 for the shapes whose kernels add up such rows (one plane of 20
+/// to 22 or two of 20 or 21 books of 64 centroids a group, as in the presets at head_dim 128),
+/// else 8.
 int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config);
 
 /// The integer rows of pairs `[first_pair, first_pair + num_pairs)` of the head for the planes that
