@@ -92,8 +92,8 @@ void Partial::clear(const Problem& problem, int rows) {
 }
 
 void Partial::merge(const Partial& other, int rows) {
-  const auto add_row = [](simd::LineVector<float>& into, const simd::LineVector<float>& from, std::size_t row,
-                          std::size_t num_rows, float keep, float take) {
+  const auto add_row = [](simd::LineVector<float>& into, const simd::LineVector<float>& from,
+                          std::size_t row, std::size_t num_rows, float keep, float take) {
     const std::size_t width = into.size() / num_rows;
     float* const target = into.data() + row * width;
     const float* const source = from.data() + row * width;

@@ -23,8 +23,9 @@ struct Problem {
   int key_width;     ///< ... planar heads, padded to whole vectors: 2 * padded_pairs
   int value_width;   ///< head_dim padded
   int code_width;    ///< value code bits padded; 0 if values are exact
-  simd::LineVector<float> offset_rotations;  ///< `[kSubtile][key_width]`: rotations by 0, 1, ... tokens
-  std::vector<double> subtile_step;     ///< `[2 * num_pairs]`: rotation by kSubtile tokens
+  simd::LineVector<float>
+      offset_rotations;              ///< `[kSubtile][key_width]`: rotations by 0, 1, ... tokens
+  std::vector<double> subtile_step;  ///< `[2 * num_pairs]`: rotation by kSubtile tokens
 
   Problem(const LayerCache& cache, MatrixView<const float> queries,
           const AttentionOptions& options);
@@ -98,19 +99,19 @@ class HeadAttention {
 
   // The rotation at position_, exact in double, and rounded.
   Index position_ = -1;
-  std::vector<double> rotation_;       // [2 * num_pairs]
+  std::vector<double> rotation_;            // [2 * num_pairs]
   simd::LineVector<float> float_rotation_;  // [key_width]
 
   simd::LineVector<float> queries_;       // [rows][key_width], planar, rotated to their positions
   simd::LineVector<float> unit_queries_;  // the same times the units of the key tables
-  simd::LineVector<float> turned_;        // [rows][key_width], rotated back to a subtile's first token
-  simd::LineVector<float> keys_;          // [kSubtile][key_width]
-  simd::LineVector<float> scores_;        // [rows][kTile], then weights
-  simd::LineVector<float> norms_;         // [kTile]
-  simd::LineVector<float> value_tile_;    // [kTile][value_width]
-  simd::LineVector<float> channels_;      // [head_dim]
-  simd::LineVector<float> planar_;        // [key_width]
-  simd::LineVector<std::int16_t> sums_;   // [kTile][key_width]
+  simd::LineVector<float> turned_;  // [rows][key_width], rotated back to a subtile's first token
+  simd::LineVector<float> keys_;    // [kSubtile][key_width]
+  simd::LineVector<float> scores_;  // [rows][kTile], then weights
+  simd::LineVector<float> norms_;   // [kTile]
+  simd::LineVector<float> value_tile_;   // [kTile][value_width]
+  simd::LineVector<float> channels_;     // [head_dim]
+  simd::LineVector<float> planar_;       // [key_width]
+  simd::LineVector<std::int16_t> sums_;  // [kTile][key_width]
   RowScratch row_scratch_;
   std::vector<std::uint8_t> stream_;  // codes of one tile, padded
   std::vector<std::uint16_t> codes_;  // [kTile][key_codes]
