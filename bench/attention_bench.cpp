@@ -22,6 +22,7 @@ using namespace commvq;
 using namespace commvq::bench;
 using attention::kSubtile;
 using attention::kTile;
+using simd::LineVector;
 using simd::Vec;
 
 constexpr int kGroup = kNumQueryHeads / kNumKvHeads;
@@ -55,12 +56,14 @@ class ExactDecoding {
  public:
   explicit ExactDecoding(Index length) : length_(length) {
     Rng rng(1);
-    keys_ = normal_floats(rng, length * kChannels, 1.0);
-    values_ = normal_floats(rng, length * kChannels, 1.0);
+    for (auto* const side : {&keys_, &values_}) {
+      const std::vector<float> floats = normal_floats(rng, length * kChannels, 1.0);
+      side->assign(floats.begin(), floats.end());
+    }
     partials_.resize(static_cast<std::size_t>(kNumKvHeads * num_parts()));
   }
 
-  void attend(const std::vector<float>& queries, std::vector<float>& output) {
+  void attend(const LineVector<float>& queries, LineVector<float>& output) {
 #pragma omp parallel
     {
 #pragma omp for schedule(dynamic)
@@ -84,7 +87,7 @@ class ExactDecoding {
     return length_ / kPartTokens;
   }
 
-  void run_part(const std::vector<float>& queries, Index head, Index part, Partial& partial) const {
+  void run_part(const LineVector<float>& queries, Index head, Index part, Partial& partial) const {
     partial = {};
     std::fill(partial.max, partial.max + kGroup, -std::numeric_limits<float>::infinity());
     const Index first = head * length_ + part * kPartTokens;
@@ -117,7 +120,7 @@ class ExactDecoding {
     for (float& value : partial.values[row]) value *= factor;
   }
 
-  void merge(int row, std::vector<float>& output) const {
+  void merge(int row, LineVector<float>& output) const {
     const Partial* const parts = partials_.data() + row / kGroup * num_parts();
     float largest = parts[0].max[row % kGroup];
     for (Index p = 1; p < num_parts(); ++p) largest = std::max(largest, parts[p].max[row % kGroup]);
@@ -133,8 +136,8 @@ class ExactDecoding {
   }
 
   Index length_;
-  std::vector<float> keys_;
-  std::vector<float> values_;
+  LineVector<float> keys_;
+  LineVector<float> values_;
   std::vector<Partial> partials_;
 };
 
@@ -166,8 +169,9 @@ void commvq_2bit(benchmark::State& state) {
 
 void exact_fp32(benchmark::State& state) {
   ExactDecoding decoding(state.range(0));
-  const std::vector<float> queries = random_queries(1);
-  std::vector<float> output(queries.size());
+  const std::vector<float> floats = random_queries(1);
+  const LineVector<float> queries(floats.begin(), floats.end());
+  LineVector<float> output(queries.size());
   for (auto _ : state) {
     decoding.attend(queries, output);
     benchmark::DoNotOptimize(output.data());

@@ -43,7 +43,8 @@ void em_step(benchmark::State& state) {
   const Stage stage = random_stage();
   const double temperature = temperature_of(state);
   for (auto _ : state) {
-    const auto statistics = key_em::soft_assign(stage.residuals, stage.books, temperature, kTokens);
+    const auto statistics = key_em::soft_assign(key_em::residuals_of(stage.residuals), stage.books,
+                                                temperature, kTokens);
     benchmark::DoNotOptimize(key_em::solve_books(statistics, stage.books, true));
   }
 }

@@ -136,12 +136,13 @@ void attend(const LayerCache& cache, MatrixView<const float> queries,
       HeadAttention& worker = workers[static_cast<std::size_t>(omp_get_thread_num())];
 #pragma omp for schedule(dynamic)
       for (Index item = 0; item < num_pairs * schedule.num_parts; ++item) {
-        const Index pair = item / schedule.num_parts;
-        const Index part = item % schedule.num_parts;
+        // Heads side by side: value codes, which they share, then stay in the second cache level.
+        const Index pair = item % num_pairs;
+        const Index part = item / num_pairs;
         const Index first_query = first_query_of(pair);
         worker.run(static_cast<int>(pair % num_heads), first_query, tokens_from(first_query),
                    part == 0, part * schedule.part_tokens, schedule.part_tokens,
-                   partials[static_cast<std::size_t>(item)]);
+                   partials[static_cast<std::size_t>(pair * schedule.num_parts + part)]);
       }
 #pragma omp for schedule(dynamic)
       for (Index pair = 0; pair < num_pairs; ++pair) {

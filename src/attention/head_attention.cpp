@@ -15,6 +15,8 @@ using simd::Vec;
 
 namespace {
 
+/// So many queries at most rotate coded keys each for themselves.
+constexpr int kRowsToTurnFor = 8;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 int padded(int count, int lanes = kLanes) {
@@ -54,12 +56,6 @@ float largest_lane(Vec v) {
   return result;
 }
 
-float sum_of_lanes(Vec v) {
-  float result = 0;
-  for (int i = 0; i < kLanes; ++i) result += v[i];
-  return result;
-}
-
 }  // namespace
 
 Problem::Problem(const LayerCache& cache_, MatrixView<const float> queries_,
@@ -96,8 +92,8 @@ void Partial::clear(const Problem& problem, int rows) {
 }
 
 void Partial::merge(const Partial& other, int rows) {
-  const auto add_row = [](std::vector<float>& into, const std::vector<float>& from, std::size_t row,
-                          std::size_t num_rows, float keep, float take) {
+  const auto add_row = [](simd::LineVector<float>& into, const simd::LineVector<float>& from,
+                          std::size_t row, std::size_t num_rows, float keep, float take) {
     const std::size_t width = into.size() / num_rows;
     float* const target = into.data() + row * width;
     const float* const source = from.data() + row * width;
@@ -119,7 +115,7 @@ void Partial::merge(const Partial& other, int rows) {
 HeadAttention::HeadAttention(const Problem& problem, int max_rows)
     : problem_(problem), cache_(problem.cache) {
   const auto floats = [](Index rows, Index width) {
-    return std::vector<float>(static_cast<std::size_t>(rows * width));
+    return simd::LineVector<float>(static_cast<std::size_t>(rows * width));
   };
   const PageLayout& layout = cache_.page_layout();
   rotation_.resize(static_cast<std::size_t>(problem.head_dim));
@@ -258,26 +254,33 @@ void HeadAttention::run_tile(Segment segment, const Tile& tile) {
 /// Scores of all tokens, without norms and scale.
 void HeadAttention::score_tile(const Tile& tile, bool keys_coded) {
   const int width = problem_.key_width;
-  const std::vector<float>& queries = keys_coded ? unit_queries_ : queries_;
+  const simd::LineVector<float>& queries = keys_coded ? unit_queries_ : queries_;
+  const bool turn_on_the_way = keys_coded && rows_ <= kRowsToTurnFor;
   std::fill(norms_.begin(), norms_.end(), 1.0f);
-  if (keys_coded) sum_coded_keys(tile);
+  if (keys_coded) load_coded_keys(tile);
   for (int first = 0; first < tile.count; first += kSubtile) {
-    const int count = std::min(kSubtile, tile.count - first);
-    if (keys_coded) {
-      load_coded_keys(tile, first, count);
-    } else {
-      load_exact_keys(tile, first, count);
-    }
     turn_to(tile.first + first);
     for (int r = 0; r < rows_; ++r)
       rotate_back(queries.data() + r * width, float_rotation_.data(), problem_.padded_pairs,
                   turned_.data() + r * width);
+    const std::int16_t* const sums = sums_.data() + first * width;
+    if (turn_on_the_way) {
+      score_turning_subtile(turned_.data(), rows_, sums, problem_.offset_rotations.data(),
+                            problem_.padded_pairs, scores_.data() + first);
+      continue;
+    }
+    const int count = std::min(kSubtile, tile.count - first);
+    if (keys_coded) {
+      turn_coded_keys(sums, count);
+    } else {
+      load_exact_keys(tile, first, count);
+    }
     score_subtile(turned_.data(), rows_, keys_.data(), width, scores_.data() + first);
   }
 }
 
-/// The tile's decoded keys in units of the key tables, before norms and rotation.
-void HeadAttention::sum_coded_keys(const Tile& tile) {
+/// The tile's norms, and its decoded keys in units of the key tables, before rotation.
+void HeadAttention::load_coded_keys(const Tile& tile) {
   const PageLayout& layout = cache_.page_layout();
   const Index token_bits = Index{layout.key_codes} * layout.key_code_bits;
   std::memcpy(stream_.data(), tile.page + layout.key_stream(head_) + tile.slot * token_bits / 8,
@@ -286,17 +289,16 @@ void HeadAttention::sum_coded_keys(const Tile& tile) {
                codes_.data());
   sum_rows(*cache_.key_tables(), head_, codes_.data(), tile.count, problem_.padded_pairs,
            sums_.data(), row_scratch_);
+  for (int t = 0; t < tile.count; ++t)
+    norms_[static_cast<std::size_t>(t)] =
+        bf16_at(tile.page + layout.key_norm(tile.slot + t, head_));
 }
 
-void HeadAttention::load_coded_keys(const Tile& tile, int first, int count) {
-  const PageLayout& layout = cache_.page_layout();
-  for (int t = 0; t < count; ++t) {
-    rotate(sums_.data() + (first + t) * problem_.key_width,
-           problem_.offset_rotations.data() + t * problem_.key_width, problem_.padded_pairs,
-           keys_.data() + t * problem_.key_width);
-    norms_[static_cast<std::size_t>(first + t)] =
-        bf16_at(tile.page + layout.key_norm(tile.slot + first + t, head_));
-  }
+void HeadAttention::turn_coded_keys(const std::int16_t* sums, int count) {
+  const int width = problem_.key_width;
+  for (int t = 0; t < count; ++t)
+    rotate(sums + t * width, problem_.offset_rotations.data() + t * width, problem_.padded_pairs,
+           keys_.data() + t * width);
 }
 
 void HeadAttention::load_exact_keys(const Tile& tile, int first, int count) {
@@ -367,7 +369,7 @@ bool HeadAttention::weigh_row(Segment segment, const Tile& tile, int row) {
               factor);
   }
   partial_->max[at] = new_max;
-  partial_->sum[at] += sum_of_lanes(sum);
+  partial_->sum[at] += simd::sum_of_lanes(sum);
   return true;
 }
 

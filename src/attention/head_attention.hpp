@@ -6,6 +6,7 @@
 
 #include "commvq/attention/attention.hpp"
 
+#include "attention/simd.hpp"
 #include "attention/tile_kernels.hpp"
 
 namespace commvq::attention {
@@ -22,8 +23,9 @@ struct Problem {
   int key_width;     ///< ... planar heads, padded to whole vectors: 2 * padded_pairs
   int value_width;   ///< head_dim padded
   int code_width;    ///< value code bits padded; 0 if values are exact
-  std::vector<float> offset_rotations;  ///< `[kSubtile][key_width]`: rotations by 0, 1, ... tokens
-  std::vector<double> subtile_step;     ///< `[2 * num_pairs]`: rotation by kSubtile tokens
+  simd::LineVector<float>
+      offset_rotations;              ///< `[kSubtile][key_width]`: rotations by 0, 1, ... tokens
+  std::vector<double> subtile_step;  ///< `[2 * num_pairs]`: rotation by kSubtile tokens
 
   Problem(const LayerCache& cache, MatrixView<const float> queries,
           const AttentionOptions& options);
@@ -33,10 +35,10 @@ struct Problem {
 /// one KV head), with weights e^{score - max}, their sum, the weighted sum of value codes and that
 /// of exact values.
 struct Partial {
-  std::vector<float> max;     ///< `[rows]`, minus infinity if nothing was visible
-  std::vector<float> sum;     ///< `[rows]`
-  std::vector<float> codes;   ///< `[rows][code_width]`
-  std::vector<float> values;  ///< `[rows][value_width]`
+  simd::LineVector<float> max;     ///< `[rows]`, minus infinity if nothing was visible
+  simd::LineVector<float> sum;     ///< `[rows]`
+  simd::LineVector<float> codes;   ///< `[rows][code_width]`
+  simd::LineVector<float> values;  ///< `[rows][value_width]`
 
   /// Nothing gathered, for `rows` rows. The thread that fills a partial result also allocates it.
   void clear(const Problem& problem, int rows);
@@ -79,8 +81,8 @@ class HeadAttention {
   void run_coded(Index first_coded, Index num_coded);
   void run_tile(Segment segment, const Tile& tile);
   void score_tile(const Tile& tile, bool keys_coded);
-  void sum_coded_keys(const Tile& tile);
-  void load_coded_keys(const Tile& tile, int first, int count);
+  void load_coded_keys(const Tile& tile);
+  void turn_coded_keys(const std::int16_t* sums, int count);
   void load_exact_keys(const Tile& tile, int first, int count);
   void turn_to(Index position);
   bool weigh_row(Segment segment, const Tile& tile, int row);
@@ -97,19 +99,19 @@ class HeadAttention {
 
   // The rotation at position_, exact in double, and rounded.
   Index position_ = -1;
-  std::vector<double> rotation_;       // [2 * num_pairs]
-  std::vector<float> float_rotation_;  // [key_width]
+  std::vector<double> rotation_;            // [2 * num_pairs]
+  simd::LineVector<float> float_rotation_;  // [key_width]
 
-  std::vector<float> queries_;       // [rows][key_width], planar, rotated to their positions
-  std::vector<float> unit_queries_;  // the same times the units of the key tables
-  std::vector<float> turned_;        // [rows][key_width], rotated back to a subtile's first token
-  std::vector<float> keys_;          // [kSubtile][key_width]
-  std::vector<float> scores_;        // [rows][kTile], then weights
-  std::vector<float> norms_;         // [kTile]
-  std::vector<float> value_tile_;    // [kTile][value_width]
-  std::vector<float> channels_;      // [head_dim]
-  std::vector<float> planar_;        // [key_width]
-  std::vector<std::int16_t> sums_;   // [kTile][key_width]
+  simd::LineVector<float> queries_;       // [rows][key_width], planar, rotated to their positions
+  simd::LineVector<float> unit_queries_;  // the same times the units of the key tables
+  simd::LineVector<float> turned_;  // [rows][key_width], rotated back to a subtile's first token
+  simd::LineVector<float> keys_;    // [kSubtile][key_width]
+  simd::LineVector<float> scores_;  // [rows][kTile], then weights
+  simd::LineVector<float> norms_;   // [kTile]
+  simd::LineVector<float> value_tile_;   // [kTile][value_width]
+  simd::LineVector<float> channels_;     // [head_dim]
+  simd::LineVector<float> planar_;       // [key_width]
+  simd::LineVector<std::int16_t> sums_;  // [kTile][key_width]
   RowScratch row_scratch_;
   std::vector<std::uint8_t> stream_;  // codes of one tile, padded
   std::vector<std::uint16_t> codes_;  // [kTile][key_codes]

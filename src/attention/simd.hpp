@@ -2,7 +2,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX512BW__)
 #include <immintrin.h>
@@ -24,6 +26,24 @@ using LooseVec = float __attribute__((vector_size(64), aligned(4), may_alias));
 using LooseShorts = std::int16_t __attribute__((vector_size(64), aligned(2), may_alias));
 using LooseHalfShorts = std::int16_t __attribute__((vector_size(32), aligned(2), may_alias));
 using LooseBytes = std::uint8_t __attribute__((vector_size(32), aligned(1), may_alias));
+
+/// Memory on cache lines: a vector that lies across two costs two accesses.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(std::size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), kLine));
+  }
+  void deallocate(T* p, std::size_t) { ::operator delete(p, kLine); }
+  bool operator==(const LineAllocator&) const { return true; }
+};
+template <class T>
+using LineVector = std::vector<T, LineAllocator<T>>;
 
 inline Vec load(const float* p) {
   return *reinterpret_cast<const LooseVec*>(p);
@@ -78,6 +98,13 @@ Vec half_as_floats(UnsignedShortVec v) {
 #endif
 }
 
+/// Stores sixteen floats, truncated, as 16-bit integers.
+inline void store_as_shorts(std::uint16_t* p, Vec v) {
+  using Half = std::uint16_t __attribute__((vector_size(32)));
+  const Half lanes = __builtin_convertvector(__builtin_convertvector(v, IntVec), Half);
+  std::memcpy(p, &lanes, sizeof lanes);
+}
+
 /// Lane i of the result is lane (indices[i] % 32) of `table`.
 inline UnsignedShortVec lookup(UnsignedShortVec table, UnsignedShortVec indices) {
 #if defined(__AVX512BW__)
@@ -107,6 +134,12 @@ inline Vec exp_nonpositive(Vec x) {
   const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
   const Vec result = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(sum) + exponent);
   return x < -87.0f ? Vec{} : result;
+}
+
+inline float sum_of_lanes(Vec v) {
+  float result = 0;
+  for (int i = 0; i < kLanes; ++i) result += v[i];
+  return result;
 }
 
 /// One step of a transposed sum: halves of `2 * width` lanes of x and y are added up and laid side

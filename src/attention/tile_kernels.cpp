@@ -1,6 +1,7 @@
 #include "attention/tile_kernels.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "attention/simd.hpp"
@@ -15,16 +16,19 @@ namespace {
 
 constexpr int kLanes = simd::kLanes;
 
-/// Adds up the rows of one token and group, `columns` columns of them: `rows` points at the first,
-/// `offsets` `[2 * num_stages]` lead to the codes' rows.
+/// Adds up the rows of one token and group, `columns` columns of them: `rows` points at the first
+/// row of the first book, whose books are `book_size` integers apart, `offsets` `[2 * num_stages]`
+/// lead from the start of its book to the row of each code.
 template <bool tied, int columns>
-void sum_columns(const std::int16_t* rows, const std::uint32_t* offsets, int num_stages,
-                 std::int16_t* real, std::int16_t* imag) {
+void sum_columns(const std::int16_t* rows, Index book_size, const std::uint32_t* offsets,
+                 int num_stages, std::int16_t* real, std::int16_t* imag) {
   constexpr int kLine = KeyTables::kLanes;
   ShortVec sums[columns][2] = {};
   for (int stage = 0; stage < num_stages; ++stage) {
     const std::int16_t* const a = rows + offsets[2 * stage];
+    if (!tied) rows += book_size;
     const std::int16_t* const b = rows + offsets[2 * stage + 1];
+    rows += book_size;
     for (int c = 0; c < columns; ++c) {
       sums[c][0] += simd::load_shorts(a + 2 * c * kLine);
       sums[c][1] += simd::load_shorts(a + (2 * c + 1) * kLine);
@@ -45,39 +49,24 @@ void sum_columns(const std::int16_t* rows, const std::uint32_t* offsets, int num
   }
 }
 
-/// One group's sums, `[count][2 * padded_pairs]`.
+/// One group's sums, `[count][2 * padded_pairs]`. Offsets of consecutive tokens lie
+/// `offsets_stride` apart.
 template <bool tied>
 void sum_group(const KeyTables& tables, const std::int16_t* rows, int count,
-               const std::uint32_t* offsets, std::int16_t* sums) {
+               const std::uint32_t* offsets, int offsets_stride, std::int16_t* sums) {
   constexpr int kLine = KeyTables::kLanes;
   const int num_stages = tables.config().num_stages;
-  for (int t = 0; t < count; ++t, offsets += 2 * num_stages) {
+  const Index book_size = Index{tables.config().codebook_size} * tables.row_size();
+  for (int t = 0; t < count; ++t, offsets += offsets_stride) {
     std::int16_t* const real = sums + t * tables.row_size();
     std::int16_t* const imag = real + tables.padded_pairs();
     int c = 0;
     for (; c + 2 <= tables.num_columns(); c += 2)
-      sum_columns<tied, 2>(rows + 2 * c * kLine, offsets, num_stages, real + c * kLine,
+      sum_columns<tied, 2>(rows + 2 * c * kLine, book_size, offsets, num_stages, real + c * kLine,
                            imag + c * kLine);
     if (c < tables.num_columns())
-      sum_columns<tied, 1>(rows + 2 * c * kLine, offsets, num_stages, real + c * kLine,
+      sum_columns<tied, 1>(rows + 2 * c * kLine, book_size, offsets, num_stages, real + c * kLine,
                            imag + c * kLine);
-  }
-}
-
-/// Where the rows of one group's codes lie. `bases` receives `[num_codes]`.
-void find_rows(const KeyTables& tables, const std::uint16_t* codes, int codes_stride, int count,
-               std::uint32_t* bases, std::uint32_t* offsets) {
-  const auto row_size = static_cast<std::uint32_t>(tables.row_size());
-  const KeyCodecConfig& config = tables.config();
-  const int num_codes = config.num_stages * 2;
-  for (int i = 0; i < num_codes; ++i)
-    bases[i] =
-        static_cast<std::uint32_t>((config.tied ? i / 2 : i) * config.codebook_size) * row_size;
-  for (int t = 0; t < count; ++t) {
-    const std::uint16_t* const from = codes + t * codes_stride;
-    std::uint32_t* const to = offsets + t * num_codes;
-#pragma omp simd
-    for (int i = 0; i < num_codes; ++i) to[i] = bases[i] + from[i] * row_size;
   }
 }
 
@@ -113,6 +102,38 @@ void score_block(const float* queries, const float* keys, int width, float* scor
                 tokens * sizeof(float));
 }
 
+/// As `score_block`, rotating each key on the way.
+template <int rows, int tokens>
+void score_turning_block(const float* queries, const std::int16_t* keys, const float* rotations,
+                         int padded_pairs, float* scores) {
+  static_assert(rows * tokens == kLanes);
+  const int width = 2 * padded_pairs;
+  Vec sums[kLanes] = {};
+  for (int i = 0; i < padded_pairs; i += kLanes) {
+    Vec query_re[rows], query_im[rows];
+    for (int r = 0; r < rows; ++r) {
+      query_re[r] = simd::load(queries + r * width + i);
+      query_im[r] = simd::load(queries + r * width + padded_pairs + i);
+    }
+    for (int t = 0; t < tokens; ++t) {
+      const Vec re = simd::load_as_floats(keys + t * width + i);
+      const Vec im = simd::load_as_floats(keys + t * width + padded_pairs + i);
+      const Vec cosine = simd::load(rotations + t * width + i);
+      const Vec sine = simd::load(rotations + t * width + padded_pairs + i);
+      const Vec turned_re = re * cosine - im * sine;
+      const Vec turned_im = re * sine + im * cosine;
+      for (int r = 0; r < rows; ++r) {
+        sums[r * tokens + t] += query_re[r] * turned_re;
+        sums[r * tokens + t] += query_im[r] * turned_im;
+      }
+    }
+  }
+  const Vec result = simd::sum_each(sums);
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(scores + r * kTile, reinterpret_cast<const float*>(&result) + r * tokens,
+                tokens * sizeof(float));
+}
+
 /// Weights of the tokens of a tile in fixed point, as sums over subsets of four of them.
 struct WeightTables {
   /// Lanes m and m + 16 of table k add up the weights 4k + i whose bit i is set in m.
@@ -120,7 +141,20 @@ struct WeightTables {
   float unit;
 };
 
-/// The unit is chosen so that the sum of all weights, hence of any, does not overflow 16 bits.
+/// Weights `[kTile]` in units of the result, rounded. The unit is chosen so that their sum, hence
+/// any of them, does not overflow 16 bits.
+float to_fixed_point(const float* weights, std::uint16_t* fixed) {
+  constexpr float kShare = 1.0f / kTile;  // the sum of all weights might overflow
+  Vec mean{};
+  for (int t = 0; t < kTile; t += kLanes) mean += kShare * simd::load(weights + t);
+  const double unit = double{simd::sum_of_lanes(mean)} * kTile / (65535 - kTile);
+  // The inverse of the smallest units overflows, its root does not.
+  const auto root = static_cast<float>(unit > 0 ? std::sqrt(1 / unit) : 0);
+  for (int t = 0; t < kTile; t += kLanes)
+    simd::store_as_shorts(fixed + t, simd::load(weights + t) * root * root + 0.5f);
+  return static_cast<float>(unit);
+}
+
 WeightTables tables_of(const float* weights) {
   constexpr auto kAll = static_cast<std::uint16_t>(-1);
   constexpr auto mask = [](int bit) {
@@ -129,18 +163,12 @@ WeightTables tables_of(const float* weights) {
     return lanes;
   };
   const UnsignedShortVec masks[4] = {mask(0), mask(1), mask(2), mask(3)};
-  double total = 0;
-  for (int t = 0; t < kTile; ++t) total += double(weights[t]);
-  const double unit = total / (65535 - kTile);
-  const double inverse = unit > 0 ? 1 / unit : 0;
-  std::uint16_t fixed[kTile];
-  for (int t = 0; t < kTile; ++t)
-    fixed[t] = static_cast<std::uint16_t>(static_cast<int>(double(weights[t]) * inverse + 0.5));
+  alignas(64) std::uint16_t fixed[kTile];
   WeightTables result;
+  result.unit = to_fixed_point(weights, fixed);
   for (int k = 0; k < kTile / 4; ++k)
     result.subset_sums[k] = (masks[0] & fixed[4 * k]) + (masks[1] & fixed[4 * k + 1]) +
                             (masks[2] & fixed[4 * k + 2]) + (masks[3] & fixed[4 * k + 3]);
-  result.unit = static_cast<float>(unit);
   return result;
 }
 
@@ -231,13 +259,15 @@ void sum_rows(const KeyTables& tables, int head, const std::uint16_t* codes, int
               int padded_head_pairs, std::int16_t* planar, RowScratch& scratch) {
   const KeyCodecConfig& config = tables.config();
   const int padded_pairs = tables.padded_pairs();
-  scratch.bases.resize(static_cast<std::size_t>(config.num_stages * 2));
-  scratch.offsets.resize(static_cast<std::size_t>(count * config.num_stages * 2));
+  scratch.offsets.resize(static_cast<std::size_t>(count * config.num_codes()));
+  std::uint32_t* const offsets = scratch.offsets.data();
+  const auto row_size = static_cast<std::uint32_t>(tables.row_size());
+#pragma omp simd
+  for (int i = 0; i < count * config.num_codes(); ++i) offsets[i] = codes[i] * row_size;
   const auto sum = [&](int group, std::int16_t* sums) {
-    find_rows(tables, codes + group * config.num_stages * 2, config.num_codes(), count,
-              scratch.bases.data(), scratch.offsets.data());
     const auto kernel = config.tied ? sum_group<true> : sum_group<false>;
-    kernel(tables, tables.group(head, group), count, scratch.offsets.data(), sums);
+    kernel(tables, tables.group(head, group), count, offsets + group * config.num_stages * 2,
+           config.num_codes(), sums);
   };
   if (config.num_groups() == 1 && padded_pairs == padded_head_pairs) return sum(0, planar);
 
@@ -273,6 +303,19 @@ void score_subtile(const float* queries, int rows, const float* keys, int width,
       score_block<4, 4>(queries + r * width, keys + t * width, width, scores + r * kTile + t);
   for (; r < rows; ++r)
     score_block<1, kSubtile>(queries + r * width, keys, width, scores + r * kTile);
+}
+
+void score_turning_subtile(const float* queries, int rows, const std::int16_t* keys,
+                           const float* rotations, int padded_pairs, float* scores) {
+  const int width = 2 * padded_pairs;
+  int r = 0;
+  for (; r + 4 <= rows; r += 4)
+    for (int t = 0; t < kSubtile; t += 4)
+      score_turning_block<4, 4>(queries + r * width, keys + t * width, rotations + t * width,
+                                padded_pairs, scores + r * kTile + t);
+  for (; r < rows; ++r)
+    score_turning_block<1, kSubtile>(queries + r * width, keys, rotations, padded_pairs,
+                                     scores + r * kTile);
 }
 
 void add_code_bits(const std::uint8_t* bytes, int num_bytes, Index num_code_bits,

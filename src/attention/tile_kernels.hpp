@@ -17,8 +17,7 @@ inline constexpr int kCodeLanes = 32;
 
 /// What `sum_rows` needs besides its arguments.
 struct RowScratch {
-  std::vector<std::uint32_t> bases;    ///< `[2 * num_stages]`: where the codes' books begin
-  std::vector<std::uint32_t> offsets;  ///< `[count][2 * num_stages]`: of the codes' rows
+  std::vector<std::uint32_t> offsets;  ///< `[count][num_codes]`: of rows in their books
   std::vector<std::int16_t> sums;      ///< `[count][KeyTables::row_size()]`
 };
 
@@ -42,6 +41,12 @@ void rotate_back(const float* planar, const float* rotation, int padded_pairs, f
 /// scores[r * kTile + t] = <query r, key t> for kSubtile keys. `queries` `[rows][width]`, `keys`
 /// `[kSubtile][width]`.
 void score_subtile(const float* queries, int rows, const float* keys, int width, float* scores);
+
+/// The same for integer keys `[kSubtile][2 * padded_pairs]`, each of which is first rotated by its
+/// row of `rotations` (cosines, then sines). Every four rows repeat that: for few queries it costs
+/// less than to store rotated keys.
+void score_turning_subtile(const float* queries, int rows, const std::int16_t* keys,
+                           const float* rotations, int padded_pairs, float* scores);
 
 /// sums[r][i] += sum over the tokens t of a tile of weights[r * kTile + t] * (bit t % 8 of
 /// bytes[t / 8][i]), for the first 8 `num_bytes` tokens; other weights must be zero, none negative.

@@ -88,7 +88,7 @@ void assign_one(const Geometry& geometry, float* parts, const float* maxima, flo
   }
 }
 
-ChunkStatistics assign_chunk(const Geometry& geometry, const Eigen::Ref<const Matrix>& residuals,
+ChunkStatistics assign_chunk(const Geometry& geometry, const Matrix& residuals,
                              double temperature) {
   const Index size = geometry.size;
   ChunkStatistics result;
@@ -105,6 +105,18 @@ ChunkStatistics assign_chunk(const Geometry& geometry, const Eigen::Ref<const Ma
   }
   result.sums.noalias() = margins.transpose() * residuals;
   return result;
+}
+
+/// Rows of chunk `chunk`.
+Matrix read_chunk(const Residuals& residuals, Index chunk) {
+  const Index first = chunk * kChunkTokens;
+  Matrix rows(std::min(kChunkTokens, residuals.size - first), residuals.width);
+  residuals.read(first, rows);
+  return rows;
+}
+
+Index num_chunks_of(const Residuals& residuals) {
+  return (residuals.size + kChunkTokens - 1) / kChunkTokens;
 }
 
 /// Z from (diag(n_A + n_B) + j (W - W^T)) Z = S_A - j S_B, the stationary point in complex form.
@@ -150,24 +162,21 @@ Matrix solve_untied(const Statistics& statistics, const Matrix& books) {
 
 }  // namespace
 
-Statistics soft_assign(const Matrix& residuals, const Matrix& books, double temperature,
+Statistics soft_assign(const Residuals& residuals, const Matrix& books, double temperature,
                        Index batch_tokens) {
   const Geometry geometry(books);
   Statistics result;
   result.pair_weights = Eigen::MatrixXd::Zero(geometry.size, geometry.size);
   result.sums = Eigen::MatrixXd::Zero(books.rows(), books.cols());
-  const Index num_chunks = (residuals.rows() + kChunkTokens - 1) / kChunkTokens;
+  const Index num_chunks = num_chunks_of(residuals);
   const Index batch_chunks = std::max<Index>(1, batch_tokens / kChunkTokens);
   for (Index first = 0; first < num_chunks; first += batch_chunks) {
     const Index count = std::min(batch_chunks, num_chunks - first);
     std::vector<ChunkStatistics> chunks(static_cast<std::size_t>(count));
 #pragma omp parallel for schedule(dynamic)
-    for (Index i = 0; i < count; ++i) {
-      const Index row = (first + i) * kChunkTokens;
-      chunks[static_cast<std::size_t>(i)] = assign_chunk(
-          geometry, residuals.middleRows(row, std::min(kChunkTokens, residuals.rows() - row)),
-          temperature);
-    }
+    for (Index i = 0; i < count; ++i)
+      chunks[static_cast<std::size_t>(i)] =
+          assign_chunk(geometry, read_chunk(residuals, first + i), temperature);
     for (const ChunkStatistics& chunk : chunks) {
       result.squared_error += chunk.squared_error;
       result.pair_weights += chunk.pair_weights.cast<double>();
@@ -181,21 +190,22 @@ Matrix solve_books(const Statistics& statistics, const Matrix& books, bool tied)
   return tied ? solve_tied(statistics, books) : solve_untied(statistics, books);
 }
 
-void subtract_nearest(Matrix& residuals, const Matrix& books) {
+void find_nearest(const Residuals& residuals, const Matrix& books, std::uint16_t* codes,
+                  Index codes_stride) {
   const Geometry geometry(books);
-  const Index num_chunks = (residuals.rows() + kChunkTokens - 1) / kChunkTokens;
+  const Index num_chunks = num_chunks_of(residuals);
 #pragma omp parallel for schedule(dynamic)
   for (Index chunk = 0; chunk < num_chunks; ++chunk) {
-    const Index row = chunk * kChunkTokens;
-    auto rows = residuals.middleRows(row, std::min(kChunkTokens, residuals.rows() - row));
-    const Matrix parts = geometry.parts(rows);
+    const Matrix parts = geometry.parts(read_chunk(residuals, chunk));
+    std::uint16_t* code = codes + chunk * kChunkTokens * codes_stride;
     Eigen::VectorXf maxima(geometry.size);
-    for (Index t = 0; t < rows.rows(); ++t) {
+    for (Index t = 0; t < parts.rows(); ++t, code += codes_stride) {
       row_maxima(geometry, parts.row(t).data(), maxima.data());
       Index a = 0, b = 0;
       maxima.maxCoeff(&a);
       (parts.row(t).tail(geometry.size) - geometry.cross.row(a)).maxCoeff(&b);
-      rows.row(t) -= books.row(a) + books.row(geometry.size + b);
+      code[0] = static_cast<std::uint16_t>(a);
+      code[1] = static_cast<std::uint16_t>(b);
     }
   }
 }

@@ -2,43 +2,30 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <random>
 #include <utility>
 
-#include "commvq/core/float16.hpp"
-
 #include "learner/key_em.hpp"
 #include "learner/key_refinement.hpp"
+#include "learner/key_sample.hpp"
 #include "learner/progress_meter.hpp"
 
 namespace commvq {
 namespace {
 
 using key_em::Matrix;
-
-/// `count` different indices below `size` in random order; all of them if `count` is larger.
-std::vector<Index> choose(Index size, Index count, std::mt19937_64& random) {
-  std::vector<Index> indices(static_cast<std::size_t>(size));
-  std::iota(indices.begin(), indices.end(), Index{0});
-  count = std::min(count, size);
-  for (Index i = 0; i < count; ++i) {
-    const auto other = i + static_cast<Index>(random() % static_cast<std::uint64_t>(size - i));
-    std::swap(indices[static_cast<std::size_t>(i)], indices[static_cast<std::size_t>(other)]);
-  }
-  indices.resize(static_cast<std::size_t>(count));
-  return indices;
-}
+using key_em::Residuals;
 
 /// Tied books whose centres (A, A) are residuals chosen at random: rows x / (1 + j).
-Matrix initial_books(const Matrix& residuals, Index size, std::mt19937_64& random) {
-  const std::vector<Index> chosen = choose(residuals.rows(), size, random);
-  const Index g = residuals.cols() / 2;
+Matrix initial_books(const Residuals& residuals, Index size, std::mt19937_64& random) {
+  const std::vector<Index> chosen = choose(residuals.size, size, random);
+  const Index g = residuals.width / 2;
   Matrix books(2 * size, 2 * g);
+  Matrix x(1, 2 * g);
   for (Index c = 0; c < size; ++c) {
-    const auto x = residuals.row(chosen[static_cast<std::size_t>(c) % chosen.size()]);
-    books.row(c).head(g) = 0.5f * (x.head(g) + x.tail(g));
-    books.row(c).tail(g) = 0.5f * (x.tail(g) - x.head(g));
+    residuals.read(chosen[static_cast<std::size_t>(c) % chosen.size()], x);
+    books.row(c).head(g) = 0.5f * (x.row(0).head(g) + x.row(0).tail(g));
+    books.row(c).tail(g) = 0.5f * (x.row(0).tail(g) - x.row(0).head(g));
   }
   key_em::tie(books);
   return books;
@@ -63,7 +50,7 @@ double total_steps(const KeyLearnerOptions& options) {
 }
 
 /// Learns one stage of one group from its residuals and returns the best books met.
-Matrix learn_stage(const Matrix& residuals, const KeyLearnerOptions& options, int stage,
+Matrix learn_stage(const Residuals& residuals, const KeyLearnerOptions& options, int stage,
                    std::mt19937_64& random, ProgressMeter& progress,
                    std::vector<double>& objectives) {
   Matrix books = initial_books(residuals, options.codec.codebook_size, random);
@@ -74,7 +61,7 @@ Matrix learn_stage(const Matrix& residuals, const KeyLearnerOptions& options, in
         temperature_of(options, stage, std::min(step, options.max_steps - 1));
     const key_em::Statistics statistics =
         key_em::soft_assign(residuals, books, temperature, options.batch_tokens);
-    const double objective = statistics.squared_error / static_cast<double>(residuals.rows());
+    const double objective = statistics.squared_error / static_cast<double>(residuals.size);
     objectives.push_back(objective);
     if (objective < best_objective) {
       best_objective = objective;
@@ -89,14 +76,25 @@ Matrix learn_stage(const Matrix& residuals, const KeyLearnerOptions& options, in
   return best;
 }
 
-Matrix group_of(MatrixView<const float> keys, const KeyCodecConfig& config, int group) {
+/// What the first `stage` stages of a group leave of the keys whose codes `codes` holds. Made anew
+/// from the keys and codes at each reading: they take much less memory than residuals would.
+Residuals residuals_of(const KeySample& keys, const KeyCodebook<float>& codebook,
+                       const std::vector<std::uint16_t>& codes, int group, int stage) {
+  const KeyCodecConfig& config = codebook.config;
   const int g = config.group_pairs;
-  Matrix residuals(keys.rows, 2 * g);
-  for (Index t = 0; t < keys.rows; ++t)
-    for (int part = 0; part < 2; ++part)
-      std::copy_n(keys.row(t) + part * config.pairs.num_pairs() + group * g, g,
-                  residuals.row(t).data() + part * g);
-  return residuals;
+  return {keys.size(), Index{2} * g, [=, &keys, &codebook, &codes](Index first, Matrix& rows) {
+            keys.read(first, rows.rows(), group * g, g, rows.data());
+            for (Index t = 0; t < rows.rows(); ++t) {
+              const std::uint16_t* code =
+                  &codes[static_cast<std::size_t>((first + t) * config.num_codes())] +
+                  Index{2} * group * config.num_stages;
+              for (int s = 0; s < stage; ++s, code += 2) {
+                using Row = Eigen::Map<const Eigen::RowVectorXf>;
+                rows.row(t) -= Row(codebook.book(group, s, 0) + code[0] * 2 * g, 2 * g) +
+                               Row(codebook.book(group, s, 1) + code[1] * 2 * g, 2 * g);
+              }
+            }
+          }};
 }
 
 void check_keys(MatrixView<const float> keys, Index cols) {
@@ -116,22 +114,6 @@ void check_weights(const std::vector<float>& weights, Index needed) {
             "; it must be positive and finite");
 }
 
-/// A random choice of at most `max_tokens` keys, with the weights applied.
-Matrix sample_of(MatrixView<const float> keys, const KeyLearnerOptions& options,
-                 std::mt19937_64& random) {
-  Matrix sample(std::min<Index>(keys.rows, options.max_tokens), keys.cols);
-  const std::vector<Index> chosen = choose(keys.rows, sample.rows(), random);
-  for (Index t = 0; t < sample.rows(); ++t)
-    std::copy_n(keys.row(chosen[static_cast<std::size_t>(t)]), keys.cols, sample.row(t).data());
-  if (options.pair_weights.empty()) return sample;
-  const Eigen::Map<const Eigen::RowVectorXf> weights(options.pair_weights.data(), keys.cols / 2);
-  for (Index t = 0; t < sample.rows(); ++t) {
-    sample.row(t).head(weights.size()).array() *= weights.array();
-    sample.row(t).tail(weights.size()).array() *= weights.array();
-  }
-  return sample;
-}
-
 /// Divides the rows of a codebook learnt from weighted keys by the weights, which it then carries.
 void fold_weights(const std::vector<float>& weights, KeyCodebook<float>& codebook) {
   if (weights.empty()) return;
@@ -141,29 +123,39 @@ void fold_weights(const std::vector<float>& weights, KeyCodebook<float>& codeboo
   codebook.pair_weights = weights;
 }
 
-/// Keys of one head whose norm is not zero, `[tokens][head_dim]`: planar and divided by the norm
-/// that `KeyCodec` would store.
-Matrix unit_keys(MatrixView<const float> keys, const KeyCodecConfig& config, int head) {
-  const int head_dim = config.pairs.head_dim;
-  const Index first = config.norm_per_head ? Index{head} * head_dim : 0;
-  const Index count = config.norm_per_head ? head_dim : keys.cols;
-  Matrix planar(keys.rows, head_dim);
-  Index used = 0;
-  std::vector<float> unit(static_cast<std::size_t>(head_dim));
-  for (Index t = 0; t < keys.rows; ++t) {
-    double sum = 0;
-    for (Index i = first; i < first + count; ++i)
-      sum += static_cast<double>(keys(t, i)) * keys(t, i);
-    const double norm = from_bf16(to_bf16(static_cast<float>(std::sqrt(sum))));
-    if (!(norm > 0) || !std::isfinite(norm)) continue;
-    for (int c = 0; c < head_dim; ++c)
-      unit[static_cast<std::size_t>(c)] =
-          static_cast<float>(keys(t, Index{head} * head_dim + c) / norm);
-    config.pairs.to_planar(unit.data(), planar.row(used++).data());
+/// Learns the codebook of one head stage by stage, group by group, and refines it.
+KeyCodebook<float> learn(const KeySample& sample, const KeyLearnerOptions& options,
+                         std::mt19937_64& random, KeyLearnerReport* report) {
+  ProgressMeter progress(options.progress, total_steps(options));
+  KeyLearnerReport result;
+  KeyCodebook<float> codebook(options.codec);
+  const Index num_codes = options.codec.num_codes();
+  std::vector<std::uint16_t> codes(static_cast<std::size_t>(sample.size() * num_codes));
+  for (int group = 0; group < options.codec.num_groups(); ++group)
+    for (int stage = 0; stage < options.codec.num_stages; ++stage) {
+      const Residuals residuals = residuals_of(sample, codebook, codes, group, stage);
+      result.stage_objectives.emplace_back();
+      const Matrix books =
+          learn_stage(residuals, options, stage, random, progress, result.stage_objectives.back());
+      std::copy_n(books.data(), books.size(), codebook.book(group, stage, 0));
+      key_em::find_nearest(residuals, books,
+                           codes.data() + 2 * (group * options.codec.num_stages + stage),
+                           num_codes);
+    }
+  if (options.refinement.rounds > 0) {
+    codebook.config.beam_width = options.refinement.beam_width;
+    const double steps = kStepsPerRound * options.codec.num_groups() * options.codec.num_stages;
+    const auto done = [&](int round, double objective) {
+      progress.advance("keys: refinement " + std::to_string(round + 1) + "/" +
+                           std::to_string(options.refinement.rounds),
+                       steps, objective);
+    };
+    result.refinement_objectives = refine_key_codebook(sample, options.refinement,
+                                                       options.batch_tokens, codebook, codes, done);
   }
-  if (used == 0) planar.row(used++).setZero();  // a head that is always zero learns zeros
-  planar.conservativeResize(used, Eigen::NoChange);
-  return planar;
+  fold_weights(options.pair_weights, codebook);
+  if (report != nullptr) *report = std::move(result);
+  return codebook;
 }
 
 }  // namespace
@@ -209,35 +201,7 @@ KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
   check_keys(keys, options.codec.pairs.head_dim);
   check_weights(options.pair_weights, options.codec.pairs.num_pairs());
   std::mt19937_64 random(options.seed);
-  const Matrix sample = sample_of(keys, options, random);
-  const MatrixView<const float> sampled(sample.data(), sample.rows(), sample.cols());
-
-  ProgressMeter progress(options.progress, total_steps(options));
-  KeyLearnerReport result;
-  KeyCodebook<float> codebook(options.codec);
-  for (int group = 0; group < options.codec.num_groups(); ++group) {
-    Matrix residuals = group_of(sampled, options.codec, group);
-    for (int stage = 0; stage < options.codec.num_stages; ++stage) {
-      result.stage_objectives.emplace_back();
-      const Matrix books =
-          learn_stage(residuals, options, stage, random, progress, result.stage_objectives.back());
-      std::copy_n(books.data(), books.size(), codebook.book(group, stage, 0));
-      key_em::subtract_nearest(residuals, books);
-    }
-  }
-  if (options.refinement.rounds > 0) {
-    codebook.config.beam_width = options.refinement.beam_width;
-    const double steps = kStepsPerRound * options.codec.num_groups() * options.codec.num_stages;
-    result.refinement_objectives = refine_key_codebook(
-        sampled, options.refinement, codebook, [&](int round, double objective) {
-          progress.advance("keys: refinement " + std::to_string(round + 1) + "/" +
-                               std::to_string(options.refinement.rounds),
-                           steps, objective);
-        });
-  }
-  fold_weights(options.pair_weights, codebook);
-  if (report != nullptr) *report = std::move(result);
-  return codebook;
+  return learn(KeySample(keys, options, random), options, random, report);
 }
 
 KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& options,
@@ -258,7 +222,6 @@ KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& 
   std::vector<KeyCodebook<float>> codebooks;
   if (reports != nullptr) reports->assign(static_cast<std::size_t>(num_heads), {});
   for (int head = 0; head < num_heads; ++head) {
-    const Matrix units = unit_keys(keys, options.codec, head);
     KeyLearnerOptions of_head = options;
     of_head.seed = options.seed + static_cast<std::uint64_t>(head);
     if (const auto weights = options.pair_weights.begin(); !options.pair_weights.empty())
@@ -269,8 +232,11 @@ KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& 
         progress.fraction = (head + progress.fraction) / num_heads;
         options.progress(progress);
       };
-    codebooks.push_back(learn_key_codebook({units.data(), units.rows(), head_dim}, of_head,
-                                           reports != nullptr ? &(*reports)[head] : nullptr));
+    std::mt19937_64 random(of_head.seed);
+    const KeySample sample(keys, head, of_head, random);
+    codebooks.push_back(
+        learn(sample, of_head, random,
+              reports != nullptr ? &(*reports)[static_cast<std::size_t>(head)] : nullptr));
   }
   return KeyCodec(std::move(codebooks));
 }

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <complex>
-#include <numeric>
+#include <limits>
 #include <utility>
 
 #include "commvq/key_codec/encoder.hpp"
@@ -15,30 +15,40 @@ namespace {
 using Complex = std::complex<double>;
 using Codes = std::vector<std::uint16_t>;
 
+/// Calls `use(first, keys)` for the keys `[count][head_dim]` of each batch, from `first` on.
+template <class Use>
+void for_each_batch(const KeySample& sample, int num_pairs, Index batch_tokens, Use use) {
+  std::vector<float> batch(
+      static_cast<std::size_t>(std::min(sample.size(), batch_tokens) * 2 * num_pairs));
+  for (Index first = 0; first < sample.size(); first += batch_tokens) {
+    const Index count = std::min(batch_tokens, sample.size() - first);
+#pragma omp parallel for
+    for (Index t = 0; t < count; ++t)
+      sample.read(first + t, 1, 0, num_pairs, batch.data() + t * 2 * num_pairs);
+    use(first, MatrixView<const float>(batch.data(), count, Index{2} * num_pairs));
+  }
+}
+
 /// |key - decoded|^2 of every key, in double precision.
 std::vector<double> squared_errors(MatrixView<const float> keys, const KeyCodebook<float>& codebook,
-                                   const Codes& codes) {
-  const Index num_codes = codebook.config.num_codes();
+                                   const std::uint16_t* codes) {
   std::vector<double> errors(static_cast<std::size_t>(keys.rows));
 #pragma omp parallel
   {
     std::vector<float> decoded(static_cast<std::size_t>(keys.cols));
 #pragma omp for
     for (Index t = 0; t < keys.rows; ++t) {
-      decode_key(codebook, &codes[static_cast<std::size_t>(t * num_codes)], decoded.data());
+      decode_key(codebook, codes + t * codebook.config.num_codes(), decoded.data());
       double sum = 0;
       for (Index i = 0; i < keys.cols; ++i) {
-        const double difference = static_cast<double>(keys(t, i)) - decoded[i];
+        const double difference =
+            static_cast<double>(keys(t, i)) - decoded[static_cast<std::size_t>(i)];
         sum += difference * difference;
       }
       errors[static_cast<std::size_t>(t)] = sum;
     }
   }
   return errors;
-}
-
-double mean(const std::vector<double>& values) {
-  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
 }
 
 /// The least squares of one group: find the rows U that minimise the sum over keys of
@@ -52,30 +62,57 @@ class JointLeastSquares {
     if (!config.tied) num_rows_ *= 2;
   }
 
-  void solve(MatrixView<const float> keys, const Codes& codes, double ridge,
+  void solve(const KeySample& keys, const Codes& codes, Index batch_tokens, double ridge,
              KeyCodebook<float>& codebook) const {
     const Eigen::MatrixXcd old = current(codebook);
     if (config_.tied) {
-      store(old + change<Complex>(keys, codes, ridge, old), codebook);
+      store(old + change<Complex>(keys, codes, batch_tokens, ridge, old), codebook);
     } else {
-      store(old + change<double>(keys, codes, ridge, old).template cast<Complex>(), codebook);
+      store(old + change<double>(keys, codes, batch_tokens, ridge, old), codebook);
     }
   }
 
  private:
-  struct Term {
-    Index row;
-    bool times_j;
+  /// Sums over the keys: the normal matrix N and the right side, whose columns are rows of U.
+  template <class Scalar>
+  struct Equations {
+    Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic> normal;
+    Eigen::MatrixXcd right;
   };
 
-  void terms_of(const std::uint16_t* codes, std::vector<Term>& terms) const {
-    terms.clear();
-    const std::uint16_t* code = codes + Index{2} * group_ * config_.num_stages;
-    for (Index stage = 0; stage < config_.num_stages; ++stage)
-      for (int which = 0; which < 2; ++which) {
-        const Index book = config_.tied ? stage : 2 * stage + which;
-        terms.push_back({book * config_.codebook_size + *code++, config_.tied && which == 1});
-      }
+  /// The unknown that code number `k` of the group names.
+  Index row_of(int k, std::uint16_t code) const {
+    return Index{config_.tied ? k / 2 : k} * config_.codebook_size + code;
+  }
+  /// Whether the unknown that code number `k` names counts j times.
+  bool times_j(int k) const { return config_.tied && k % 2 == 1; }
+
+  /// Adds a batch of keys. `codes` are those of this group, `[count]` rows num_codes apart. Every
+  /// thread adds to the rows of N of its own books, token by token: the sums do not depend on the
+  /// threads.
+  template <class Scalar>
+  void add(MatrixView<const float> keys, const std::uint16_t* codes,
+           Equations<Scalar>& equations) const {
+    const int g = config_.group_pairs;
+    Eigen::MatrixXcd columns(g, keys.rows);
+    for (Index t = 0; t < keys.rows; ++t)
+      for (int i = 0; i < g; ++i)
+        columns(i, t) = Complex(keys(t, group_ * g + i), keys(t, keys.cols / 2 + group_ * g + i));
+#pragma omp parallel for schedule(dynamic)
+    for (int stage = 0; stage < config_.num_stages; ++stage)
+      for (Index t = 0; t < keys.rows; ++t)
+        for (int k = 2 * stage; k < 2 * stage + 2; ++k) {
+          const std::uint16_t* const key_codes = codes + t * config_.num_codes();
+          const Index row = row_of(k, key_codes[k]);
+          if (times_j(k)) {
+            equations.right.col(row) += Complex(0, -1) * columns.col(t);
+          } else {
+            equations.right.col(row) += columns.col(t);
+          }
+          for (int other = 0; other < 2 * config_.num_stages; ++other)
+            equations.normal(row, row_of(other, key_codes[other])) +=
+                product<Scalar>(times_j(k), times_j(other));
+        }
   }
 
   /// Row `row` of the unknowns as complex numbers `[num_rows][g]`; for real unknowns the complex
@@ -112,25 +149,17 @@ class JointLeastSquares {
   /// and lambda = ridge * mean diagonal: the proximal term lambda |U - old|^2. One Cholesky
   /// factorisation serves all pairs.
   template <class Scalar>
-  Eigen::MatrixXcd change(MatrixView<const float> keys, const Codes& codes, double ridge,
-                          const Eigen::MatrixXcd& old) const {
+  Eigen::MatrixXcd change(const KeySample& keys, const Codes& codes, Index batch_tokens,
+                          double ridge, const Eigen::MatrixXcd& old) const {
     using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic>;
-    const int g = config_.group_pairs;
-    const Index num_pairs = keys.cols / 2;
-    Matrix normal = Matrix::Zero(num_rows_, num_rows_);
-    Eigen::MatrixXcd right = Eigen::MatrixXcd::Zero(g, num_rows_);  // columns are rows of U
-    std::vector<Term> terms;
-    Eigen::VectorXcd key(g);
-    for (Index t = 0; t < keys.rows; ++t) {
-      terms_of(&codes[static_cast<std::size_t>(t * config_.num_codes())], terms);
-      for (int i = 0; i < g; ++i)
-        key[i] = Complex(keys(t, group_ * g + i), keys(t, num_pairs + group_ * g + i));
-      for (const Term& left : terms) {
-        right.col(left.row) += left.times_j ? Complex(0, -1) * key : key;
-        for (const Term& other : terms)
-          normal(left.row, other.row) += product<Scalar>(left.times_j, other.times_j);
-      }
-    }
+    Equations<Scalar> equations = {Matrix::Zero(num_rows_, num_rows_),
+                                   Eigen::MatrixXcd::Zero(config_.group_pairs, num_rows_)};
+    for_each_batch(keys, config_.pairs.num_pairs(), batch_tokens,
+                   [&](Index first, MatrixView<const float> batch) {
+                     const Index first_code = Index{2} * group_ * config_.num_stages;
+                     add(batch, codes.data() + first * config_.num_codes() + first_code, equations);
+                   });
+    auto& [normal, right] = equations;
     const double lambda = ridge * normal.diagonal().real().mean();
     const Eigen::MatrixXcd target = right.transpose() - normal.template cast<Complex>() * old;
     normal.diagonal().array() += Scalar(lambda);
@@ -163,40 +192,58 @@ class JointLeastSquares {
 
 }  // namespace
 
-std::vector<double> refine_key_codebook(MatrixView<const float> keys,
-                                        const KeyRefinement& refinement,
-                                        KeyCodebook<float>& codebook,
+std::vector<double> refine_key_codebook(const KeySample& keys, const KeyRefinement& refinement,
+                                        Index batch_tokens, KeyCodebook<float>& codebook,
+                                        Codes& codes,
                                         const std::function<void(int, double)>& done) {
   const Index num_codes = codebook.config.num_codes();
-  Codes codes(static_cast<std::size_t>(keys.rows * num_codes));
-  KeyEncoder<float>(codebook).encode(keys, refinement.beam_width,
-                                     as_matrix(codes, keys.rows, num_codes));
-  std::vector<double> errors = squared_errors(keys, codebook, codes);
-  std::vector<double> objectives = {mean(errors)};
+  const int num_pairs = codebook.config.pairs.num_pairs();
+  const auto codes_at = [&](Index token) { return codes.data() + token * num_codes; };
+  const auto error_of = [&](const KeyCodebook<float>& decoder) {
+    double sum = 0;
+    for_each_batch(keys, num_pairs, batch_tokens, [&](Index first, MatrixView<const float> batch) {
+      for (const double error : squared_errors(batch, decoder, codes_at(first))) sum += error;
+    });
+    return sum / static_cast<double>(keys.size());
+  };
+  // Codes anew; `keep` says whether a key's old ones remain where they are better.
+  const auto encode = [&](bool keep) {
+    const KeyEncoder<float> encoder(codebook);
+    Codes new_codes;
+    double sum = 0;
+    for_each_batch(keys, num_pairs, batch_tokens, [&](Index first, MatrixView<const float> batch) {
+      new_codes.resize(static_cast<std::size_t>(batch.rows * num_codes));
+      encoder.encode(batch, refinement.beam_width, as_matrix(new_codes, batch.rows, num_codes));
+      const std::vector<double> new_errors = squared_errors(batch, codebook, new_codes.data());
+      const std::vector<double> errors =
+          keep ? squared_errors(batch, codebook, codes_at(first))
+               : std::vector<double>(new_errors.size(), std::numeric_limits<double>::infinity());
+      for (Index t = 0; t < batch.rows; ++t) {
+        const auto at = static_cast<std::size_t>(t);
+        sum += std::min(errors[at], new_errors[at]);
+        if (new_errors[at] < errors[at])
+          std::copy_n(new_codes.data() + t * num_codes, num_codes, codes_at(first + t));
+      }
+    });
+    return sum / static_cast<double>(keys.size());
+  };
+
+  double error = encode(false);
+  std::vector<double> objectives = {error};
   for (int round = 0; round < refinement.rounds; ++round) {
     for (int group = 0; group < codebook.config.num_groups(); ++group) {
       KeyCodebook<float> candidate = codebook;
-      JointLeastSquares(codebook.config, group).solve(keys, codes, refinement.ridge, candidate);
-      std::vector<double> candidate_errors = squared_errors(keys, candidate, codes);
-      if (!(mean(candidate_errors) < mean(errors))) continue;
+      JointLeastSquares(codebook.config, group)
+          .solve(keys, codes, batch_tokens, refinement.ridge, candidate);
+      const double candidate_error = error_of(candidate);
+      if (!(candidate_error < error)) continue;
       codebook = std::move(candidate);
-      errors = std::move(candidate_errors);
+      error = candidate_error;
     }
-    objectives.push_back(mean(errors));
-
-    Codes new_codes(codes.size());
-    KeyEncoder<float>(codebook).encode(keys, refinement.beam_width,
-                                       as_matrix(new_codes, keys.rows, num_codes));
-    const std::vector<double> new_errors = squared_errors(keys, codebook, new_codes);
-    for (Index t = 0; t < keys.rows; ++t) {
-      const auto i = static_cast<std::size_t>(t);
-      if (!(new_errors[i] < errors[i])) continue;
-      errors[i] = new_errors[i];
-      std::copy_n(&new_codes[static_cast<std::size_t>(t * num_codes)], num_codes,
-                  &codes[static_cast<std::size_t>(t * num_codes)]);
-    }
-    objectives.push_back(mean(errors));
-    done(round, objectives.back());
+    objectives.push_back(error);
+    error = encode(true);
+    objectives.push_back(error);
+    done(round, error);
   }
   return objectives;
 }

@@ -1,9 +1,10 @@
+#include "learner/key_em.hpp"
+
 #include <random>
 
-#include "learner/key_em.hpp"
-#include "reference/key_em_reference.hpp"
-
 #include <gtest/gtest.h>
+
+#include "reference/key_em_reference.hpp"
 
 namespace commvq {
 namespace {
@@ -36,7 +37,8 @@ class KeyEm : public testing::TestWithParam<bool> {
 TEST_P(KeyEm, StatisticsEqualTheReferences) {
   for (const double temperature : {1.0, 0.05}) {
     const auto p = reference::soft_assignment(x(), first(books_), second(books_), temperature);
-    const key_em::Statistics found = key_em::soft_assign(residuals_, books_, temperature, 64);
+    const key_em::Statistics found =
+        key_em::soft_assign(key_em::residuals_of(residuals_), books_, temperature, 64);
     for (Index a = 0; a < kCentroids; ++a)
       for (Index b = 0; b < kCentroids; ++b)
         EXPECT_NEAR(found.pair_weights(a, b), p.col(a * kCentroids + b).sum(), 2e-3);
@@ -49,7 +51,8 @@ TEST_P(KeyEm, StatisticsEqualTheReferences) {
           const Eigen::RowVectorXd row = residuals_.row(t).cast<double>();
           sums.row(a) += p(t, a * kCentroids + b) * row;
           sums.row(kCentroids + b) += p(t, a * kCentroids + b) * row;
-          least = std::min(least, (x().row(t) - first(books_).row(a) - second(books_).row(b)).squaredNorm());
+          least = std::min(
+              least, (x().row(t) - first(books_).row(a) - second(books_).row(b)).squaredNorm());
         }
       error += least;
     }
@@ -59,8 +62,8 @@ TEST_P(KeyEm, StatisticsEqualTheReferences) {
 }
 
 TEST_P(KeyEm, BatchSizeChangesOnlyRounding) {
-  const auto small = key_em::soft_assign(residuals_, books_, 0.3, 7);
-  const auto large = key_em::soft_assign(residuals_, books_, 0.3, 4096);
+  const auto small = key_em::soft_assign(key_em::residuals_of(residuals_), books_, 0.3, 7);
+  const auto large = key_em::soft_assign(key_em::residuals_of(residuals_), books_, 0.3, 4096);
   EXPECT_LT((small.pair_weights - large.pair_weights).cwiseAbs().maxCoeff(), 1e-3);
   EXPECT_NEAR(small.squared_error, large.squared_error, 1e-4 * large.squared_error);
 }
@@ -68,8 +71,9 @@ TEST_P(KeyEm, BatchSizeChangesOnlyRounding) {
 TEST_P(KeyEm, SolvedBooksAreStationary) {
   const double temperature = 0.3;
   const auto p = reference::soft_assignment(x(), first(books_), second(books_), temperature);
-  const key_em::Matrix solved =
-      key_em::solve_books(key_em::soft_assign(residuals_, books_, temperature, 64), books_, tied());
+  const key_em::Matrix solved = key_em::solve_books(
+      key_em::soft_assign(key_em::residuals_of(residuals_), books_, temperature, 64), books_,
+      tied());
   const double before = reference::soft_objective(x(), p, first(books_), second(books_));
   const double after = reference::soft_objective(x(), p, first(solved), second(solved));
   EXPECT_LT(after, 0.99 * before);
@@ -80,7 +84,8 @@ TEST_P(KeyEm, SolvedBooksAreStationary) {
         key_em::Matrix moved = solved;
         moved(row, col) += step;
         if (tied()) key_em::tie(moved);
-        EXPECT_GE(reference::soft_objective(x(), p, first(moved), second(moved)), after * (1 - 1e-6));
+        EXPECT_GE(reference::soft_objective(x(), p, first(moved), second(moved)),
+                  after * (1 - 1e-6));
       }
 }
 
@@ -88,17 +93,27 @@ TEST_P(KeyEm, TiedSolutionEqualsTheReferences) {
   if (!tied()) return;  // Untied books are determined only up to a shift.
   const auto p = reference::soft_assignment(x(), first(books_), second(books_), 0.3);
   const auto expected = reference::solve_tied(x(), p, kCentroids);
-  const key_em::Matrix solved =
-      key_em::solve_books(key_em::soft_assign(residuals_, books_, 0.3, 64), books_, true);
+  const key_em::Matrix solved = key_em::solve_books(
+      key_em::soft_assign(key_em::residuals_of(residuals_), books_, 0.3, 64), books_, true);
   EXPECT_LT((first(solved) - expected).cwiseAbs().maxCoeff(), 2e-3);
   EXPECT_LT((second(solved) - std::complex<double>(0, 1) * expected).cwiseAbs().maxCoeff(), 2e-3);
 }
 
-TEST_P(KeyEm, SubtractsTheNearestCentre) {
-  const key_em::Matrix before = residuals_;
-  key_em::subtract_nearest(residuals_, books_);
-  const double left = residuals_.cast<double>().squaredNorm();
-  EXPECT_NEAR(left, key_em::soft_assign(before, books_, 1.0, 64).squared_error, 1e-4 * left);
+TEST_P(KeyEm, FindsTheNearestCentre) {
+  std::vector<std::uint16_t> codes(kTokens * 3, 99);
+  key_em::find_nearest(key_em::residuals_of(residuals_), books_, codes.data(), 3);
+  double left = 0;
+  for (Index t = 0; t < kTokens; ++t) {
+    const std::uint16_t* const code = &codes[static_cast<std::size_t>(3 * t)];
+    ASSERT_LT(code[0], kCentroids);
+    ASSERT_LT(code[1], kCentroids);
+    ASSERT_EQ(code[2], 99);
+    left += (residuals_.row(t) - books_.row(code[0]) - books_.row(kCentroids + code[1]))
+                .cast<double>()
+                .squaredNorm();
+  }
+  const auto statistics = key_em::soft_assign(key_em::residuals_of(residuals_), books_, 1.0, 64);
+  EXPECT_NEAR(left, statistics.squared_error, 1e-4 * left);
 }
 
 INSTANTIATE_TEST_SUITE_P(Ties, KeyEm, testing::Bool(),

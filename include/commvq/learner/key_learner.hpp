@@ -22,7 +22,7 @@ struct KeyLearnerOptions {
   double last_temperature = 1e-5;   ///< ... and at the last step; exponential in between
   int stages_per_decade = 4;        ///< both are divided by 10 after every so many stages
   int max_tokens = 65536;           ///< learn from a random choice of at most so many keys
-  int batch_tokens = 4096;          ///< tokens whose assignments are in memory at once
+  int batch_tokens = 4096;          ///< tokens whose keys and assignments are in memory at once
   std::uint64_t seed = 1;
   KeyRefinement refinement;
   /// Of the error that is minimised, learning and later encoding, `[num_kv_heads][num_pairs]` (one
@@ -68,8 +68,16 @@ KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys, const KeyLea
 
 /// Learns a layer's codec from `keys` `[tokens][num_kv_heads * head_dim]`, channel order, before
 /// RoPE, not normalised: divides by the norms that the codec will store, then learns each head.
-/// Keys with norm 0 are left out; throws `Error` if all keys are zero.
-/// `reports` is null or receives one report a head.
+/// Keys with norm 0 are left out.
+///
+/// `keys` are read in batches, as often as they are needed, and not copied. Besides the work of
+/// `batch_tokens` of them, memory is taken, for one head at a time, for each of the at most
+/// `max_tokens` keys that are learnt from: position, norm and codes (12 + 2 * num_codes bytes, 56
+/// with 11 stages and one group), and about 80 bytes before that while they are chosen. Stages and
+/// re-encodings hand codes on to each other; residuals are made from keys and codes whenever a batch
+/// of them is needed.
+///
+/// Throws `Error` if all keys are zero. `reports` is null or receives one report a head.
 KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& options,
                          std::vector<KeyLearnerReport>* reports = nullptr);
 
