@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/cuda/page_layout.hpp"
 #include "commvq/key_codec/key_codec.hpp"
 
@@ -14,7 +15,7 @@ namespace commvq::cuda {
 /// taken off; the means come back as one integer offset per channel, and what their rounding leaves
 /// goes into the first book. The unit is the smallest for which no sum of one row a book leaves
 /// [-127, 127]: four sums then add up in one 32-bit word, whatever the intermediate sums.
-struct IntegerKeySlice {
+struct COMMVQ_API IntegerKeySlice {
   int width = 64;  ///< pairs, 64 or 32
   int num_books = 0;
   int codebook_size = 0;
@@ -40,9 +41,9 @@ struct IntegerKeySlice {
 
 /// The codec whose codebooks are what the integers stand for: with it the evaluation measures what
 /// rounding costs. The same codes decode to what the device computes.
-KeyCodec rounded_to_integers(const KeyCodec& codec, const DevicePageLayout& layout);
+COMMVQ_API KeyCodec rounded_to_integers(const KeyCodec& codec, const DevicePageLayout& layout);
 
 /// Pairs of a head that one slice covers: 64 for groups of more than 32 pairs, else 32.
-int slice_width(const KeyCodecConfig& config);
+COMMVQ_API int slice_width(const KeyCodecConfig& config);
 
 }  // namespace commvq::cuda
