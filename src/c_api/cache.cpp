@@ -99,6 +99,12 @@ commvq_status commvq_cache_options_init(commvq_cache_options* options, size_t st
       [&] { write_struct(options, struct_size, default_cache_options(), "commvq_cache_options"); });
 }
 
+commvq_status commvq_attention_options_init(commvq_attention_options* options, size_t struct_size) {
+  return guarded([&] {
+    write_struct(options, struct_size, default_attention_options(), "commvq_attention_options");
+  });
+}
+
 commvq_status commvq_cache_create(const commvq_codecs* codecs, const commvq_cache_options* options,
                                   commvq_cache** cache) {
   return guarded([&] {
