@@ -55,6 +55,14 @@ find_core() {
   "$WORK/find_core/find_core"
 }
 
+find_cuda() {
+  fresh "$WORK/find_cuda"
+  configure "$here/find_cuda" "$WORK/find_cuda" -DCMAKE_PREFIX_PATH="$WORK/installed" \
+    -DCMAKE_CXX_FLAGS="$FLAGS"
+  cmake --build "$WORK/find_cuda"
+  "$WORK/find_cuda/find_cuda"
+}
+
 find_commvq() { # TREE
   local build=$WORK/find_commvq_$1 flags
   flags=$(flags_of "$1")
