@@ -16,7 +16,7 @@ fail() {
 # says PATTERN TEXT WHAT: the text matches the extended regular expression.
 says() { grep -Eq -- "$1" <<<"$2" || fail "no '$1' in $3: $2"; }
 fresh() { rm -rf "$1" && mkdir -p "$1"; }
-flags_of() { [[ $1 == installed ]] && echo "$FLAGS" || true; }
+flags_of() { if [[ $1 == installed ]]; then echo "$FLAGS"; fi; }
 configure() { # SOURCE BUILD OPTIONS...
   cmake -S "$1" -B "$2" -G "$GENERATOR" -DCMAKE_C_COMPILER="$CC" -DCMAKE_CXX_COMPILER="$CXX" "${@:3}"
 }
