@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that building commvq needs, those that are missing only.
+# Installs the Debian packages that building commvq needs, and those given as arguments; those that
+# are missing only.
 set -euo pipefail
 
 packages=(g++ cmake ninja-build pkg-config libeigen3-dev nlohmann-json3-dev libcli11-dev
-  libpcre2-dev libgtest-dev libgmock-dev libbenchmark-dev)
+  libpcre2-dev libgtest-dev libgmock-dev libbenchmark-dev "$@")
 
 missing=()
 for package in "${packages[@]}"; do

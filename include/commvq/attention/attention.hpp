@@ -1,11 +1,12 @@
 #pragma once
 
 #include "commvq/cache/cache.hpp"
+#include "commvq/core/export.h"
 #include "commvq/core/view.hpp"
 
 namespace commvq {
 
-struct AttentionOptions {
+struct COMMVQ_API AttentionOptions {
   float scale = 0.0f;        ///< of the scores; 0 stands for 1 / sqrt(head_dim)
   Index sliding_window = 0;  ///< a query sees the newest so many tokens, itself included; 0: all
   float soft_cap = 0.0f;     ///< scores become cap * tanh(score / cap); 0: none
@@ -28,7 +29,8 @@ struct AttentionOptions {
 ///
 /// Throws `Error` for shapes that do not fit, no queries, an empty cache, NaN or infinity in the
 /// queries, and for more queries than `cache.first_query_position()` allows.
-void attend(const LayerCache& cache, MatrixView<const float> queries,
-            const AttentionOptions& options, MatrixView<float> output, float* lse = nullptr);
+COMMVQ_API void attend(const LayerCache& cache, MatrixView<const float> queries,
+                       const AttentionOptions& options, MatrixView<float> output,
+                       float* lse = nullptr);
 
 }  // namespace commvq

@@ -7,6 +7,7 @@
 #include "commvq/cache/exact_store.hpp"
 #include "commvq/cache/key_tables.hpp"
 #include "commvq/cache/page.hpp"
+#include "commvq/core/export.h"
 #include "commvq/core/float16.hpp"
 #include "commvq/core/view.hpp"
 #include "commvq/io/codebook_file.hpp"
@@ -15,7 +16,7 @@
 namespace commvq {
 
 /// What a cache stores exactly, and how.
-struct CacheConfig {
+struct COMMVQ_API CacheConfig {
   RopeConfig rope;       ///< of the model; also gives head_dim and the pair layout
   int num_kv_heads = 1;  ///< at least 1
   Index window = 128;    ///< a query reads the newest `window` tokens, itself included, exactly
@@ -47,7 +48,7 @@ struct CacheConfig {
 ///
 /// Copying is `fork()`: pages are shared until one of the copies writes to them. Different caches,
 /// forks included, may be used from different threads; one cache by one thread at a time.
-class LayerCache {
+class COMMVQ_API LayerCache {
  public:
   /// A null side of `codec` is kept in `exact_type` in the pages. Throws `Error` if the
   /// configuration is invalid or the codec's shapes differ from it.
@@ -134,7 +135,7 @@ class LayerCache {
 };
 
 /// Compressed keys and values of all layers of one sequence.
-class Cache {
+class COMMVQ_API Cache {
  public:
   /// One codec per layer. Throws `Error` for no layers or shapes that do not fit.
   Cache(const CacheConfig& config, std::vector<LayerCodec> codecs);

@@ -3,19 +3,20 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/core/float16.hpp"
 #include "commvq/core/view.hpp"
 
 namespace commvq {
 
 /// Rounds `count` floats to `type` into `bytes`, `count * size_of(type)` bytes, any alignment.
-void round_floats(const float* values, Index count, FloatType type, std::uint8_t* bytes);
+COMMVQ_API void round_floats(const float* values, Index count, FloatType type, std::uint8_t* bytes);
 /// The inverse: exact conversion to floats.
-void widen_floats(const std::uint8_t* bytes, Index count, FloatType type, float* values);
+COMMVQ_API void widen_floats(const std::uint8_t* bytes, Index count, FloatType type, float* values);
 
 /// A queue of tokens whose keys and values are stored in a `FloatType`: rows of
 /// `[num_channels]` keys, then `[num_channels]` values. Grows at the end, shrinks at both ends.
-class ExactStore {
+class COMMVQ_API ExactStore {
  public:
   ExactStore(FloatType type, Index num_channels) : type_(type), num_channels_(num_channels) {}
 

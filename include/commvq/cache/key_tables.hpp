@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/key_codec/key_codec.hpp"
 
 namespace commvq {
@@ -13,7 +14,7 @@ namespace commvq {
 /// Every pair of channels has a unit of its own, chosen so that no sum of one row per book
 /// overflows 16 bits: pair i of a decoded head is unit(i) times the sum of its integers. Of tied
 /// books only the first is kept: rows of the second are j times its rows.
-class KeyTables {
+class COMMVQ_API KeyTables {
  public:
   /// Integers in one cache line, and pairs in one column.
   static constexpr int kLanes = 32;

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/core/float16.hpp"
 #include "commvq/core/view.hpp"
 #include "commvq/io/codebook_file.hpp"
@@ -24,7 +25,7 @@ using PagePtr = std::shared_ptr<Page>;
 ///
 /// A byte of the value codes holds one code bit of eight tokens, because attention adds up
 /// probabilities along tokens.
-struct PageLayout {
+struct COMMVQ_API PageLayout {
   Index page_size = 64;
   FloatType exact_type = FloatType::kBf16;
   Index num_channels = 0;  ///< num_kv_heads * head_dim

@@ -4,11 +4,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "commvq/core/export.h"
+
 namespace commvq {
 
 /// The one exception type of the library. Its message names the offending value, the limit it broke
 /// and, where there is one, what to do about it.
-class Error : public std::runtime_error {
+class COMMVQ_API Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };

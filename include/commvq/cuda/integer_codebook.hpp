@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/cuda/page_layout.hpp"
 #include "commvq/key_codec/key_codec.hpp"
 
@@ -16,7 +17,7 @@ namespace commvq::cuda {
 /// of one row a book leaves [-127, 127] (8 bits) or [0, 255] (4 bits): four sums then add up in one
 /// 32-bit word, whatever the intermediate sums. Rows of 4 bits are in [0, 15]; those of a group's
 /// first stage, which are larger than the others, in [0, 30] and kept as two that add up to them.
-struct IntegerKeySlice {
+struct COMMVQ_API IntegerKeySlice {
   int width = 64;  ///< pairs, 64 or 32
   int row_bits = 8;
   int first_book = 0;  ///< of the group's
@@ -52,23 +53,24 @@ struct IntegerKeySlice {
 /// Bits of the device's key rows: 4 for the shapes whose kernels add up such rows (one plane of 20
 /// to 22 or two of 20 or 21 books of 64 centroids a group, as in the presets at head_dim 128),
 /// else 8.
-int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config);
+COMMVQ_API int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config);
 
 /// The integer rows of pairs `[first_pair, first_pair + num_pairs)` of the head for the planes that
 /// one kernel adds up: `layout.planes[first_plane]` and, at 4 bits, the other of its group. Their
 /// units are at most sixteen times those of the first.
-std::vector<IntegerKeySlice> integer_slices(const KeyCodebook<float>& codebook,
-                                            const DevicePageLayout& layout, int first_plane,
-                                            int first_pair, int num_pairs);
+COMMVQ_API std::vector<IntegerKeySlice> integer_slices(const KeyCodebook<float>& codebook,
+                                                       const DevicePageLayout& layout,
+                                                       int first_plane, int first_pair,
+                                                       int num_pairs);
 
 /// Planes that one kernel adds up: all of a group at 4 bits, else one.
-int planes_of_slice(const DevicePageLayout& layout, int row_bits);
+COMMVQ_API int planes_of_slice(const DevicePageLayout& layout, int row_bits);
 
 /// The codec whose codebooks are what the integers stand for: with it the evaluation measures what
 /// rounding costs. The same codes decode to what the device computes.
-KeyCodec rounded_to_integers(const KeyCodec& codec, const DevicePageLayout& layout);
+COMMVQ_API KeyCodec rounded_to_integers(const KeyCodec& codec, const DevicePageLayout& layout);
 
 /// Pairs of a head that one slice covers: 64 for groups of more than 32 pairs, else 32.
-int slice_width(const KeyCodecConfig& config);
+COMMVQ_API int slice_width(const KeyCodecConfig& config);
 
 }  // namespace commvq::cuda

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "commvq/core/export.h"
 #include "commvq/core/view.hpp"
 #include "commvq/key_codec/config.hpp"
 
@@ -43,7 +44,7 @@ struct KeyPlane {
 /// tail. So every code has a bit position that does not depend on the token, no bit is wasted, and
 /// the sections begin on 16 bytes. The bits are the same as in the host's `PageLayout`, in another
 /// order.
-struct DevicePageLayout {
+struct COMMVQ_API DevicePageLayout {
   static constexpr int kMaxPlanes = 16;
 
   int page_size = 64;  ///< tokens: 16, 32, 64 or 128
@@ -93,17 +94,17 @@ struct DevicePageLayout {
 
 /// Shared memory that one plane's rows may take on a device of this compute capability
 /// (major * 10 + minor, e.g. 90). The layout of pages depends on it.
-Index key_plane_bytes(int compute_capability);
+COMMVQ_API Index key_plane_bytes(int compute_capability);
 
 /// Writes token `slot` of a page in host memory: what `append` writes on the device.
 /// `key_codes` is `[num_kv_heads][num_groups][num_stages][2]`, `key_norms` `[norms_per_token]`
 /// bf16, `value_code` the packed bits as `ValueCodec::encode` writes them.
-void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
-               const std::uint16_t* key_codes, const std::uint16_t* key_norms,
-               const std::uint8_t* value_code, std::uint16_t value_scale);
+COMMVQ_API void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
+                          const std::uint16_t* key_codes, const std::uint16_t* key_norms,
+                          const std::uint8_t* value_code, std::uint16_t value_scale);
 /// The inverse.
-void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slot,
-               std::uint16_t* key_codes, std::uint16_t* key_norms, std::uint8_t* value_code,
-               std::uint16_t* value_scale);
+COMMVQ_API void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slot,
+                          std::uint16_t* key_codes, std::uint16_t* key_norms,
+                          std::uint8_t* value_code, std::uint16_t* value_scale);
 
 }  // namespace commvq::cuda

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/key_codec/key_codec.hpp"
 #include "commvq/rope/rope.hpp"
 #include "commvq/value_codec/value_codec.hpp"
@@ -18,7 +19,7 @@ struct LayerCodec {
 };
 
 /// Codecs of a whole model, and what they belong to.
-struct ModelCodecs {
+struct COMMVQ_API ModelCodecs {
   RopeConfig rope;
   int num_kv_heads = 0;
   std::vector<LayerCodec> layers;
@@ -35,12 +36,12 @@ struct ModelCodecs {
 };
 
 /// Writes one safetensors file: the format version and the full configuration are JSON in its
-/// metadata; tied codebooks store one book per stage. Codebooks and weights are kept as F32, so that
-/// what is loaded encodes exactly like what was saved.
-void save_codecs(const std::filesystem::path& path, const ModelCodecs& codecs);
+/// metadata; tied codebooks store one book per stage. Codebooks and weights are kept as F32, so
+/// that what is loaded encodes exactly like what was saved.
+COMMVQ_API void save_codecs(const std::filesystem::path& path, const ModelCodecs& codecs);
 
 /// Reads what `save_codecs` wrote. Throws `Error` for another format or version, for a
 /// configuration out of range, and for missing, misshapen or non-finite tensors.
-ModelCodecs load_codecs(const std::filesystem::path& path);
+COMMVQ_API ModelCodecs load_codecs(const std::filesystem::path& path);
 
 }  // namespace commvq

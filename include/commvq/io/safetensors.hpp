@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/core/view.hpp"
 
 namespace commvq {
@@ -15,12 +16,12 @@ namespace commvq {
 /// Element types of a safetensors file that this library reads and writes.
 enum class Dtype { kBool, kU8, kI8, kU16, kI16, kU32, kI32, kU64, kI64, kF16, kBf16, kF32, kF64 };
 
-const char* name_of(Dtype dtype);  ///< as the format spells it, e.g. "BF16"
-Index size_of(Dtype dtype);        ///< bytes of one element
+COMMVQ_API const char* name_of(Dtype dtype);  ///< as the format spells it, e.g. "BF16"
+COMMVQ_API Index size_of(Dtype dtype);        ///< bytes of one element
 
 /// One tensor of a mapped file: `data` lives as long as the file or checkpoint it came from, and
 /// need not be aligned.
-struct TensorView {
+struct COMMVQ_API TensorView {
   std::string name;
   Dtype dtype = Dtype::kF32;
   std::vector<Index> shape;
@@ -36,7 +37,7 @@ struct TensorView {
 /// A safetensors file mapped into memory, read only. Every field of the header is checked before
 /// use: header length, JSON, types, shapes against byte counts, offsets against the file's size,
 /// overlaps and gaps. Throws `Error` naming the file, the tensor, the value and the limit.
-class SafetensorsFile {
+class COMMVQ_API SafetensorsFile {
  public:
   explicit SafetensorsFile(const std::filesystem::path& path);
 
@@ -55,9 +56,9 @@ class SafetensorsFile {
 };
 
 /// The weights of a Hugging Face model folder: `model.safetensors`, or the shards that
-/// `model.safetensors.index.json` names. Shard names that leave the folder are refused, and a tensor
-/// that the index places in a shard which lacks it is an error.
-class Checkpoint {
+/// `model.safetensors.index.json` names. Shard names that leave the folder are refused, and a
+/// tensor that the index places in a shard which lacks it is an error.
+class COMMVQ_API Checkpoint {
  public:
   explicit Checkpoint(const std::filesystem::path& folder);
 
@@ -72,7 +73,7 @@ class Checkpoint {
 };
 
 /// Collects tensors and writes them as one safetensors file.
-class SafetensorsWriter {
+class COMMVQ_API SafetensorsWriter {
  public:
   /// Copies the elements. Throws `Error` if the name is taken or the size does not match the shape.
   void add(const std::string& name, const std::vector<Index>& shape, std::span<const float> values);

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/key_codec/encoder.hpp"
 
 namespace commvq {
@@ -10,7 +11,7 @@ namespace commvq {
 /// Keys of one layer: a codebook per KV head, and one norm per token over all of them
 /// (CommVQ, section 3.3) or, with `norm_per_head`, one per token and head. Keys are coded before
 /// RoPE. Immutable after construction.
-class KeyCodec {
+class COMMVQ_API KeyCodec {
  public:
   /// One codebook a head; all must have the same configuration, and weights or none. Throws `Error`
   /// if none is given, if they differ, or if a row holds NaN or infinity.
@@ -20,7 +21,9 @@ class KeyCodec {
   int num_kv_heads() const { return static_cast<int>(heads_.size()); }
   bool is_weighted() const { return !codebook(0).pair_weights.empty(); }
   const KeyCodebook<float>& codebook(int head) const { return encoder(head).codebook(); }
-  const KeyEncoder<float>& encoder(int head) const { return heads_[static_cast<std::size_t>(head)]; }
+  const KeyEncoder<float>& encoder(int head) const {
+    return heads_[static_cast<std::size_t>(head)];
+  }
 
   /// Norms of one token: 1, or num_kv_heads().
   int num_norms() const { return config().num_norms(num_kv_heads()); }

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/key_codec/key_codec.hpp"
 #include "commvq/learner/progress.hpp"
 
@@ -10,12 +11,12 @@ namespace commvq {
 
 /// Joint least squares after the stage-wise learning (ours; not in the paper).
 struct KeyRefinement {
-  int rounds = 0;        ///< alternations of solving and re-encoding; 0 leaves the paper's result
-  int beam_width = 8;    ///< beam of the re-encoding
-  double ridge = 1e-3;   ///< proximal ridge, relative to the mean diagonal of the normal matrix
+  int rounds = 0;       ///< alternations of solving and re-encoding; 0 leaves the paper's result
+  int beam_width = 8;   ///< beam of the re-encoding
+  double ridge = 1e-3;  ///< proximal ridge, relative to the mean diagonal of the normal matrix
 };
 
-struct KeyLearnerOptions {
+struct COMMVQ_API KeyLearnerOptions {
   KeyCodecConfig codec;
   int max_steps = 100;              ///< EM steps per stage
   double first_temperature = 1e-3;  ///< the soft assignment's temperature at step 0 ...
@@ -28,7 +29,7 @@ struct KeyLearnerOptions {
   /// Of the error that is minimised, learning and later encoding, `[num_kv_heads][num_pairs]` (one
   /// head for `learn_key_codebook`); empty: all ones. See `KeyCodebook` and `QueryStatistics`.
   std::vector<float> pair_weights;
-  ProgressCallback progress;        ///< may be empty
+  ProgressCallback progress;  ///< may be empty
 
   /// Throws `Error` naming the first field that is out of range.
   void validate() const;
@@ -63,8 +64,9 @@ struct KeyLearnerReport {
 /// The same seed, input and number of threads give the same codebook. Fewer tokens than centroids
 /// are allowed; an empty cluster keeps its centroid. Throws `Error` for no tokens, wrong shapes,
 /// weights that are not positive, or NaN and infinity.
-KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys, const KeyLearnerOptions& options,
-                                      KeyLearnerReport* report = nullptr);
+COMMVQ_API KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
+                                                 const KeyLearnerOptions& options,
+                                                 KeyLearnerReport* report = nullptr);
 
 /// Learns a layer's codec from `keys` `[tokens][num_kv_heads * head_dim]`, channel order, before
 /// RoPE, not normalised: divides by the norms that the codec will store, then learns each head.
@@ -74,11 +76,11 @@ KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys, const KeyLea
 /// `batch_tokens` of them, memory is taken, for one head at a time, for each of the at most
 /// `max_tokens` keys that are learnt from: position, norm and codes (12 + 2 * num_codes bytes, 56
 /// with 11 stages and one group), and about 80 bytes before that while they are chosen. Stages and
-/// re-encodings hand codes on to each other; residuals are made from keys and codes whenever a batch
-/// of them is needed.
+/// re-encodings hand codes on to each other; residuals are made from keys and codes whenever a
+/// batch of them is needed.
 ///
 /// Throws `Error` if all keys are zero. `reports` is null or receives one report a head.
-KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& options,
-                         std::vector<KeyLearnerReport>* reports = nullptr);
+COMMVQ_API KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& options,
+                                    std::vector<KeyLearnerReport>* reports = nullptr);
 
 }  // namespace commvq

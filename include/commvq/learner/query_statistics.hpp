@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/core/view.hpp"
 #include "commvq/rope/pair_layout.hpp"
 
@@ -14,7 +15,7 @@ namespace commvq {
 /// Averaged over angles its square is E|q_i|^2 |e_i|^2 / 2: weighting pair i with
 /// w_i = sqrt(E|q_i|^2) makes the encoder minimise the error of the logits. A rotation does not
 /// change |q_i|, so queries before and after RoPE give the same weights.
-class QueryStatistics {
+class COMMVQ_API QueryStatistics {
  public:
   /// Throws `Error` for an invalid layout or no heads.
   QueryStatistics(const PairLayout& pairs, int num_kv_heads);

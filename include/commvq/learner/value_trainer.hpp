@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/learner/progress.hpp"
 #include "commvq/value_codec/value_codec.hpp"
 
@@ -15,7 +16,7 @@ struct ValueRefinement {
   double ridge = 1e-3;     ///< proximal ridge, relative to the mean diagonal of the normal matrix
 };
 
-struct ValueTrainerOptions {
+struct COMMVQ_API ValueTrainerOptions {
   ValueCodecConfig codec;
   int steps = 2000;             ///< Adam steps
   int batch_tokens = 256;       ///< values per step, drawn at random
@@ -23,7 +24,7 @@ struct ValueTrainerOptions {
   double temperature = 1.0;     ///< of the Gumbel softmax
   std::uint64_t seed = 1;
   ValueRefinement refinement;
-  ProgressCallback progress;    ///< may be empty
+  ProgressCallback progress;  ///< may be empty
 
   /// Throws `Error` naming the first field that is out of range.
   void validate() const;
@@ -48,7 +49,8 @@ struct ValueTrainerReport {
 /// Adam, cosine schedule. The same seed, input and number of threads give the same weights.
 /// Then, if asked for, alternates least squares for the decoder with encoding anew. Zero values are
 /// left out. Throws `Error` for no tokens, wrong shapes, or NaN and infinity.
-ValueCodec train_value_codec(MatrixView<const float> values, const ValueTrainerOptions& options,
-                             ValueTrainerReport* report = nullptr);
+COMMVQ_API ValueCodec train_value_codec(MatrixView<const float> values,
+                                        const ValueTrainerOptions& options,
+                                        ValueTrainerReport* report = nullptr);
 
 }  // namespace commvq

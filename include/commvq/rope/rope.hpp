@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/rope/pair_layout.hpp"
 
 namespace commvq {
@@ -21,10 +22,10 @@ struct RopeConfig {
   PairLayout pairs;
   double theta = 10000.0;  ///< base of the frequencies
   RopeScaling scaling = RopeScaling::kNone;
-  double factor = 1.0;                      ///< kLinear and kLlama3: the stretch, >= 1
-  double low_freq_factor = 1.0;             ///< kLlama3
-  double high_freq_factor = 4.0;            ///< kLlama3, > low_freq_factor
-  double original_max_position = 8192.0;    ///< kLlama3: context length before the stretch
+  double factor = 1.0;                    ///< kLinear and kLlama3: the stretch, >= 1
+  double low_freq_factor = 1.0;           ///< kLlama3
+  double high_freq_factor = 4.0;          ///< kLlama3, > low_freq_factor
+  double original_max_position = 8192.0;  ///< kLlama3: context length before the stretch
 
   bool operator==(const RopeConfig&) const = default;
 
@@ -51,7 +52,8 @@ struct RopeConfig {
 /// (`rope_type` or `type`: default, linear, llama3; also the newer `rope_parameters` object).
 /// Throws `Error` for malformed JSON, for values out of range and for any other RoPE type, which it
 /// names.
-RopeConfig parse_hf_rope(const std::string& config_json, RopeLayout layout = RopeLayout::kHalfSplit);
+COMMVQ_API RopeConfig parse_hf_rope(const std::string& config_json,
+                                    RopeLayout layout = RopeLayout::kHalfSplit);
 
 /// The rotations of one head: the single definition of RoPE in the library.
 /// At position n, pair i is multiplied by e^{j n frequency(i)}; pairs past the rotary dimension
@@ -128,8 +130,8 @@ class Rope {
     const double turns = config_.original_max_position * frequency / (2.0 * std::numbers::pi);
     if (turns < config_.low_freq_factor) return stretched;
     if (turns > config_.high_freq_factor) return frequency;
-    const double share = (turns - config_.low_freq_factor) /
-                         (config_.high_freq_factor - config_.low_freq_factor);
+    const double share =
+        (turns - config_.low_freq_factor) / (config_.high_freq_factor - config_.low_freq_factor);
     return (1.0 - share) * stretched + share * frequency;
   }
 

@@ -3,12 +3,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/export.h"
 #include "commvq/core/view.hpp"
 
 namespace commvq {
 
 /// Shape of the value codec of one layer (CommVQ, section 3.2).
-struct ValueCodecConfig {
+struct COMMVQ_API ValueCodecConfig {
   int num_channels = 1024;  ///< C = num_kv_heads * head_dim, a multiple of 8
   int bits = 1;             ///< binary codes per channel, 1 or 2
   int hidden_size = 2048;   ///< H of the encoder network
@@ -48,7 +49,8 @@ struct ValueCodecConfig {
 ///
 /// GELU is the exact one, x Phi(x). With `polish_sweeps` single bits are then flipped, in order, as
 /// long as that lowers |v - s u|^2 with the best scale s = <v, u> / |u|^2. The norm is restored all
-/// the same: s is smaller, and attention averages the errors of values away but not their shrinking.
+/// the same: s is smaller, and attention averages the errors of values away but not their
+/// shrinking.
 struct ValueCodecWeights {
   std::vector<float> norm_gain;      ///< [C]
   std::vector<float> norm_bias;      ///< [C]
@@ -67,7 +69,7 @@ inline constexpr float kValueLayerNormEpsilon = 1e-5f;
 inline constexpr std::uint8_t kValuePatterns[4] = {0b01, 0b10, 0b11, 0b00};
 
 /// Values of one layer, all KV heads together. Immutable after construction.
-class ValueCodec {
+class COMMVQ_API ValueCodec {
  public:
   /// Throws `Error` if a weight has the wrong size or is not finite.
   ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights);
