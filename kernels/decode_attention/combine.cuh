@@ -42,7 +42,7 @@ __device__ __forceinline__ PartRange parts_of(const Problem& p, int total, int s
 struct Shared {
   alignas(16) float sums[Config::kChunkBits][Config::kRows];
   float halves[Config::kRows][kMaxDim];
-  float exact_weights[Config::kRows];
+  float exact_weights[Config::kRows][ExactConfig::kMaxPieces];
   RowSum totals[Config::kRows];
   unsigned finished;
 };
@@ -55,11 +55,13 @@ __device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, i
   const int lane = threadIdx.x % 32;
   const int num_parts = parts.last - parts.first + 1;
   for (int row = threadIdx.x / 32; row < rows; row += Config::kThreads / 32) {
-    const RowSum exact = p.exact_sums[Index{seq} * p.num_rows + first_row + row];
+    const RowSum* const exact =
+        p.exact_sums + (Index{seq} * p.num_rows + first_row + row) * p.num_exact_pieces;
     const auto sum_of = [&](int i) {
       return p.part_sums[(Index{parts.first} + i + seq) * p.row_stride + first_row + row];
     };
-    float largest = exact.max;
+    float largest = -INFINITY;
+    for (int i = lane; i < p.num_exact_pieces; i += 32) largest = exact[i].max;
     for (int i = lane; i < num_parts; i += 32) largest = fmaxf(largest, sum_of(i).max);
     for (int step = 16; step > 0; step /= 2)
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
@@ -70,19 +72,20 @@ __device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, i
       factors[row * num_parts + i] = factor;
       sum += part.sum * factor;
     }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (lane == 0) {
-      const float factor = exact.max == -INFINITY ? 0.0f : exp2f(exact.max - largest);
-      shared.exact_weights[row] = factor;
-      shared.totals[row] = {largest, sum + exact.sum * factor};
+    for (int i = lane; i < p.num_exact_pieces; i += 32) {
+      const float factor = exact[i].max == -INFINITY ? 0.0f : exp2f(exact[i].max - largest);
+      shared.exact_weights[row][i] = factor;
+      sum += exact[i].sum * factor;
     }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane == 0) shared.totals[row] = {largest, sum};
   }
 }
 
 /// Sums of one code bit of one row over all parts, some parts at once. The first are read before
 /// their factors are known.
 struct PartSums {
-  static constexpr int kAtOnce = 36;
+  static constexpr int kAtOnce = 34;
   static constexpr int kRowLanes = Config::kThreads / Config::kChunkBits;
   float some[kAtOnce];
 
@@ -186,7 +189,10 @@ __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, in
     const int row = item / dim, d = item % dim;
     const int head_row = first_head_row + row;
     const Index call_row = Index{seq} * p.num_rows + Index{head} * p.rows_per_head + head_row;
-    float sum = shared.exact_weights[row] * p.exact_outputs[call_row * dim + d];
+    float sum = 0;
+    for (int piece = 0; piece < p.num_exact_pieces; ++piece)
+      sum += shared.exact_weights[row][piece] *
+             p.exact_outputs[(call_row * p.num_exact_pieces + piece) * dim + d];
 #pragma unroll 8
     for (int block = 0; block < num_blocks; ++block)
       sum += __ldcg(p.block_outputs + (call_row * num_blocks + block) * dim + d);

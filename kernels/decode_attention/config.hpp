@@ -47,8 +47,10 @@ struct ExactConfig {
   static constexpr int kThreads = KeyScoresConfig::kThreads;
   static constexpr int kChunkTokens = 64;
   static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
-  /// Coded tokens that a thread block scores in the time that one exact token takes.
-  static constexpr int kCostInCodedTokens = 12;
+  static constexpr int kMaxPieces = 4;  ///< of one query's tokens, where thread blocks are idle
+  /// Time of one exact token, and of a coded one beside its rows, in that of adding up one row.
+  static constexpr int kCostInRows = 400;
+  static constexpr int kCodedCostInRows = 14;
 };
 
 }  // namespace commvq::cuda

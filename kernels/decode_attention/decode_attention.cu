@@ -62,6 +62,12 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   p.num_key_parts = std::max(1, view.num_multiprocessors / (p.num_kv_heads * row_blocks));
   p.num_exact_blocks =
       std::max(0, view.num_multiprocessors - p.num_kv_heads * p.num_key_parts * row_blocks);
+  p.num_exact_pieces =
+      std::clamp(view.num_multiprocessors / (p.num_kv_heads * p.batch * p.num_query_tokens), 1,
+                 ExactConfig::kMaxPieces);
+  const KeySlice& slice = view.slices[0];
+  const int books = view.layout.planes[slice.plane].num_books * slice.num_planes;
+  p.exact_cost = std::max(1, ExactConfig::kCostInRows / (books + ExactConfig::kCodedCostInRows));
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
@@ -102,8 +108,8 @@ std::size_t place(Problem& p, int num_slices, void* memory) {
   p.raw_scores = workspace.take<float>(num_slices > 1 ? blocks * p.row_stride * kBlockTokens : 0);
   p.value_sums = workspace.take<float>(parts * p.row_stride * p.page.num_code_bits);
   p.part_sums = workspace.take<RowSum>(parts * p.row_stride);
-  p.exact_outputs = workspace.take<float>(batch_rows * p.head_dim);
-  p.exact_sums = workspace.take<RowSum>(batch_rows);
+  p.exact_outputs = workspace.take<float>(batch_rows * p.num_exact_pieces * p.head_dim);
+  p.exact_sums = workspace.take<RowSum>(batch_rows * p.num_exact_pieces);
   p.block_outputs = workspace.take<float>(batch_rows * p.num_combine_blocks * p.head_dim);
   p.counters = workspace.take<std::uint32_t>(p.num_counters);
   return workspace.used();

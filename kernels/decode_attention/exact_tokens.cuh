@@ -5,8 +5,8 @@
 #include "decode_attention/config.hpp"
 #include "decode_attention/problem.cuh"
 
-/// Attention of one query token over the tokens that have exact copies, for the query heads of one
-/// KV head: flash attention in fp32, a chunk of tokens at a time.
+/// Attention of one query token over the tokens that have exact copies, or a piece of them, for the
+/// query heads of one KV head: flash attention in fp32, a chunk of tokens at a time.
 namespace commvq::cuda::exact_tokens {
 
 using Config = ExactConfig;
@@ -38,11 +38,34 @@ struct Shared {
   }
 };
 
-/// What a thread block computes: one KV head of one query token.
+/// What a thread block computes: one KV head of one query token over a piece of the exact tokens.
 struct Item {
   int seq;
   int query_token;
   int head;
+  int piece;
+};
+
+/// The exact tokens that a query reads, sinks and then the window, numbered from 0.
+struct ExactRange {
+  int first_sink;
+  int num_sinks;
+  int first_other;
+  int count;
+
+  __device__ ExactRange(const Problem& p, const Sequence& sequence, int position) {
+    const int oldest = Sequence::oldest(p, position);
+    const int sinks_end = min(p.exact.sinks, position + 1);
+    first_sink = min(oldest, sinks_end);
+    num_sinks = sinks_end - first_sink;
+    first_other = max(max(oldest, sequence.exact_begin(p, position)), sinks_end);
+    count = num_sinks + max(0, position + 1 - first_other);
+  }
+  __device__ int token(int i) const {
+    return i < num_sinks ? first_sink + i : first_other + i - num_sinks;
+  }
+  /// Up to where tokens follow each other from the i-th on.
+  __device__ int run_end(int i) const { return i < num_sinks ? num_sinks : count; }
 };
 
 __device__ __forceinline__ void load_queries(const Problem& p, const Item& item, int position,
@@ -182,16 +205,13 @@ __device__ __forceinline__ void run(const Problem& p, const Item& item, std::uin
     shared.outputs[i] = 0;
   if (position >= 0 && p.exact.capacity > 0) {
     load_queries(p, item, position, shared);
-    const int oldest = Sequence::oldest(p, position);
-    // Sinks, then the window, as one range of tokens with a gap.
-    const int sinks_end = min(p.exact.sinks, position + 1);
-    const int window_begin = max(oldest, sequence.exact_begin(p, position));
-    int first = oldest < sinks_end ? oldest : window_begin;
+    const ExactRange range(p, sequence, position);
+    const int end = part_begin(range.count, item.piece + 1, p.num_exact_pieces);
+    int i = part_begin(range.count, item.piece, p.num_exact_pieces);
 #pragma unroll 1
-    while (first <= position) {
-      const int end = first < sinks_end ? sinks_end : position + 1;
-      const int count = min(Config::kChunkTokens, end - first);
-      load_tokens(p, item, first, count, shared);
+    while (i < end) {
+      const int count = min(Config::kChunkTokens, min(end, range.run_end(i)) - i);
+      load_tokens(p, item, range.token(i), count, shared);
       wait_for_copies();
       __syncthreads();
       score(p, count, shared);
@@ -200,22 +220,22 @@ __device__ __forceinline__ void run(const Problem& p, const Item& item, std::uin
       __syncthreads();
       add_values(p, count, shared);
       __syncthreads();
-      first += count;
-      if (first == sinks_end) first = max(first, window_begin);
+      i += count;
     }
   }
   __syncthreads();
   const Index first_row = Index{item.seq} * p.num_rows + Index{item.head} * p.rows_per_head +
                           item.query_token * p.group;
   for (int row = threadIdx.x; row < p.group; row += Config::kThreads)
-    p.exact_sums[first_row + row] = shared.sums[row];
+    p.exact_sums[(first_row + row) * p.num_exact_pieces + item.piece] = shared.sums[row];
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.group * dim; i += Config::kThreads) {
     float sum = 0;
 #pragma unroll 1
     for (int token_group = 0; token_group < Config::kThreads / dim; ++token_group)
       sum += shared.outputs[token_group * p.group * dim + i];
-    p.exact_outputs[first_row * dim + i] = sum;
+    p.exact_outputs[((first_row + i / dim) * p.num_exact_pieces + item.piece) * dim + i % dim] =
+        sum;
   }
 }
 

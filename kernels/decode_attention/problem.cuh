@@ -61,6 +61,8 @@ struct Problem {
   Index max_workspace_blocks;
 
   int num_key_parts;       ///< into which the blocks are cut for scoring keys
+  int num_exact_pieces;    ///< into which the exact tokens of a query are cut
+  int exact_cost;          ///< coded tokens that are scored in the time that one exact token takes
   int num_exact_blocks;    ///< thread blocks of the first key kernel that do exact tokens alone
   int num_value_parts;     ///< likewise for adding up values
   int num_combine_blocks;  ///< among which the combination of some rows shares out the code bits
@@ -71,8 +73,8 @@ struct Problem {
   float* raw_scores;        ///< [blocks][row_stride][32]; null with a single key slice
   float* value_sums;        ///< [num_value_parts + batch][row_stride][num_code_bits]
   RowSum* part_sums;        ///< [num_value_parts + batch][row_stride]
-  float* exact_outputs;     ///< [batch][num_rows][head_dim]
-  RowSum* exact_sums;       ///< [batch][num_rows]
+  float* exact_outputs;     ///< [batch][num_rows][num_exact_pieces][head_dim]
+  RowSum* exact_sums;       ///< [batch][num_rows][num_exact_pieces]
   float* block_outputs;     ///< [batch][num_rows][num_combine_blocks][head_dim]
   std::uint32_t* counters;  ///< [batch][num_kv_heads][row blocks]
   int num_counters;
