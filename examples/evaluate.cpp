@@ -42,10 +42,10 @@ struct Row {
   int retrieved = 0;
 };
 
-/// The same codecs with key codebooks rounded to 8-bit integers, as CUDA devices read them.
+/// The same codecs with key codebooks rounded to integers, as CUDA devices read them.
 Row device_row(const Row& row) {
   Row rounded = row;
-  rounded.name += " int8 keys";
+  rounded.name += " integer keys";
   for (commvq::LayerCodec& layer : rounded.codecs) {
     commvq::require(layer.keys && layer.values, "--device-keys: codebooks ", row.name,
                     " leave a side of a layer exact; devices need both coded");
@@ -202,7 +202,7 @@ int main(int argc, char** argv) {
   app.add_flag("--self", options.self, "Let the model write the text")->excludes(text);
   app.add_option("--codebooks", options.codebooks, "Codebook files that calibrate wrote");
   app.add_flag("--device-keys", options.device_keys,
-               "Also with keys in 8-bit integers, as CUDA devices read them");
+               "Also with keys in integers, as CUDA devices read them");
   app.add_option("--context", options.context, "Tokens of one context")
       ->check(CLI::Range(64, 1 << 20))
       ->capture_default_str();

@@ -90,6 +90,7 @@ IntegerKeySlice::IntegerKeySlice(const KeyCodebook<float>& codebook, const KeyPl
       codebook_size(codebook.config.codebook_size),
       rows(static_cast<std::size_t>(num_books) * codebook_size * 2 * width),
       offsets(2 * static_cast<std::size_t>(width)),
+      bases(static_cast<std::size_t>(num_books) * 2 * width),
       units(static_cast<std::size_t>(width)) {
   const int g = codebook.config.group_pairs;
   const int first_in_group = first_pair - plane.group * g;
@@ -105,13 +106,16 @@ IntegerKeySlice::IntegerKeySlice(const KeyCodebook<float>& codebook, const KeyPl
       const double offset = std::nearbyint(parts[part].base / unit);
       const double rest = parts[part].base / unit - offset;
       offsets[static_cast<std::size_t>(part * width + i)] = static_cast<std::int16_t>(offset);
-      for (int book = 0; book < num_books; ++book)
+      for (int book = 0; book < num_books; ++book) {
+        const Column& column = parts[part].columns[static_cast<std::size_t>(book)];
+        bases[static_cast<std::size_t>((book * 2 + part) * width + i)] =
+            static_cast<float>(column.base);
         for (int c = 0; c < codebook_size; ++c) {
-          const Column& column = parts[part].columns[static_cast<std::size_t>(book)];
           const double value = column.values[static_cast<std::size_t>(c)] / unit;
           rows[(static_cast<std::size_t>(book * codebook_size + c) * 2 + part) * width + i] =
               static_cast<std::int16_t>(std::nearbyint(value + (book == 0 ? rest : 0.0)));
         }
+      }
     }
   }
 }
@@ -233,23 +237,35 @@ std::vector<std::uint16_t> IntegerKeySlice::zero_points() const {
 
 namespace {
 
-/// Puts what a plane's integers stand for in the codebook's place.
+/// Puts what a plane's integers stand for in the codebook's place: every book gets back what was
+/// taken off it, so that encoders meet the residuals that they expect, and the first one the
+/// difference to the offset that the device adds instead.
 void replace(KeyCodebook<float>& codebook, const KeyPlane& plane, const IntegerKeySlice& slice,
              int first_in_group, int num_pairs) {
   const int g = codebook.config.group_pairs, size = codebook.config.codebook_size;
   for (int book = 0; book < plane.num_books; ++book) {
     const int b = plane.first_book + book;
     float* const target = codebook.book(plane.group, b / 2, b % 2) + first_in_group;
-    for (int c = 0; c < size; ++c)
-      for (int part = 0; part < 2; ++part)
-        for (int i = 0; i < num_pairs; ++i) {
-          const std::size_t at =
-              (static_cast<std::size_t>(book * size + c) * 2 + part) * slice.width + i;
-          const int offset =
-              book == 0 ? slice.offsets[static_cast<std::size_t>(part * slice.width + i)] : 0;
-          target[c * 2 * g + part * g + i] = static_cast<float>(slice.rows[at] + offset) *
-                                             slice.units[static_cast<std::size_t>(i)];
+    for (int part = 0; part < 2; ++part)
+      for (int i = 0; i < num_pairs; ++i) {
+        const auto at = static_cast<std::size_t>(part * slice.width + i);
+        const std::size_t stride = 2 * static_cast<std::size_t>(slice.width);
+        const auto number = static_cast<std::size_t>(book);
+        const double unit = slice.units[static_cast<std::size_t>(i)];
+        double base = slice.bases[number * stride + at];
+        if (book == 0) {
+          base += slice.offsets[at] * unit;
+          for (int other = 0; other < plane.num_books; ++other)
+            base -= slice.bases[static_cast<std::size_t>(other) * stride + at];
         }
+        for (int c = 0; c < size; ++c)
+          target[c * 2 * g + part * g + i] = static_cast<float>(
+              slice.rows[(number * static_cast<std::size_t>(size) + static_cast<std::size_t>(c)) *
+                             stride +
+                         at] *
+                  unit +
+              base);
+      }
   }
 }
 

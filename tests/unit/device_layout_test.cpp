@@ -1,4 +1,4 @@
-// The order of codes in a device page, and codebooks in 8-bit integers. Needs no device.
+// The order of codes in a device page, and codebooks in integers. Needs no device.
 #include <cmath>
 #include <random>
 #include <vector>
@@ -166,8 +166,15 @@ TEST_P(DeviceLayout, SumsOfIntegersStayInAByteAndDecodeToTheCodebook) {
         energy += a[d] * a[d];
       }
     }
-    EXPECT_EQ(before.size(), after.size());
-    EXPECT_LT(error / energy, 0.03) << "head " << head;  // books here shrink by 0.8 a stage
+    // Row by row as well: an encoder meets the residuals that it was made for.
+    ASSERT_EQ(before.size(), after.size());
+    double row_error = 0, row_energy = 0;
+    for (std::size_t d = 0; d < before.size(); ++d) {
+      row_error += (before[d] - after[d]) * (before[d] - after[d]);
+      row_energy += before[d] * before[d];
+    }
+    EXPECT_LT(row_error / row_energy, 0.05) << "head " << head;
+    EXPECT_LT(error / energy, 0.04) << "head " << head;  // books shrink by 0.8 a stage
     EXPECT_GT(error / energy, 0.0);
   }
 }

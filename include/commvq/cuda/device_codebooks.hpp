@@ -63,7 +63,7 @@ class DeviceCodebooks {
   std::shared_ptr<void> memory_;
 };
 
-/// Copies a layer's codecs to the current device: keys as 8-bit integers (see `IntegerKeySlice`),
+/// Copies a layer's codecs to the current device: keys as integers (see `IntegerKeySlice`),
 /// the value decoder, RoPE's frequencies. Allocates and synchronises. Throws `Error` unless both
 /// sides of the codec are there, for shapes that the kernels do not support and for CUDA errors.
 DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int page_size = 64);

@@ -25,6 +25,7 @@ struct COMMVQ_API IntegerKeySlice {
   int codebook_size = 0;
   std::vector<std::int16_t> rows;     ///< [num_books][codebook_size][2][width]
   std::vector<std::int16_t> offsets;  ///< [2][width]
+  std::vector<float> bases;           ///< [num_books][2][width]: what was taken off, not in units
   std::vector<float> units;           ///< [width]
 
   /// Rounds pairs `[first_pair, first_pair + num_pairs)` (of the head) of the plane's books.
