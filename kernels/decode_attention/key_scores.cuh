@@ -28,6 +28,9 @@ namespace commvq::cuda::key_scores {
 
 using Config = KeyScoresConfig;
 
+static_assert(Config::kStepTokens <= KeySlice::kTurnTokens,
+              "every place within a step needs its turn of RoPE");
+
 /// Planes that one launch adds up.
 constexpr int kMaxPlanes = 2;
 
