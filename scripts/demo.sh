@@ -17,7 +17,7 @@ mkdir -p "$out"
 # The paper's codecs: on a model of two KV heads their one norm a token is the smaller cache.
 for bits in 2 1; do
   "$build"/examples/calibrate "$model" --self --bits "$bits" --out "$out/$bits-bit.safetensors" \
-    --method paper --tokens 12288 --em-steps 6 --value-steps 400
+    --method paper --tokens 12288 --em-steps 6 --value-steps 300
 done
 
 echo
@@ -28,7 +28,7 @@ prompt="The history of the city begins"
 generate() {
   echo
   echo "--- $1"
-  "$build"/examples/generate "$model" --prompt "$prompt" --max-tokens 300 --temperature 0.8 "${@:2}"
+  "$build"/examples/generate "$model" --prompt "$prompt" --max-tokens 200 --temperature 0.8 "${@:2}"
 }
 generate "exact cache" --cache exact
 generate "2-bit cache" --codebooks "$out/2-bit.safetensors"
