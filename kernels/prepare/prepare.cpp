@@ -11,14 +11,10 @@
 #include "commvq/io/codebook_file.hpp"
 #include "commvq/rope/rope.hpp"
 
-#include <cuda_runtime_api.h>
+#include "common/device_memory.hpp"
 
 namespace commvq::cuda {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  require(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
-}
 
 /// Gathers arrays in host memory, each on 256 bytes, to be copied to the device at once.
 class Image {
@@ -30,14 +26,7 @@ class Image {
     std::memcpy(bytes_.data() + offset, values.data(), values.size() * sizeof(T));
     return offset;
   }
-  std::shared_ptr<void> copy_to_device() const {
-    void* memory = nullptr;
-    check(cudaMalloc(&memory, bytes_.size()), "allocating device codebooks");
-    std::shared_ptr<void> owner(memory, [](void* p) { cudaFree(p); });
-    check(cudaMemcpy(memory, bytes_.data(), bytes_.size(), cudaMemcpyHostToDevice),
-          "copying codebooks to the device");
-    return owner;
-  }
+  const std::vector<std::uint8_t>& bytes() const { return bytes_; }
 
  private:
   std::vector<std::uint8_t> bytes_;
@@ -117,13 +106,6 @@ std::vector<std::uint16_t> channels_of(const PairLayout& pairs) {
   return channels;
 }
 
-int attribute_of_current_device(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "asking for the current device");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "asking what the device is");
-  return value;
-}
-
 Index plane_bytes_of_current_device() {
   const int major = attribute_of_current_device(cudaDevAttrComputeCapabilityMajor);
   const int minor = attribute_of_current_device(cudaDevAttrComputeCapabilityMinor);
@@ -172,7 +154,7 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
   const Index channels = image.add(channels_of(rope.pairs));
   const Index decoder = image.add(codec.values->weights().decoder);
 
-  result.memory_ = image.copy_to_device();
+  result.memory_ = copy_to_device(image.bytes(), "codebooks");
   const auto* const base = static_cast<const std::uint8_t*>(result.memory_.get());
   for (int i = 0; i < view.num_slices; ++i) {
     const SliceOffsets& at = offsets[static_cast<std::size_t>(i)];
