@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "commvq/cache/exact_store.hpp"
 #include "commvq/core/error.hpp"
-#include "commvq/core/float16.hpp"
 #include "commvq/cuda/decode_attention.hpp"
 
 #include <cuda_runtime_api.h>
@@ -45,16 +45,19 @@ class DeviceMemory {
   std::shared_ptr<void> memory_;
 };
 
-std::vector<std::uint16_t> to_fp16_bits(MatrixView<const float> rows) {
-  std::vector<std::uint16_t> bits;
+/// The rows in FP16, without gaps.
+std::vector<std::uint8_t> to_fp16(MatrixView<const float> rows) {
+  std::vector<std::uint8_t> bytes(static_cast<std::size_t>(rows.rows * rows.cols) * 2);
   for (Index t = 0; t < rows.rows; ++t)
-    for (Index c = 0; c < rows.cols; ++c) bits.push_back(commvq::to_fp16(rows(t, c)));
-  return bits;
+    commvq::round_floats(rows.row(t), rows.cols, commvq::FloatType::kFp16,
+                         bytes.data() + t * rows.cols * 2);
+  return bytes;
 }
 
-std::vector<float> to_floats(const std::vector<std::uint16_t>& bits) {
-  std::vector<float> values;
-  for (const std::uint16_t b : bits) values.push_back(commvq::from_fp16(b));
+std::vector<float> to_floats(const std::vector<std::uint8_t>& fp16) {
+  std::vector<float> values(fp16.size() / 2);
+  commvq::widen_floats(fp16.data(), static_cast<Index>(values.size()), commvq::FloatType::kFp16,
+                       values.data());
   return values;
 }
 
@@ -86,16 +89,14 @@ class DeviceLayer {
   }
 
   void append(MatrixView<const float> keys, MatrixView<const float> values) {
-    const std::vector<std::uint16_t> key_bits = to_fp16_bits(keys),
-                                     value_bits = to_fp16_bits(values);
-    put_codes(to_floats(key_bits), to_floats(value_bits), keys.rows, keys.cols);
+    const std::vector<std::uint8_t> exact_keys = to_fp16(keys), exact_values = to_fp16(values);
+    put_codes(to_floats(exact_keys), to_floats(exact_values), keys.rows, keys.cols);
     const auto row_bytes = static_cast<std::size_t>(keys.cols) * 2;
     for (Index t = 0; t < keys.rows; ++t) {
       const auto row = static_cast<std::size_t>(exact_.row(0, length_ + t));
-      exact_keys_.upload(row * row_bytes, &key_bits[static_cast<std::size_t>(t * keys.cols)],
-                         row_bytes);
-      exact_values_.upload(row * row_bytes, &value_bits[static_cast<std::size_t>(t * keys.cols)],
-                           row_bytes);
+      const std::size_t at = static_cast<std::size_t>(t) * row_bytes;
+      exact_keys_.upload(row * row_bytes, &exact_keys[at], row_bytes);
+      exact_values_.upload(row * row_bytes, &exact_values[at], row_bytes);
     }
     length_ += keys.rows;
   }
@@ -203,8 +204,8 @@ class DeviceCache : public SequenceCache {
 
   void attend(const DeviceLayer& layer, MatrixView<const float> queries,
               MatrixView<float> attended) {
-    const std::vector<std::uint16_t> query_bits = to_fp16_bits(queries);
-    queries_.upload(0, query_bits.data(), query_bits.size() * 2);
+    std::vector<std::uint8_t> rows = to_fp16(queries);
+    queries_.upload(0, rows.data(), rows.size());
     const std::int32_t numbers[2] = {static_cast<std::int32_t>(layer.length()), 0};
     numbers_.upload(0, numbers, sizeof numbers);
     cuda::DecodeAttention call;
@@ -223,11 +224,10 @@ class DeviceCache : public SequenceCache {
     call.workspace_bytes = workspace_->size();
     const cuda::Status status = cuda::decode_attention(layer.codebooks(), call);
     commvq::require(status.ok(), "attention on the device: ", status.message());
-    std::vector<std::uint16_t> output(query_bits.size());
-    output_.download(output.data(), output.size() * 2);
+    output_.download(rows.data(), rows.size());
     for (Index t = 0; t < attended.rows; ++t)
-      for (Index c = 0; c < attended.cols; ++c)
-        attended(t, c) = commvq::from_fp16(output[static_cast<std::size_t>(t * attended.cols + c)]);
+      commvq::widen_floats(rows.data() + t * attended.cols * 2, attended.cols,
+                           commvq::FloatType::kFp16, attended.row(t));
   }
 
   Index max_tokens_;
