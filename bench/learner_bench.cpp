@@ -85,19 +85,16 @@ void em_step_exact_fp32(benchmark::State& state) {
   }
 }
 
-BENCHMARK(em_step)
-    ->ArgName("temperature_1e-6")
-    ->Arg(10000)
-    ->Arg(1000)
-    ->Arg(10)
-    ->UseRealTime()
-    ->Unit(benchmark::kMillisecond);
-BENCHMARK(em_step_exact_fp32)
-    ->ArgName("temperature_1e-6")
-    ->Arg(10000)
-    ->Arg(1000)
-    ->Arg(10)
-    ->UseRealTime()
-    ->Unit(benchmark::kMillisecond);
+void at_temperatures(benchmark::internal::Benchmark* bench) {
+  bench->ArgName("temperature_1e-6")
+      ->Arg(10000)
+      ->Arg(1000)
+      ->Arg(10)
+      ->UseRealTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
+BENCHMARK(em_step)->Apply(at_temperatures);
+BENCHMARK(em_step_exact_fp32)->Apply(at_temperatures);
 
 }  // namespace

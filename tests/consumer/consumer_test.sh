@@ -47,20 +47,19 @@ core_with_pkg_config() {
   "$WORK/core_with_pkg_config/core"
 }
 
+build_and_run() { # PROJECT, whose program has its name
+  fresh "$WORK/$1"
+  configure "$here/$1" "$WORK/$1" -DCMAKE_PREFIX_PATH="$WORK/installed" -DCMAKE_CXX_FLAGS="$FLAGS"
+  cmake --build "$WORK/$1"
+  "$WORK/$1/$1"
+}
+
 find_core() {
-  fresh "$WORK/find_core"
-  configure "$here/find_core" "$WORK/find_core" -DCMAKE_PREFIX_PATH="$WORK/installed" \
-    -DCMAKE_CXX_FLAGS="$FLAGS"
-  cmake --build "$WORK/find_core"
-  "$WORK/find_core/find_core"
+  build_and_run find_core
 }
 
 find_cuda() {
-  fresh "$WORK/find_cuda"
-  configure "$here/find_cuda" "$WORK/find_cuda" -DCMAKE_PREFIX_PATH="$WORK/installed" \
-    -DCMAKE_CXX_FLAGS="$FLAGS"
-  cmake --build "$WORK/find_cuda"
-  "$WORK/find_cuda/find_cuda"
+  build_and_run find_cuda
 }
 
 find_commvq() { # TREE

@@ -37,8 +37,7 @@ struct COMMVQ_API IntegerKeySlice {
   /// Bytes of `image` of a plane that begins with book `first_book` of its group.
   static Index image_bytes(int width, int row_bits, int first_book, int num_books,
                            int codebook_size);
-  /// The kernel's shared memory: lines of 128 bytes, `[book][centroid]` at width 64 and 8 bits,
-  /// else
+  /// The kernel's shared memory: lines of 128 bytes, `[book][centroid]` at width 64 and 8 bits, else
   /// `[two books][centroid]`, the even book's row first (of 4 bits an odd last book's row twice).
   /// What rows of 4 bits of the first stage have above 15 comes in lines before all others. Within
   /// a row, 16-byte piece q and (at width 64 and 8 bits) q + 4 belong to thread q of four; word k
