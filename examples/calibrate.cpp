@@ -10,6 +10,7 @@
 #include "engine/console.hpp"
 #include "engine/evaluation.hpp"
 #include "engine/generate.hpp"
+#include "engine/learner.hpp"
 #include "engine/text_file.hpp"
 
 namespace {
@@ -24,6 +25,7 @@ struct Options {
   int tokens = 65536;
   int key_tokens = 32768;
   std::string method = "commvq";
+  std::string device = "cpu";
   // Of the key codec; 0: the method's.
   int stages = 0;
   int codebook_size = 0;
@@ -130,9 +132,9 @@ commvq::ValueTrainerOptions value_options(const Options& options, int channels) 
   return values;
 }
 
-commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig& config,
-                               LayerData data, const commvq::ProgressCallback& progress,
-                               std::uint64_t seed) {
+commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& options,
+                               const engine::ModelConfig& config, LayerData data,
+                               const commvq::ProgressCallback& progress, std::uint64_t seed) {
   const Index channels = config.kv_size();
   const auto rows = static_cast<Index>(data.keys.size()) / channels;
   commvq::KeyLearnerOptions keys = key_options(options, config.rope.pairs, data.queries);
@@ -149,12 +151,14 @@ commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig
   };
   const std::vector<float> all_keys = std::move(data.keys), all_values = std::move(data.values);
   return {std::make_shared<commvq::KeyCodec>(
-              commvq::learn_key_codec({all_keys.data(), rows, channels}, keys)),
+              learner.learn_key_codec({all_keys.data(), rows, channels}, keys)),
           std::make_shared<commvq::ValueCodec>(
-              commvq::train_value_codec({all_values.data(), rows, channels}, values))};
+              learner.train_value_codec({all_values.data(), rows, channels}, values))};
 }
 
 int calibrate(const Options& options) {
+  const engine::Learner learner =
+      options.device == "cuda" ? engine::device_learner() : engine::host_learner();
   const engine::Model model(options.model);
   const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
   const auto windows = calibration_text(options, model, tokenizer);
@@ -172,7 +176,7 @@ int calibrate(const Options& options) {
     engine::ProgressLine progress("Learning " + std::to_string(options.bits) + "-bit codecs");
     for (std::size_t i = 0; i < layers.size(); ++i)
       codecs.layers.push_back(learn_layer(
-          options, model.config(), std::move(layers[i]),
+          learner, options, model.config(), std::move(layers[i]),
           [&](const commvq::Progress& step) {
             progress.update((double(i) + step.fraction) / double(layers.size()),
                             "layer " + std::to_string(i + 1) + "/" + std::to_string(layers.size()) +
@@ -236,6 +240,9 @@ int main(int argc, char** argv) {
   app.add_option("--value-steps", options.value_steps,
                  "Training steps of each value codec; 0: the method's")
       ->check(CLI::Range(0, 10000000))
+      ->capture_default_str();
+  app.add_option("--device", options.device, "Where codecs are learnt: cpu or cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   app.add_option("--seed", options.seed, "Seed of everything random")->capture_default_str();
   CLI11_PARSE(app, argc, argv);
