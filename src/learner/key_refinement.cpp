@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "commvq/core/parallel_errors.hpp"
 #include "commvq/key_codec/encoder.hpp"
 
 #include <Eigen/Cholesky>
@@ -33,21 +34,25 @@ void for_each_batch(const KeySample& sample, int num_pairs, Index batch_tokens, 
 std::vector<double> squared_errors(MatrixView<const float> keys, const KeyCodebook<float>& codebook,
                                    const std::uint16_t* codes) {
   std::vector<double> errors(static_cast<std::size_t>(keys.rows));
+  ParallelErrors thrown;
 #pragma omp parallel
   {
-    std::vector<float> decoded(static_cast<std::size_t>(keys.cols));
+    std::vector<float> decoded;
 #pragma omp for
-    for (Index t = 0; t < keys.rows; ++t) {
-      decode_key(codebook, codes + t * codebook.config.num_codes(), decoded.data());
-      double sum = 0;
-      for (Index i = 0; i < keys.cols; ++i) {
-        const double difference =
-            static_cast<double>(keys(t, i)) - decoded[static_cast<std::size_t>(i)];
-        sum += difference * difference;
-      }
-      errors[static_cast<std::size_t>(t)] = sum;
-    }
+    for (Index t = 0; t < keys.rows; ++t)
+      thrown.guard([&] {
+        decoded.resize(static_cast<std::size_t>(keys.cols));
+        decode_key(codebook, codes + t * codebook.config.num_codes(), decoded.data());
+        double sum = 0;
+        for (Index i = 0; i < keys.cols; ++i) {
+          const double difference =
+              static_cast<double>(keys(t, i)) - decoded[static_cast<std::size_t>(i)];
+          sum += difference * difference;
+        }
+        errors[static_cast<std::size_t>(t)] = sum;
+      });
   }
+  thrown.rethrow();
   return errors;
 }
 
