@@ -52,7 +52,8 @@ void check_finite(MatrixView<const float> values) {
        "; values must be finite");
 }
 
-/// Activations of one block of tokens.
+/// Activations of one block of tokens. Made anew for each: an Eigen matrix that cannot grow for want
+/// of memory is broken for good.
 struct Block {
   std::vector<double> norms;
   Matrix<float> unit;    // [tokens][C]: values of unit norm, or zero
@@ -204,24 +205,22 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
   const Index num_blocks = (values.rows + kBlockTokens - 1) / kBlockTokens;
   Index first_bad = kNone;
   ParallelErrors errors;
-#pragma omp parallel if (num_blocks > 1 && !omp_in_parallel()) reduction(min : first_bad)
-  {
-    Block block;
-#pragma omp for schedule(dynamic)
-    for (Index b = 0; b < num_blocks; ++b) {
-      const Index first = b * kBlockTokens;
-      const Index tokens = std::min(kBlockTokens, values.rows - first);
-      errors.guard([&] {
-        choose_codes(config_, weights_, values.middle_rows(first, tokens), block);
-        if (config_.polish_sweeps > 0)
-          value_polish::polish(E, gram, block.unit, config_.polish_sweeps, block.bits);
-        block.normed.noalias() = block.bits * E;
-        const Index bad = find_scales(block, scales + first);
-        if (bad < tokens) first_bad = std::min(first_bad, first + bad);
-        for (Index t = 0; t < tokens; ++t)
-          pack_bits(block.bits.row(t).data(), code_bytes(), codes.row(first + t));
-      });
-    }
+#pragma omp parallel for schedule(dynamic) reduction(min : first_bad) \
+    if (num_blocks > 1 && !omp_in_parallel())
+  for (Index b = 0; b < num_blocks; ++b) {
+    const Index first = b * kBlockTokens;
+    const Index tokens = std::min(kBlockTokens, values.rows - first);
+    errors.guard([&] {
+      Block block;
+      choose_codes(config_, weights_, values.middle_rows(first, tokens), block);
+      if (config_.polish_sweeps > 0)
+        value_polish::polish(E, gram, block.unit, config_.polish_sweeps, block.bits);
+      block.normed.noalias() = block.bits * E;
+      const Index bad = find_scales(block, scales + first);
+      if (bad < tokens) first_bad = std::min(first_bad, first + bad);
+      for (Index t = 0; t < tokens; ++t)
+        pack_bits(block.bits.row(t).data(), code_bytes(), codes.row(first + t));
+    });
   }
   errors.rethrow();
   if (first_bad == kNone) return;
@@ -249,23 +248,19 @@ void ValueCodec::decode(MatrixView<const std::uint8_t> codes, const std::uint16_
                                 config_.num_channels);
   const Index num_blocks = (codes.rows + kBlockTokens - 1) / kBlockTokens;
   ParallelErrors errors;
-#pragma omp parallel if (num_blocks > 1 && !omp_in_parallel())
-  {
-    Matrix<float> bits;
-#pragma omp for schedule(dynamic)
-    for (Index b = 0; b < num_blocks; ++b) {
-      const Index first = b * kBlockTokens;
-      const Index tokens = std::min(kBlockTokens, codes.rows - first);
-      errors.guard([&] {
-        bits.resize(tokens, config_.num_code_bits());
-        for (Index t = 0; t < tokens; ++t)
-          unpack_bits(codes.row(first + t), code_bytes(), bits.row(t).data());
-        Eigen::Map<Matrix<float>, 0, Eigen::OuterStride<>> out(
-            values.row(first), tokens, values.cols, Eigen::OuterStride<>(values.row_stride));
-        out.noalias() = bits * E;
-        for (Index t = 0; t < tokens; ++t) out.row(t) *= from_bf16(scales[first + t]);
-      });
-    }
+#pragma omp parallel for schedule(dynamic) if (num_blocks > 1 && !omp_in_parallel())
+  for (Index b = 0; b < num_blocks; ++b) {
+    const Index first = b * kBlockTokens;
+    const Index tokens = std::min(kBlockTokens, codes.rows - first);
+    errors.guard([&] {
+      Matrix<float> bits(tokens, config_.num_code_bits());
+      for (Index t = 0; t < tokens; ++t)
+        unpack_bits(codes.row(first + t), code_bytes(), bits.row(t).data());
+      Eigen::Map<Matrix<float>, 0, Eigen::OuterStride<>> out(
+          values.row(first), tokens, values.cols, Eigen::OuterStride<>(values.row_stride));
+      out.noalias() = bits * E;
+      for (Index t = 0; t < tokens; ++t) out.row(t) *= from_bf16(scales[first + t]);
+    });
   }
   errors.rethrow();
 }
