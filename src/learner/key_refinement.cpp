@@ -10,6 +10,8 @@
 
 #include <Eigen/Cholesky>
 
+#include "core/parallel_product.hpp"
+
 namespace commvq {
 namespace {
 
@@ -166,7 +168,9 @@ class JointLeastSquares {
                    });
     auto& [normal, right] = equations;
     const double lambda = ridge * normal.diagonal().real().mean();
-    const Eigen::MatrixXcd target = right.transpose() - normal.template cast<Complex>() * old;
+    Eigen::MatrixXcd target(old.rows(), old.cols());
+    detail::parallel_product(normal.template cast<Complex>().eval(), old, target);
+    target = right.transpose() - target;
     normal.diagonal().array() += Scalar(lambda);
     const Eigen::LLT<Eigen::Ref<Matrix>> cholesky(normal);  // in place
     if constexpr (std::is_same_v<Scalar, Complex>) {

@@ -8,6 +8,7 @@
 
 #include <Eigen/Cholesky>
 
+#include "core/parallel_product.hpp"
 #include "value_codec/value_layers.hpp"
 
 namespace commvq {
@@ -45,10 +46,13 @@ Coded encode_all(MatrixView<const float> values, const ValueCodec& codec) {
         bits(t, i) = (code_rows(first + t, i / 8) >> (i % 8) & 1) != 0 ? scale : 0.0f;
       for (Index c = 0; c < C; ++c) units(t, c) = static_cast<float>(values(first + t, c) / norm);
     }
-    const Matrix<float> normal = bits.transpose() * bits, right = bits.transpose() * units;
+    Matrix<float> normal(num_bits, num_bits), right(num_bits, C), decoded(count, C);
+    detail::parallel_product(bits.transpose(), bits, normal);
+    detail::parallel_product(bits.transpose(), units, right);
+    detail::parallel_product(bits, E, decoded);
     result.normal += normal.cast<double>();
     result.right += right.cast<double>();
-    result.relative_error += (units - bits * E).squaredNorm();
+    result.relative_error += (units - decoded).squaredNorm();
   }
   result.relative_error /= static_cast<double>(values.rows);
   return result;
@@ -60,7 +64,9 @@ std::vector<float> solve(const Coded& coded, const std::vector<float>& decoder, 
   const Eigen::MatrixXd old =
       value_layers::ConstMatrixMap<float>(decoder.data(), coded.right.rows(), coded.right.cols())
           .cast<double>();
-  const Eigen::MatrixXd target = coded.right - coded.normal * old;
+  Eigen::MatrixXd target(old.rows(), old.cols());
+  detail::parallel_product(coded.normal, old, target);
+  target = coded.right - target;
   Eigen::MatrixXd system = coded.normal;
   const double mean = system.diagonal().mean();
   if (!(mean > 0)) return decoder;

@@ -13,6 +13,7 @@
 #include <omp.h>
 
 #include "core/hasher.hpp"
+#include "core/parallel_product.hpp"
 #include "value_codec/value_layers.hpp"
 #include "value_codec/value_polish.hpp"
 
@@ -30,8 +31,8 @@ constexpr Index kNone = std::numeric_limits<Index>::max();
 void check_weight(const std::vector<float>& weight, const char* name, Index rows, Index cols) {
   require(static_cast<Index>(weight.size()) == rows * cols, "value codec: ", name, " has ",
           weight.size(), " elements; the configuration needs ", rows, " x ", cols);
-  const auto bad = std::find_if_not(weight.begin(), weight.end(),
-                                    [](float w) { return std::isfinite(w); });
+  const auto bad =
+      std::find_if_not(weight.begin(), weight.end(), [](float w) { return std::isfinite(w); });
   require(bad == weight.end(), "value codec: ", name, " holds NaN or infinity at element ",
           bad - weight.begin());
 }
@@ -52,8 +53,8 @@ void check_finite(MatrixView<const float> values) {
        "; values must be finite");
 }
 
-/// Activations of one block of tokens. Made anew for each: an Eigen matrix that cannot grow for want
-/// of memory is broken for good.
+/// Activations of one block of tokens. Made anew for each: an Eigen matrix that cannot grow for
+/// want of memory is broken for good.
 struct Block {
   std::vector<double> norms;
   Matrix<float> unit;    // [tokens][C]: values of unit norm, or zero
@@ -97,14 +98,16 @@ void choose_codes(const ValueCodecConfig& config, const ValueCodecWeights& weigh
   }
   const ConstMatrixMap<float> hidden_weight(weights.hidden_weight.data(), H, C);
   const ConstMatrixMap<float> hidden_bias(weights.hidden_bias.data(), 1, H);
-  block.hidden.noalias() = block.normed * hidden_weight.transpose();
+  block.hidden.resize(tokens, H);
+  detail::parallel_product(block.normed, hidden_weight.transpose(), block.hidden);
   for (Index t = 0; t < tokens; ++t) {
     block.hidden.row(t) += hidden_bias;
     value_layers::gelu<float>(block.hidden.row(t).data(), H, nullptr);
   }
   const ConstMatrixMap<float> output_weight(weights.output_weight.data(), config.num_logits(), H);
   const ConstMatrixMap<float> output_bias(weights.output_bias.data(), 1, config.num_logits());
-  block.logits.noalias() = block.hidden * output_weight.transpose();
+  block.logits.resize(tokens, config.num_logits());
+  detail::parallel_product(block.hidden, output_weight.transpose(), block.logits);
   block.bits.resize(tokens, config.num_code_bits());
   for (Index t = 0; t < tokens; ++t) {
     block.logits.row(t) += output_bias;
@@ -114,8 +117,8 @@ void choose_codes(const ValueCodecConfig& config, const ValueCodecWeights& weigh
   }
 }
 
-/// Writes |v| / |u| of every token of a block, u in `block.normed`, as bf16 to `scales`. Returns the
-/// first token whose scale no bf16 can hold, or the number of tokens.
+/// Writes |v| / |u| of every token of a block, u in `block.normed`, as bf16 to `scales`. Returns
+/// the first token whose scale no bf16 can hold, or the number of tokens.
 Index find_scales(const Block& block, std::uint16_t* scales) {
   const Index tokens = block.normed.rows();
   Index first_bad = tokens;
@@ -205,8 +208,9 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
   const Index num_blocks = (values.rows + kBlockTokens - 1) / kBlockTokens;
   Index first_bad = kNone;
   ParallelErrors errors;
-#pragma omp parallel for schedule(dynamic) reduction(min : first_bad) \
-    if (num_blocks > 1 && !omp_in_parallel())
+#pragma omp parallel for schedule(dynamic) \
+    reduction(min                          \
+              : first_bad) if (num_blocks > 1 && !omp_in_parallel())
   for (Index b = 0; b < num_blocks; ++b) {
     const Index first = b * kBlockTokens;
     const Index tokens = std::min(kBlockTokens, values.rows - first);
@@ -215,7 +219,7 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
       choose_codes(config_, weights_, values.middle_rows(first, tokens), block);
       if (config_.polish_sweeps > 0)
         value_polish::polish(E, gram, block.unit, config_.polish_sweeps, block.bits);
-      block.normed.noalias() = block.bits * E;
+      detail::parallel_product(block.bits, E, block.normed);
       const Index bad = find_scales(block, scales + first);
       if (bad < tokens) first_bad = std::min(first_bad, first + bad);
       for (Index t = 0; t < tokens; ++t)
@@ -225,8 +229,8 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
   errors.rethrow();
   if (first_bad == kNone) return;
   const float* const row = values.row(first_bad);
-  const auto largest = std::max_element(
-      row, row + values.cols, [](float a, float b) { return std::abs(a) < std::abs(b); });
+  const auto largest = std::max_element(row, row + values.cols,
+                                        [](float a, float b) { return std::abs(a) < std::abs(b); });
   fail("value of token ", first_bad, " (norm ", value_layers::norm_of(row, values.cols),
        ", largest in channel ", largest - row, ": ", *largest,
        ") needs a scale beyond bf16's range, 3.39e38; scale the values down");
@@ -241,8 +245,8 @@ void ValueCodec::decode(MatrixView<const std::uint8_t> codes, const std::uint16_
           config_.num_channels, "]");
   check_scales(codes, scales);
   for (Index t = 0; t < codes.rows; ++t)
-    require(std::isfinite(from_bf16(scales[t])), "scale of token ", t, " is ",
-            from_bf16(scales[t]), "; it must be finite");
+    require(std::isfinite(from_bf16(scales[t])), "scale of token ", t, " is ", from_bf16(scales[t]),
+            "; it must be finite");
 
   const ConstMatrixMap<float> E(weights_.decoder.data(), config_.num_code_bits(),
                                 config_.num_channels);
@@ -258,7 +262,7 @@ void ValueCodec::decode(MatrixView<const std::uint8_t> codes, const std::uint16_
         unpack_bits(codes.row(first + t), code_bytes(), bits.row(t).data());
       Eigen::Map<Matrix<float>, 0, Eigen::OuterStride<>> out(
           values.row(first), tokens, values.cols, Eigen::OuterStride<>(values.row_stride));
-      out.noalias() = bits * E;
+      detail::parallel_product(bits, E, out);
       for (Index t = 0; t < tokens; ++t) out.row(t) *= from_bf16(scales[first + t]);
     });
   }

@@ -50,11 +50,11 @@ TEST(ParallelErrors, LeavesOutWhatHasNotBegun) {
 #if defined(COMMVQ_COUNTS_HEAP)
 
 /// Runs `action` again and again, letting its first allocation fail, its second and so on (after
-/// the first few hundred every few), until none is left. Returns how often it threw.
+/// the first dozens every few), until none is left. Returns how often it threw.
 int fail_every_allocation(const std::function<void()>& action) {
   action();  // the threads' own memory
   int thrown = 0;
-  for (std::int64_t n = 0;; n += 1 + n / 200) {
+  for (std::int64_t n = 0;; n += 1 + n / 20) {
     heap::allocations_until_failure = n;
     try {
       action();
@@ -167,7 +167,7 @@ TEST_F(OutOfMemory, Learners) {
   key_options.codec.codebook_size = 8;
   key_options.max_steps = 1;
   key_options.refinement.rounds = 1;
-  EXPECT_GT(fail_every_allocation([&] { learn_key_codec(keys(), key_options); }), 100);
+  EXPECT_GT(fail_every_allocation([&] { learn_key_codec(keys(), key_options); }), 50);
   ValueTrainerOptions value_options = ValueTrainerOptions::commvq(codec_.values->config());
   value_options.steps = 3;
   value_options.refinement.rounds = 1;

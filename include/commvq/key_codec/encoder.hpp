@@ -54,7 +54,10 @@ class KeyEncoder {
     std::vector<std::uint16_t> codes;  ///< [tokens * width][num_stages][2]
   };
 
+  /// Tokens that go through the search together; of few tokens fewer, so that all threads have
+  /// some.
   static constexpr Index kBlockTokens = 64;
+  static constexpr Index kSmallBlockTokens = 8;
 
   std::size_t stage_index(int group, int stage) const {
     return static_cast<std::size_t>(group) * codebook_.config.num_stages + stage;
@@ -119,12 +122,13 @@ void KeyEncoder<Scalar>::encode(MatrixView<const Scalar> keys, int beam_width,
           ", ", codes.cols, "]; these keys need [", keys.rows, ", ", config.num_codes(), "]");
   require(beam_width >= 1 && beam_width <= 1024, "beam_width is ", beam_width,
           "; it must be in [1, 1024]");
-  const Index num_blocks = (keys.rows + kBlockTokens - 1) / kBlockTokens;
+  const Index block_tokens = keys.rows > kBlockTokens ? kBlockTokens : kSmallBlockTokens;
+  const Index num_blocks = (keys.rows + block_tokens - 1) / block_tokens;
   ParallelErrors errors;
 #pragma omp parallel for schedule(dynamic) if (num_blocks > 1)
   for (Index block = 0; block < num_blocks; ++block) {
-    const Index first = block * kBlockTokens;
-    const Index count = std::min(kBlockTokens, keys.rows - first);
+    const Index first = block * block_tokens;
+    const Index count = std::min(block_tokens, keys.rows - first);
     errors.guard([&] {
       encode_block(keys.middle_rows(first, count), beam_width, codes.middle_rows(first, count),
                    squared_error == nullptr ? nullptr : squared_error + first);
