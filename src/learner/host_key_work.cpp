@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "commvq/core/parallel_errors.hpp"
 #include "commvq/key_codec/encoder.hpp"
 
 namespace commvq {
@@ -12,21 +13,25 @@ namespace {
 std::vector<double> squared_errors(MatrixView<const float> keys, const KeyCodebook<float>& codebook,
                                    const std::uint16_t* codes) {
   std::vector<double> errors(static_cast<std::size_t>(keys.rows));
+  ParallelErrors thrown;
 #pragma omp parallel
   {
-    std::vector<float> decoded(static_cast<std::size_t>(keys.cols));
+    std::vector<float> decoded;
 #pragma omp for
-    for (Index t = 0; t < keys.rows; ++t) {
-      decode_key(codebook, codes + t * codebook.config.num_codes(), decoded.data());
-      double sum = 0;
-      for (Index i = 0; i < keys.cols; ++i) {
-        const double difference =
-            static_cast<double>(keys(t, i)) - decoded[static_cast<std::size_t>(i)];
-        sum += difference * difference;
-      }
-      errors[static_cast<std::size_t>(t)] = sum;
-    }
+    for (Index t = 0; t < keys.rows; ++t)
+      thrown.guard([&] {
+        decoded.resize(static_cast<std::size_t>(keys.cols));
+        decode_key(codebook, codes + t * codebook.config.num_codes(), decoded.data());
+        double sum = 0;
+        for (Index i = 0; i < keys.cols; ++i) {
+          const double difference =
+              static_cast<double>(keys(t, i)) - decoded[static_cast<std::size_t>(i)];
+          sum += difference * difference;
+        }
+        errors[static_cast<std::size_t>(t)] = sum;
+      });
   }
+  thrown.rethrow();
   return errors;
 }
 
@@ -138,18 +143,21 @@ void HostKeyWork::add_occurrences(MatrixView<const float> keys, const std::uint1
       columns(i, t) = static_cast<double>(keys(t, group * g + i));
       columns(g + i, t) = static_cast<double>(keys(t, keys.cols / 2 + group * g + i));
     }
+  ParallelErrors thrown;
 #pragma omp parallel for schedule(dynamic)
-  for (int book = 0; book < num_books; ++book) {
-    Eigen::MatrixXd own = Eigen::MatrixXd::Zero(2 * g, size);  // columns are side by side
-    for (Index t = 0; t < keys.rows; ++t) {
-      const std::uint16_t* const code = codes + t * config_.num_codes() + group * num_books;
-      own.col(code[book]) += columns.col(t);
-      const Index column = book * size + code[book];
-      for (int other = 0; other < num_books; ++other)
-        sum.counts(other * size + code[other], column) += 1;
-    }
-    sum.sums.middleRows(book * size, size) += own.transpose();
-  }
+  for (int book = 0; book < num_books; ++book)
+    thrown.guard([&] {
+      Eigen::MatrixXd own = Eigen::MatrixXd::Zero(2 * g, size);  // columns are side by side
+      for (Index t = 0; t < keys.rows; ++t) {
+        const std::uint16_t* const code = codes + t * config_.num_codes() + group * num_books;
+        own.col(code[book]) += columns.col(t);
+        const Index column = book * size + code[book];
+        for (int other = 0; other < num_books; ++other)
+          sum.counts(other * size + code[other], column) += 1;
+      }
+      sum.sums.middleRows(book * size, size) += own.transpose();
+    });
+  thrown.rethrow();
 }
 
 }  // namespace commvq

@@ -5,6 +5,7 @@
 
 #include "commvq/core/float16.hpp"
 
+#include "core/parallel_product.hpp"
 #include "learner/gumbel.hpp"
 
 namespace commvq {
@@ -123,10 +124,13 @@ CodedValues HostValueWork::encode(const ValueCodecWeights& weights,
         bits(t, i) = (code_rows(first + t, i / 8) >> (i % 8) & 1) != 0 ? scale : 0.0f;
       for (Index c = 0; c < C; ++c) units(t, c) = static_cast<float>(value[c] / norm);
     }
-    const Matrix normal = bits.transpose() * bits, right = bits.transpose() * units;
+    Matrix normal(num_bits, num_bits), right(num_bits, C), decoded(count, C);
+    detail::parallel_product(bits.transpose(), bits, normal);
+    detail::parallel_product(bits.transpose(), units, right);
+    detail::parallel_product(bits, E, decoded);
     result.normal += normal.cast<double>();
     result.right += right.cast<double>();
-    result.relative_error += (units - bits * E).squaredNorm();
+    result.relative_error += (units - decoded).squaredNorm();
   }
   result.relative_error /= static_cast<double>(num_rows);
   return result;

@@ -5,6 +5,8 @@
 
 #include <Eigen/Cholesky>
 
+#include "core/parallel_product.hpp"
+
 namespace commvq {
 namespace {
 
@@ -15,7 +17,9 @@ using Books = Eigen::Map<key_em::Matrix>;
 /// term lambda |U - old|^2. One Cholesky factorisation, in the place of N, serves all pairs.
 template <class Matrix>
 Matrix change_of(Matrix& normal, const Matrix& right, const Matrix& old, double ridge) {
-  const Matrix target = right - normal * old;
+  Matrix target(old.rows(), old.cols());
+  detail::parallel_product(normal, old, target);
+  target = right - target;
   normal.diagonal().array() += ridge * normal.diagonal().real().mean();
   return Eigen::LLT<Eigen::Ref<Matrix>>(normal).solve(target);
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/parallel_product.hpp"
 #include "value_codec/value_layers.hpp"
 
 #include <Eigen/Cholesky>
@@ -16,7 +17,9 @@ std::vector<float> solve(const CodedValues& coded, const std::vector<float>& dec
   const Eigen::MatrixXd old =
       value_layers::ConstMatrixMap<float>(decoder.data(), coded.right.rows(), coded.right.cols())
           .cast<double>();
-  const Eigen::MatrixXd target = coded.right - coded.normal * old;
+  Eigen::MatrixXd target(old.rows(), old.cols());
+  detail::parallel_product(coded.normal, old, target);
+  target = coded.right - target;
   Eigen::MatrixXd system = coded.normal;
   const double mean = system.diagonal().mean();
   if (!(mean > 0)) return decoder;

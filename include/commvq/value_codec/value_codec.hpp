@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/digest.hpp"
 #include "commvq/core/export.h"
 #include "commvq/core/view.hpp"
 
@@ -76,6 +77,8 @@ class COMMVQ_API ValueCodec {
 
   const ValueCodecConfig& config() const { return config_; }
   const ValueCodecWeights& weights() const { return weights_; }
+  /// Of the configuration and all weights: codecs with equal digests give equal codes.
+  const Digest& digest() const { return digest_; }
   /// E, `[num_code_bits][num_channels]`.
   MatrixView<const float> decoder() const {
     return {weights_.decoder.data(), config_.num_code_bits(), config_.num_channels};
@@ -100,6 +103,7 @@ class COMMVQ_API ValueCodec {
  private:
   ValueCodecConfig config_;
   ValueCodecWeights weights_;
+  Digest digest_;
   std::vector<float> gram_;  // E E^T, [num_code_bits][num_code_bits]; empty without polish
 };
 
