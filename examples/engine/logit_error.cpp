@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "commvq/key_codec/key_codec.hpp"
-
 #include <Eigen/Core>
 
 namespace engine {
@@ -24,21 +22,13 @@ MatrixView<float> view(Matrix& m) {
   return {m.data(), m.rows(), m.cols()};
 }
 
-void add_layer(const ModelConfig& config, const commvq::KeyCodec& codec, Matrix queries,
-               Matrix keys, Index exact_window, LogitError& error) {
-  std::vector<std::uint16_t> codes(
-      static_cast<std::size_t>(keys.rows() * codec.num_kv_heads() * codec.config().num_codes()));
-  std::vector<std::uint16_t> norms(static_cast<std::size_t>(keys.rows() * codec.num_norms()));
-  const MatrixView<std::uint16_t> code_view(codes.data(), keys.rows(),
-                                            codec.num_kv_heads() * codec.config().num_codes());
-  Matrix coded(keys.rows(), keys.cols());
-  codec.encode(view(keys), code_view, norms.data());
-  codec.decode(code_view, norms.data(), view(coded));
-
+void add_layer(const ModelConfig& config, const KeyRoundTrip& code, Matrix queries, Matrix keys,
+               Index exact_window, LogitError& error) {
+  Matrix coded = keys;
+  code(view(coded));
   const commvq::Rope rope(config.rope);
   const Index first_query = keys.rows() - queries.rows();
   rope.apply(view(keys), 0);
-  rope.apply(view(coded), 0);
   rope.apply(view(queries), first_query);
   const Index head_dim = config.head_dim(), per_kv_head = config.num_q_heads / config.num_kv_heads;
   for (Index i = 0; i < queries.rows(); ++i) {
@@ -66,18 +56,18 @@ double LogitError::relative() const {
   return squared_logits > 0 ? std::sqrt(squared_error / squared_logits) : 0;
 }
 
-LogitError logit_error(const Model& model, const std::vector<commvq::LayerCodec>& codecs,
+LogitError logit_error(const Model& model, const std::vector<KeyRoundTrip>& layers,
                        std::span<const int> window, Index exact_window, Index num_queries) {
-  std::vector<Matrix> queries(codecs.size()), keys(codecs.size());
+  std::vector<Matrix> queries(layers.size()), keys(layers.size());
   commvq::Cache cache = model.make_cache({});
   model.prefill(window, cache, Logits::kNone, [&](int layer, auto q, auto k, auto) {
     append(keys[static_cast<std::size_t>(layer)], k);
     append(queries[static_cast<std::size_t>(layer)], q);
   });
   LogitError error;
-  for (std::size_t i = 0; i < codecs.size(); ++i)
-    if (codecs[i].keys)
-      add_layer(model.config(), *codecs[i].keys,
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    if (layers[i])
+      add_layer(model.config(), layers[i],
                 queries[i].bottomRows(std::min<Index>(num_queries, queries[i].rows())), keys[i],
                 exact_window, error);
   return error;

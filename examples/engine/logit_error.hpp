@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -18,9 +19,14 @@ struct LogitError {
   double relative() const;  ///< rms error over the spread of the exact logits
 };
 
+/// Replaces the keys of one layer, `[tokens][num_kv_heads * head_dim]`, positions from 0 on, before
+/// RoPE, by what attention reads once they are coded: decoded and rotated.
+using KeyRoundTrip = std::function<void(MatrixView<float> keys)>;
+
 /// Runs one window exactly, codes the keys of every layer and compares the logits of its last
-/// `num_queries` queries. Layers whose codec keeps keys exact add nothing.
-LogitError logit_error(const Model& model, const std::vector<commvq::LayerCodec>& codecs,
+/// `num_queries` queries. `layers` has one entry a layer; empty ones, whose keys stay exact, add
+/// nothing.
+LogitError logit_error(const Model& model, const std::vector<KeyRoundTrip>& layers,
                        std::span<const int> window, Index exact_window, Index num_queries = 32);
 
 }  // namespace engine
