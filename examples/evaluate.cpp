@@ -3,7 +3,9 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
+#include <functional>
 #include <mutex>
+#include <numeric>
 
 #include "commvq/commvq.hpp"
 #include "commvq/cuda/integer_codebook.hpp"
@@ -12,10 +14,12 @@
 #include <nlohmann/json.hpp>
 
 #include "engine/cache_method.hpp"
+#include "engine/cache_results.hpp"
 #include "engine/calibration_data.hpp"
 #include "engine/console.hpp"
 #include "engine/evaluation.hpp"
 #include "engine/generate.hpp"
+#include "engine/hash.hpp"
 #include "engine/parallel.hpp"
 #include "engine/peers/peer.hpp"
 #include "engine/text_file.hpp"
@@ -25,7 +29,7 @@ namespace {
 using engine::Index;
 
 struct Options {
-  std::string model, text, json;
+  std::string model, text, json, exact;
   bool self = false;
   std::vector<std::string> codebooks, peers;
   std::string calibration;
@@ -41,11 +45,34 @@ struct Options {
 /// One way to store the cache, and what was measured of it.
 struct Row {
   engine::CacheMethod method;
-  double perplexity = 0, top1_agreement = 0, logit_rms = 0, logit_relative = 0;
-  Index allocated_bytes = 0;  ///< after one context
-  int retrieved = 0;
+  engine::CacheResults results = {};
+  engine::LogitError logits = {};
+  bool known = false;  ///< results were read from a file
 
   double ratio() const { return 16 / method.bits_per_number; }  ///< FP16 over coded
+  long retrieved() const {
+    return std::count(results.retrieved.begin(), results.retrieved.end(), 1);
+  }
+  double perplexity() const {
+    double nll = 0, tokens = 0;
+    for (const engine::Predictions& context : results.predictions) {
+      nll = std::accumulate(context.nll.begin(), context.nll.end(), nll);
+      tokens += double(context.nll.size());
+    }
+    return std::exp(nll / tokens);
+  }
+  /// Share of tokens after which both hold the same next token most probable.
+  double agreement(const Row& exact) const {
+    double same = 0, tokens = 0;
+    for (std::size_t w = 0; w < results.predictions.size(); ++w) {
+      const std::vector<int>& best = results.predictions[w].best;
+      same +=
+          std::inner_product(best.begin(), best.end(), exact.results.predictions[w].best.begin(),
+                             0.0, std::plus<>(), std::equal_to<>());
+      tokens += double(best.size());
+    }
+    return same / tokens;
+  }
 };
 
 /// The same codecs with key codebooks rounded to integers, as CUDA devices read them.
@@ -143,63 +170,64 @@ class TaskCount {
   std::mutex mutex_;
 };
 
-/// Perplexity and agreement of every row; row 0 is the exact cache.
-void measure_perplexity(const engine::Model& model, const std::vector<std::vector<int>>& windows,
-                        std::vector<Row>& rows) {
-  std::vector<engine::Predictions> predictions(rows.size() * windows.size());
-  TaskCount count("Perplexity", predictions.size());
-  engine::for_each_task(static_cast<Index>(predictions.size()), [&](Index task) {
-    const auto at = static_cast<std::size_t>(task);
-    Row& row = rows[at / windows.size()];
+/// Names what the results of the exact cache depend on.
+std::string key_of_exact(const Options& options, const engine::Model& model,
+                         const std::vector<int>& text) {
+  engine::Hash hash;
+  hash.add_numbers(std::span(text));
+  return "model " + model.digest() + ", text " + hash.text() + ", context " +
+         std::to_string(options.context) + ", contexts " + std::to_string(options.windows) +
+         ", questions " + std::to_string(options.questions) + ", seed " +
+         std::to_string(options.seed);
+}
+
+/// The rows that must run.
+std::vector<Row*> unknown(std::vector<Row>& rows) {
+  std::vector<Row*> result;
+  for (Row& row : rows)
+    if (!row.known) result.push_back(&row);
+  return result;
+}
+
+void run_contexts(const engine::Model& model, const std::vector<std::vector<int>>& windows,
+                  const std::vector<Row*>& rows) {
+  for (Row* row : rows) row->results.predictions.resize(windows.size());
+  const std::size_t num_tasks = rows.size() * windows.size();
+  TaskCount count("Perplexity", num_tasks);
+  engine::for_each_task(static_cast<Index>(num_tasks), [&](Index task) {
+    const std::size_t w = static_cast<std::size_t>(task) / rows.size();
+    Row& row = *rows[static_cast<std::size_t>(task) % rows.size()];
     const auto cache = row.method.new_cache();
-    predictions[at] = engine::predict(model, *cache, windows[at % windows.size()]);
-    if (at % windows.size() == 0) row.allocated_bytes = cache->allocated_bytes();
+    row.results.predictions[w] = engine::predict(model, *cache, windows[w]);
+    if (w == 0) row.results.allocated_bytes = cache->allocated_bytes();
     count.ended(row.method.name);
   });
-  for (std::size_t r = 0; r < rows.size(); ++r) {
-    double nll = 0, same = 0, tokens = 0;
-    for (std::size_t w = 0; w < windows.size(); ++w) {
-      const engine::Predictions& exact = predictions[w];
-      const engine::Predictions& predicted = predictions[r * windows.size() + w];
-      for (std::size_t i = 0; i < predicted.nll.size(); ++i) {
-        nll += predicted.nll[i];
-        same += predicted.best[i] == exact.best[i];
-      }
-      tokens += double(predicted.nll.size());
-    }
-    rows[r].perplexity = std::exp(nll / tokens);
-    rows[r].top1_agreement = same / tokens;
-  }
+}
+
+void ask_questions(const Options& options, const engine::Model& model,
+                   const engine::Tokenizer& tokenizer, const std::vector<int>& text,
+                   const std::vector<Row*>& rows) {
+  for (Row* row : rows) row->results.retrieved.resize(static_cast<std::size_t>(options.questions));
+  const std::size_t num_tasks = rows.size() * static_cast<std::size_t>(options.questions);
+  TaskCount count("Retrieval", num_tasks);
+  engine::for_each_task(static_cast<Index>(num_tasks), [&](Index task) {
+    const std::size_t i = static_cast<std::size_t>(task) / rows.size();
+    Row& row = *rows[static_cast<std::size_t>(task) % rows.size()];
+    const auto question =
+        engine::retrieval_case(tokenizer, text, options.context, options.seed, static_cast<int>(i));
+    const auto cache = row.method.new_cache();
+    row.results.retrieved[i] = engine::retrieves(model, tokenizer, *cache, question) ? 1 : 0;
+    count.ended(row.method.name);
+  });
 }
 
 void measure_logits(const Options& options, const engine::Model& model,
-                    const std::vector<int>& window, std::vector<Row>& rows) {
+                    const std::vector<int>& window, const std::vector<Row*>& rows) {
+  const engine::LogitProbe probe(model, window);
   engine::for_each_task(static_cast<Index>(rows.size()), [&](Index task) {
-    Row& row = rows[static_cast<std::size_t>(task)];
-    if (row.method.key_round_trips.empty()) return;
-    const auto error =
-        engine::logit_error(model, row.method.key_round_trips, window, options.window);
-    row.logit_rms = error.rms();
-    row.logit_relative = error.relative();
+    Row& row = *rows[static_cast<std::size_t>(task)];
+    row.logits = probe.error_of(row.method.key_round_trips, options.window);
   });
-}
-
-void measure_retrieval(const Options& options, const engine::Model& model,
-                       const engine::Tokenizer& tokenizer, const std::vector<int>& text,
-                       std::vector<Row>& rows) {
-  const std::size_t num_tasks = rows.size() * static_cast<std::size_t>(options.questions);
-  std::vector<char> retrieved(num_tasks);
-  TaskCount count("Retrieval", num_tasks);
-  engine::for_each_task(static_cast<Index>(num_tasks), [&](Index task) {
-    const auto at = static_cast<std::size_t>(task);
-    const Row& row = rows[at % rows.size()];
-    const auto question = engine::retrieval_case(tokenizer, text, options.context, options.seed,
-                                                 static_cast<int>(at / rows.size()));
-    const auto cache = row.method.new_cache();
-    retrieved[at] = engine::retrieves(model, tokenizer, *cache, question);
-    count.ended(row.method.name);
-  });
-  for (std::size_t at = 0; at < num_tasks; ++at) rows[at % rows.size()].retrieved += retrieved[at];
 }
 
 void print_table(const Options& options, std::size_t num_windows, const engine::Model& model,
@@ -210,12 +238,13 @@ void print_table(const Options& options, std::size_t num_windows, const engine::
               "increase", "top-1", "logit error", "retrieval", "B/token", "vs fp16", "allocated");
   const double numbers = 2.0 * model.config().kv_size() * model.config().num_layers;
   for (const Row& row : rows)
-    std::printf("%-20s %7.3f %10.3f %8.2f%% %6.1f%% %10.1f%% %6d/%-2d %9.1f %7.2fx %10s\n",
-                row.method.name.c_str(), row.method.bits_per_number, row.perplexity,
-                100 * (row.perplexity / rows[0].perplexity - 1), 100 * row.top1_agreement,
-                100 * row.logit_relative, row.retrieved, options.questions,
-                row.method.bits_per_number * numbers / 8, row.ratio(),
-                row.method.packed ? engine::human_bytes(double(row.allocated_bytes)).c_str() : "-");
+    std::printf(
+        "%-20s %7.3f %10.3f %8.2f%% %6.1f%% %10.1f%% %6ld/%-2d %9.1f %7.2fx %10s\n",
+        row.method.name.c_str(), row.method.bits_per_number, row.perplexity(),
+        100 * (row.perplexity() / rows[0].perplexity() - 1), 100 * row.agreement(rows[0]),
+        100 * row.logits.relative(), row.retrieved(), options.questions,
+        row.method.bits_per_number * numbers / 8, row.ratio(),
+        row.method.packed ? engine::human_bytes(double(row.results.allocated_bytes)).c_str() : "-");
 }
 
 void write_json(const Options& options, std::size_t num_windows, const engine::Model& model,
@@ -225,15 +254,15 @@ void write_json(const Options& options, std::size_t num_windows, const engine::M
   for (const Row& row : rows) {
     caches.push_back({{"cache", row.method.name},
                       {"bits_per_number", row.method.bits_per_number},
-                      {"perplexity", row.perplexity},
-                      {"perplexity_increase", row.perplexity / rows[0].perplexity - 1},
-                      {"top1_agreement", row.top1_agreement},
-                      {"logit_rms_error", row.logit_rms},
-                      {"logit_relative_error", row.logit_relative},
-                      {"retrieved", row.retrieved},
+                      {"perplexity", row.perplexity()},
+                      {"perplexity_increase", row.perplexity() / rows[0].perplexity() - 1},
+                      {"top1_agreement", row.agreement(rows[0])},
+                      {"logit_rms_error", row.logits.rms()},
+                      {"logit_relative_error", row.logits.relative()},
+                      {"retrieved", row.retrieved()},
                       {"bytes_per_token", row.method.bits_per_number * numbers / 8},
                       {"ratio_to_fp16", row.ratio()}});
-    if (row.method.packed) caches.back()["allocated_bytes"] = row.allocated_bytes;
+    if (row.method.packed) caches.back()["allocated_bytes"] = row.results.allocated_bytes;
   }
   const nlohmann::json report = {{"model", options.model},  {"context", options.context},
                                  {"contexts", num_windows}, {"window", options.window},
@@ -250,9 +279,18 @@ int evaluate(const Options& options) {
   std::vector<Row> rows = make_rows(options, model, tokenizer);
   const std::vector<int> text = text_of(options, model, tokenizer);
   const auto windows = engine::windows_of(text, options.context, options.windows);
-  measure_perplexity(model, windows, rows);
-  measure_logits(options, model, windows[0], rows);
-  measure_retrieval(options, model, tokenizer, text, rows);
+  const std::string key = key_of_exact(options, model, text);
+  if (!options.exact.empty())
+    if (auto results = engine::load_results(options.exact, key)) {
+      rows[0].results = *std::move(results);
+      rows[0].known = true;
+    }
+  const std::vector<Row*> to_run = unknown(rows);
+  run_contexts(model, windows, to_run);
+  ask_questions(options, model, tokenizer, text, to_run);
+  if (rows.size() > 1) measure_logits(options, model, windows[0], to_run);
+  if (!options.exact.empty() && !rows[0].known)
+    engine::save_results(options.exact, key, rows[0].results);
   print_table(options, windows.size(), model, rows);
   if (!options.json.empty()) write_json(options, windows.size(), model, rows);
   return 0;
@@ -298,6 +336,10 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--seed", options.seed, "Seed of questions and written text")
       ->capture_default_str();
+  app.add_option(
+      "--exact", options.exact,
+      "File to keep the exact cache's results in: where it holds those of the same model, "
+      "text and options, the exact cache need not run again");
   app.add_option("--json", options.json, "Also write the results to this file");
   CLI11_PARSE(app, argc, argv);
   return engine::run_program([&] {

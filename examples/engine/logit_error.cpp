@@ -10,16 +10,17 @@ namespace {
 
 using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-/// Rows of a view appended below a matrix.
-void append(Matrix& matrix, MatrixView<const float> rows) {
-  const Index old = matrix.rows();
-  matrix.conservativeResize(old + rows.rows, rows.cols);
-  for (Index t = 0; t < rows.rows; ++t)
-    std::copy_n(rows.row(t), rows.cols, matrix.row(old + t).data());
-}
-
 MatrixView<float> view(Matrix& m) {
   return {m.data(), m.rows(), m.cols()};
+}
+
+/// Rows of `cols` numbers.
+Matrix matrix_of(const std::vector<float>& numbers, Index cols) {
+  return Eigen::Map<const Matrix>(numbers.data(), static_cast<Index>(numbers.size()) / cols, cols);
+}
+
+void append(std::vector<float>& to, MatrixView<const float> rows) {
+  for (Index t = 0; t < rows.rows; ++t) to.insert(to.end(), rows.row(t), rows.row(t) + rows.cols);
 }
 
 void add_layer(const ModelConfig& config, const KeyRoundTrip& code, Matrix queries, Matrix keys,
@@ -56,20 +57,25 @@ double LogitError::relative() const {
   return squared_logits > 0 ? std::sqrt(squared_error / squared_logits) : 0;
 }
 
-LogitError logit_error(const Model& model, const std::vector<KeyRoundTrip>& layers,
-                       std::span<const int> window, Index exact_window, Index num_queries) {
-  std::vector<Matrix> queries(layers.size()), keys(layers.size());
+LogitProbe::LogitProbe(const Model& model, std::span<const int> window, Index num_queries)
+    : config_(model.config()), layers_(static_cast<std::size_t>(model.config().num_layers)) {
   commvq::Cache cache = model.make_cache({});
-  model.prefill(window, cache, Logits::kNone, [&](int layer, auto q, auto k, auto) {
-    append(keys[static_cast<std::size_t>(layer)], k);
-    append(queries[static_cast<std::size_t>(layer)], q);
+  model.prefill(window, cache, Logits::kNone, [&](int i, auto queries, auto keys, auto) {
+    Layer& layer = layers_[static_cast<std::size_t>(i)];
+    append(layer.keys, keys);
+    append(layer.queries, queries);
+    const auto kept = static_cast<std::size_t>(num_queries * config_.q_size());
+    if (layer.queries.size() > kept)
+      layer.queries.erase(layer.queries.begin(), layer.queries.end() - kept);
   });
+}
+
+LogitError LogitProbe::error_of(const std::vector<KeyRoundTrip>& layers, Index exact_window) const {
   LogitError error;
   for (std::size_t i = 0; i < layers.size(); ++i)
     if (layers[i])
-      add_layer(model.config(), layers[i],
-                queries[i].bottomRows(std::min<Index>(num_queries, queries[i].rows())), keys[i],
-                exact_window, error);
+      add_layer(config_, layers[i], matrix_of(layers_[i].queries, config_.q_size()),
+                matrix_of(layers_[i].keys, config_.kv_size()), exact_window, error);
   return error;
 }
 
