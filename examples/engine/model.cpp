@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 
 #include "commvq/core/parallel_errors.hpp"
 #include "commvq/io/safetensors.hpp"
 
 #include <Eigen/Core>
+
+#include "engine/hash.hpp"
 
 namespace engine {
 namespace {
@@ -37,22 +38,6 @@ Matrix rms_norm(const Matrix& x, const std::vector<float>& weight, float eps) {
   return result;
 }
 
-/// 64-bit FNV-1a.
-class Hash {
- public:
-  void add(std::span<const std::uint8_t> bytes) {
-    for (const std::uint8_t byte : bytes) state_ = (state_ ^ byte) * 0x100000001b3ULL;
-  }
-  std::string text() const {
-    char digits[17];
-    std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(state_));
-    return digits;
-  }
-
- private:
-  std::uint64_t state_ = 0xcbf29ce484222325ULL;
-};
-
 /// Appends to each segment's cache and attends, side by side where there are several sequences.
 void attend_segments(std::span<const Segment> segments, int layer, MatrixView<const float> q,
                      MatrixView<const float> k, MatrixView<const float> v, Matrix& attended) {
@@ -78,7 +63,7 @@ Model::Model(const std::filesystem::path& folder) : config_(load_model_config(fo
   const Index hidden = config_.hidden_size, inner = config_.intermediate_size;
   const Index vocab = config_.vocab_size, q = config_.q_size(), kv = config_.kv_size();
   Hash hash;
-  hash.add({reinterpret_cast<const std::uint8_t*>(config_.text.data()), config_.text.size()});
+  hash.add(config_.text);
 
   embeddings_ = checkpoint.at("model.embed_tokens.weight").to_floats({vocab, hidden});
   if (!config_.tied_embeddings) head_ = checkpoint.at("lm_head.weight").to_floats({vocab, hidden});
