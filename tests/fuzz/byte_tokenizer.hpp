@@ -33,12 +33,12 @@ inline nlohmann::json byte_tokenizer() {
     vocab[left + right] = id++;
     merges.push_back({left, right});
   }
-  return {{"added_tokens",
-           {{{"id", id}, {"content", "<end>"}}, {{"id", id + 1}, {"content", "<end>>"}}}},
-          {"normalizer", nullptr},
-          {"pre_tokenizer",
-           {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", true}}},
-          {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", merges}}}};
+  return {
+      {"added_tokens",
+       {{{"id", id}, {"content", "<end>"}}, {{"id", id + 1}, {"content", "<end>>"}}}},
+      {"normalizer", nullptr},
+      {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", true}}},
+      {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", merges}}}};
 }
 
 }  // namespace commvq::fuzz

@@ -13,9 +13,9 @@ namespace {
 
 using namespace commvq;
 
-constexpr Index kFloats = 1 << 16;  // behind every matrix that is passed
+constexpr Index kFloats = 1 << 12;  // behind every matrix that is passed
 constexpr int kMostCalls = 40;
-constexpr Index kMostTokens = 4096;  // in a cache, for speed
+constexpr Index kMostTokens = 1024;            // in a cache, for speed
 constexpr std::size_t kMemoryMultiple = 4096;  // a byte may append 40 tokens to four layers
 constexpr Index kChannels = 8;
 
@@ -94,7 +94,8 @@ void append(commvq_cache* cache, fuzz::ByteReader& input) {
   const std::vector<float> keys = numbers(input), values = numbers(input);
   const auto key_rows = matrix_of<commvq_const_matrix>(input, keys.data());
   auto value_rows = matrix_of<commvq_const_matrix>(input, values.data());
-  if (input.take<std::uint8_t>() < 200) value_rows = {values.data(), key_rows.rows, key_rows.cols, key_rows.row_stride};
+  if (input.take<std::uint8_t>() < 200)
+    value_rows = {values.data(), key_rows.rows, key_rows.cols, key_rows.row_stride};
   if (key_rows.data == nullptr) value_rows.data = nullptr;
   std::int64_t length = 0;
   check(commvq_cache_length(cache, &length));
@@ -109,12 +110,12 @@ void attend(const commvq_cache* cache, fuzz::ByteReader& input) {
   std::vector<float> output(kFloats), lse(kFloats);
   const auto query_rows = matrix_of<commvq_const_matrix>(input, queries.data());
   auto output_rows = matrix_of<commvq_matrix>(input, output.data());
-  if (input.take<std::uint8_t>() < 200) output_rows = {output.data(), query_rows.rows, query_rows.cols, query_rows.cols};
+  if (input.take<std::uint8_t>() < 200)
+    output_rows = {output.data(), query_rows.rows, query_rows.cols, query_rows.cols};
   if (query_rows.data == nullptr) output_rows.data = nullptr;
   const commvq_attention_options options = attention_options(input);
-  const commvq_status status =
-      commvq_cache_attend(cache, input.take<std::uint8_t>() % 5, &query_rows, &options,
-                          &output_rows, lse.data());
+  const commvq_status status = commvq_cache_attend(cache, input.take<std::uint8_t>() % 5,
+                                                   &query_rows, &options, &output_rows, lse.data());
   check(status);
   if (status != COMMVQ_OK) return;
   for (Index row = 0; row < output_rows.rows; ++row)

@@ -29,7 +29,8 @@ struct Tensor {
     const auto flags = input.take<std::uint8_t>();
     dl.data = (flags & 1) != 0 ? nullptr : elements().data();
     dl.ndim = (flags & 2) != 0 ? input.take<std::int32_t>() : 2 + (flags >> 7);
-    dl.device.device_type = (flags & 4) != 0 ? DLDeviceType(input.take<std::uint8_t>()) : kDLCPU;
+    const std::int32_t device = (flags & 4) != 0 ? input.take<std::uint8_t>() : kDLCPU;
+    std::memcpy(&dl.device.device_type, &device, sizeof device);
     dl.dtype.code = (flags & 8) != 0 ? input.take<std::uint8_t>() : std::uint8_t{kDLFloat};
     dl.dtype.bits = (flags & 8) != 0 ? input.take<std::uint8_t>() : 32;
     dl.dtype.lanes = (flags & 8) != 0 ? input.take<std::uint16_t>() : 1;
@@ -53,7 +54,8 @@ void check(MatrixView<const float> view, const Tensor& tensor) {
                    !__builtin_mul_overflow(end, Index{sizeof(float)}, &end),
                "a view of more than can be addressed");
   const Index offset = view.data - elements().data();
-  if (tensor.dl.byte_offset > kElements * sizeof(float) || offset + end / Index{sizeof(float)} > kElements)
+  if (tensor.dl.byte_offset > kElements * sizeof(float) ||
+      offset + end / Index{sizeof(float)} > kElements)
     return;
   fuzz::demand(view(0, 0) == 1.0f && view(view.rows - 1, view.cols - 1) == 1.0f,
                "a view of other elements");

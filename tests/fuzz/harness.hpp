@@ -33,8 +33,8 @@ inline void demand(bool condition, const char* defect) {
 inline void demand_readable(std::string_view reason) {
   demand(!reason.empty(), "a rejection without a reason");
   demand(reason.size() <= kMaxReasonBytes, "a reason longer than a screen");
-  demand(std::ranges::none_of(reason,
-                              [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }),
+  demand(std::ranges::none_of(
+             reason, [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }),
          "a reason with control characters");
 }
 

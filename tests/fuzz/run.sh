@@ -15,6 +15,10 @@ cores=${2:-$(nproc)}
 mapfile -t harnesses < <(cd bin && ls -- *_fuzz | sed 's/_fuzz$//')
 count=${#harnesses[@]}
 export seconds OMP_NUM_THREADS=1
+# Inputs are written to files: in memory, where it can be.
+TMPDIR=$(mktemp -d "$([[ -w /dev/shm ]] && echo /dev/shm || echo /tmp)/commvq_fuzz.XXXXXX")
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
 export ASAN_OPTIONS=allocator_may_return_null=0:detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1
 rm -rf logs findings
 mkdir -p logs findings corpus

@@ -14,8 +14,13 @@ using namespace commvq;
 constexpr std::size_t kMemoryMultiple = 64;
 
 constexpr std::string_view kTexts[] = {
-    "", "a", "ab ab  abab\n\n\tab", "It's 12 o'clock, isn't it?<end>", "\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", "\xff is not UTF-8"};
+    "",
+    "a",
+    "ab ab  abab\n\n\tab",
+    "It's 12 o'clock, isn't it?<end>",
+    "\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!",
+    "\xff is not UTF-8"};
 
 void use(const engine::Tokenizer& tokenizer) {
   for (const std::string_view text : kTexts)

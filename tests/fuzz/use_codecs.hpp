@@ -24,9 +24,9 @@ inline void use_codecs(const ModelCodecs& codecs) {
   testing_support::Rng rng(3);
   std::vector<float> output(static_cast<std::size_t>(channels));
   for (const LayerCodec& layer : codecs.layers) {
-    if (layer.keys && (layer.keys->config().num_codes() > 64 ||
-                       layer.keys->config().codebook_size > 64 ||
-                       layer.keys->config().beam_width > 16))
+    if (layer.keys &&
+        (layer.keys->config().num_codes() > 64 || layer.keys->config().codebook_size > 64 ||
+         layer.keys->config().beam_width > 16))
       continue;
     try {
       LayerCache cache(config, layer);

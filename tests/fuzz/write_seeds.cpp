@@ -100,18 +100,12 @@ void write_tokenizers() {
 }
 
 void write_configs() {
-  const json llama = {{"model_type", "llama"},
-                      {"hidden_size", 32},
-                      {"intermediate_size", 64},
-                      {"num_hidden_layers", 2},
-                      {"num_attention_heads", 4},
-                      {"num_key_value_heads", 2},
-                      {"vocab_size", 300},
-                      {"max_position_embeddings", 512},
-                      {"rms_norm_eps", 1e-5},
-                      {"rope_theta", 10000.0},
-                      {"hidden_act", "silu"},
-                      {"tie_word_embeddings", true}};
+  const json llama = {{"model_type", "llama"},    {"hidden_size", 32},
+                      {"intermediate_size", 64},  {"num_hidden_layers", 2},
+                      {"num_attention_heads", 4}, {"num_key_value_heads", 2},
+                      {"vocab_size", 300},        {"max_position_embeddings", 512},
+                      {"rms_norm_eps", 1e-5},     {"rope_theta", 10000.0},
+                      {"hidden_act", "silu"},     {"tie_word_embeddings", true}};
   write(seed("model_config", "llama"), llama.dump(1));
   json scaled = llama;
   scaled["head_dim"] = 16;

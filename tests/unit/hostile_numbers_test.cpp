@@ -385,10 +385,9 @@ std::vector<float> attended(const LayerCache& cache, const std::vector<float>& q
 
 TEST(CacheNumbers, WhatAnExactTypeCannotHoldIsRefusedAndChangesNothing) {
   const std::vector<float> good = ones_but(2.0f);
-  for (const auto& [type, most, over] :
-       {std::tuple(FloatType::kFp16, 65519.0f, 65520.0f),
-        std::tuple(FloatType::kBf16, 0x1.FEFFFEp127f, 0x1.FFp127f),
-        std::tuple(FloatType::kFp32, kLargest, kInfinity)}) {
+  for (const auto& [type, most, over] : {std::tuple(FloatType::kFp16, 65519.0f, 65520.0f),
+                                         std::tuple(FloatType::kBf16, 0x1.FEFFFEp127f, 0x1.FFp127f),
+                                         std::tuple(FloatType::kFp32, kLargest, kInfinity)}) {
     LayerCache cache(cache_config(type), {});
     append(cache, ones_but(most), ones_but(-most));
     for (const float bad : {over, -over, kNan}) {
@@ -460,8 +459,7 @@ TEST(AttentionNumbers, QueriesMustBeFinite) {
   LayerCache cache(cache_config(), layer_codec());
   append(cache, ones_but(1.0f), ones_but(1.0f));
   for (const float bad : {kNan, kInfinity})
-    EXPECT_THAT(error_of([&] { attended(cache, ones_but(bad)); }),
-                HasSubstr("query 1, channel 5"));
+    EXPECT_THAT(error_of([&] { attended(cache, ones_but(bad)); }), HasSubstr("query 1, channel 5"));
 }
 
 // Scores of infinity would turn the sum of weights into NaN.
