@@ -17,8 +17,8 @@ constexpr int kMaxDepth = 64;
 std::string read_json_text(const std::filesystem::path& path) {
   std::error_code unknown;
   const auto size = std::filesystem::file_size(path, unknown);
-  commvq::require(unknown || size <= kMaxBytes, path.string(), ": ", size,
-                  " bytes; the limit is ", kMaxBytes);
+  commvq::require(unknown || size <= kMaxBytes, path.string(), ": ", size, " bytes; the limit is ",
+                  kMaxBytes);
   return read_text_file(path);
 }
 

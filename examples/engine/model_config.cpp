@@ -68,9 +68,9 @@ ModelConfig load_model_config(const std::filesystem::path& folder) {
   }
   config.rope = commvq::parse_hf_rope(config.text);
   constexpr int kMaxChannels = 1 << 24;
-  commvq::require(config.num_q_heads <= kMaxChannels / config.head_dim(), "config.json: ",
-                  config.num_q_heads, " heads of ", config.head_dim(), " are more than ",
-                  kMaxChannels, " channels");
+  commvq::require(config.num_q_heads <= kMaxChannels / config.head_dim(),
+                  "config.json: ", config.num_q_heads, " heads of ", config.head_dim(),
+                  " are more than ", kMaxChannels, " channels");
   return config;
 }
 

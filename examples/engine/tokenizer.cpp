@@ -102,8 +102,9 @@ const Json& list(const Json& object, const char* name) {
 /// A token id of a file of `file_bytes`: tables by id must not outgrow the file.
 int id_of(const Json& value, std::size_t file_bytes) {
   const std::size_t limit = std::min<std::size_t>(file_bytes, 1 << 24);
-  require(value.is_number_integer() && value >= 0 && value < limit, "tokenizer.json: a token id is ",
-          shown(value), "; in a file of ", file_bytes, " bytes it must be in [0, ", limit - 1, "]");
+  require(value.is_number_integer() && value >= 0 && value < limit,
+          "tokenizer.json: a token id is ", shown(value), "; in a file of ", file_bytes,
+          " bytes it must be in [0, ", limit - 1, "]");
   return value.get<int>();
 }
 

@@ -29,8 +29,8 @@ using LooseHalfShorts __attribute__((aligned(2), may_alias)) =
     std::int16_t __attribute__((vector_size(32)));
 using LooseBytes __attribute__((aligned(1), may_alias)) =
     std::uint8_t __attribute__((vector_size(32)));
-static_assert(alignof(LooseVec) == 4 && alignof(LooseShorts) == 2 && alignof(LooseHalfShorts) == 2 &&
-              alignof(LooseBytes) == 1);
+static_assert(alignof(LooseVec) == 4 && alignof(LooseShorts) == 2 &&
+              alignof(LooseHalfShorts) == 2 && alignof(LooseBytes) == 1);
 
 /// Memory on cache lines: a vector that lies across two costs two accesses.
 template <class T>

@@ -53,8 +53,8 @@ void require_codable_norms(MatrixView<const float> keys, const KeyCodec& codec, 
       for (Index i = first; i < first + channels; ++i)
         sum += static_cast<double>(keys(t, i)) * keys(t, i);
       require(std::sqrt(sum) <= kMaxNorm, "key of token ", first_token + t, " has norm ",
-              std::sqrt(sum), " over channels [", first, ", ", first + channels,
-              "); the limit is ", kMaxNorm, ": scale the keys down");
+              std::sqrt(sum), " over channels [", first, ", ", first + channels, "); the limit is ",
+              kMaxNorm, ": scale the keys down");
     }
 }
 

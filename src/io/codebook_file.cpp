@@ -21,9 +21,9 @@ constexpr const char* kVersion = "1";
 /// Layers of one model; a file that claims more is lying.
 constexpr std::size_t kMaxLayers = 65536;
 
-/// Centroids of a book for each pair that shares its codes. An encoder holds codebook_size^2 numbers
-/// a stage, the file 2 * codebook_size * group_pairs or twice that: a small file must not take all
-/// memory.
+/// Centroids of a book for each pair that shares its codes. An encoder holds codebook_size^2
+/// numbers a stage, the file 2 * codebook_size * group_pairs or twice that: a small file must not
+/// take all memory.
 constexpr int kMaxCentroidsPerPair = 64;
 
 constexpr std::pair<RopeLayout, const char*> kLayouts[] = {
@@ -349,10 +349,10 @@ ModelCodecs load_codecs(const std::filesystem::path& path) {
     const Fields layer(layers[i], where);
     LayerCodec codec;
     if (!layer.at("keys").is_null())
-      codec.keys =
-          read_keys(file, prefix_of(i),
-                    key_config_from(Fields(layer.at("keys"), where + ".keys"), codecs.rope.pairs, i),
-                    codecs.num_kv_heads);
+      codec.keys = read_keys(
+          file, prefix_of(i),
+          key_config_from(Fields(layer.at("keys"), where + ".keys"), codecs.rope.pairs, i),
+          codecs.num_kv_heads);
     if (!layer.at("values").is_null())
       codec.values = read_values(file, prefix_of(i),
                                  value_config_from(Fields(layer.at("values"), where + ".values")));

@@ -19,8 +19,7 @@ constexpr int kMaxDepth = 64;
 double number(const Json& object, const char* name) {
   require(object.contains(name), "the model's config has no ", name);
   require(object[name].is_number(), "the model's config has ", name, " = ",
-          in_quotes(object[name].dump()),
-          "; it must be a number");
+          in_quotes(object[name].dump()), "; it must be a number");
   return object[name].get<double>();
 }
 
@@ -50,8 +49,7 @@ Json scaling_of(const Json& config) {
   for (const char* name : {"rope_parameters", "rope_scaling"})
     if (config.contains(name) && !config[name].is_null()) {
       require(config[name].is_object(), "the model's config has ", name, " = ",
-              in_quotes(config[name].dump()),
-              "; it must be an object");
+              in_quotes(config[name].dump()), "; it must be an object");
       return config[name];
     }
   return Json::object();

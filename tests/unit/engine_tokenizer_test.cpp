@@ -207,8 +207,8 @@ TEST(Tokenizer, IdsDoNotOutgrowTheFile) {
 }
 
 TEST(Tokenizer, QuotesStrangeTokensShortAndPrintable) {
-  const std::string error = error_after(
-      [](json& f) { f["model"]["vocab"]["\x1b[2J" + std::string(100000, 'x')] = 5; });
+  const std::string error =
+      error_after([](json& f) { f["model"]["vocab"]["\x1b[2J" + std::string(100000, 'x')] = 5; });
   EXPECT_THAT(error, HasSubstr("not written in byte-level characters"));
   EXPECT_EQ(error.find('\x1b'), std::string::npos);
   EXPECT_LT(error.size(), 400u);
@@ -224,9 +224,8 @@ TEST(Tokenizer, ListsMustBeLists) {
 
 /// The shipped tokenizer with another splitting pattern.
 Tokenizer splitting_by(const std::string& pattern) {
-  return changed([&](json& f) {
-    f["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern;
-  });
+  return changed(
+      [&](json& f) { f["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern; });
 }
 
 // \C takes single bytes: what follows would begin within a character.
@@ -243,8 +242,7 @@ TEST(Tokenizer, PatternsMustNotTakeForEver) {
 
 TEST(Tokenizer, TextThatIsNotSplitMustBeUtf8Too) {
   const Tokenizer tokenizer = changed([](json& f) {
-    f["pre_tokenizer"] = {
-        {"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}};
+    f["pre_tokenizer"] = {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}};
   });
   EXPECT_EQ(tokenizer.decode(tokenizer.encode("one\ntwo \xc3\xa9")), "one\ntwo \xc3\xa9");
   EXPECT_THAT([&] { tokenizer.encode("ab\xc3"); },

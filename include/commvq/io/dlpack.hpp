@@ -32,8 +32,9 @@ inline int device_type_of(const DLTensor& tensor) {
 inline void require_host_floats(const DLTensor& tensor) {
   const int device_type = device_type_of(tensor);
   require(device_type == static_cast<int>(kDLCPU) || device_type == static_cast<int>(kDLCUDAHost),
-          "the DLPack tensor is on a device of type ", device_type, "; it must be in host memory (", static_cast<int>(kDLCPU), ", or ",
-          static_cast<int>(kDLCUDAHost), " if pinned): copy it there first");
+          "the DLPack tensor is on a device of type ", device_type, "; it must be in host memory (",
+          static_cast<int>(kDLCPU), ", or ", static_cast<int>(kDLCUDAHost),
+          " if pinned): copy it there first");
   require(tensor.dtype.code == kDLFloat && tensor.dtype.bits == 32 && tensor.dtype.lanes == 1,
           "the DLPack tensor has elements of type code ", int{tensor.dtype.code}, ", ",
           int{tensor.dtype.bits}, " bits and ", tensor.dtype.lanes,
