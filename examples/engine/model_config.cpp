@@ -4,7 +4,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "engine/text_file.hpp"
+#include "engine/json_file.hpp"
 
 namespace engine {
 namespace {
@@ -13,18 +13,18 @@ using Json = nlohmann::json;
 
 int whole_number(const Json& config, const char* name) {
   commvq::require(config.contains(name) && config[name].is_number_integer(), "config.json: ", name,
-                  config.contains(name) ? " is " + config[name].dump() : " is missing",
+                  config.contains(name) ? " is " + shown(config[name]) : " is missing",
                   "; it must be a whole number");
-  const auto value = config[name].get<std::int64_t>();
-  commvq::require(value >= 1 && value <= (1 << 24), "config.json: ", name, " is ", value,
+  const Json& value = config[name];
+  commvq::require(value >= 1 && value <= (1 << 24), "config.json: ", name, " is ", shown(value),
                   "; it must be in [1, 16777216]");
-  return static_cast<int>(value);
+  return value.get<int>();
 }
 
 /// Throws unless `name` is absent, null or one of the values that change nothing here.
 void require_default(const Json& config, const char* name, const Json& expected) {
   if (!config.contains(name) || config[name].is_null()) return;
-  commvq::require(config[name] == expected, "config.json: ", name, " is ", config[name].dump(),
+  commvq::require(config[name] == expected, "config.json: ", name, " is ", shown(config[name]),
                   "; this engine computes ", expected.dump(), " only");
 }
 
@@ -32,8 +32,8 @@ void require_default(const Json& config, const char* name, const Json& expected)
 
 ModelConfig load_model_config(const std::filesystem::path& folder) {
   ModelConfig config;
-  config.text = read_text_file(folder / "config.json");
-  const Json json = Json::parse(config.text, nullptr, /*allow_exceptions=*/false);
+  config.text = read_json_text(folder / "config.json");
+  const Json json = parse_json(config.text, folder / "config.json");
   commvq::require(json.is_object(), (folder / "config.json").string(), " is not a JSON object");
   commvq::require(json.contains("model_type"), "config.json: model_type is missing");
   require_default(json, "model_type", "llama");
@@ -55,17 +55,22 @@ ModelConfig load_model_config(const std::filesystem::path& folder) {
   config.vocab_size = whole_number(json, "vocab_size");
   config.max_positions = whole_number(json, "max_position_embeddings");
   if (json.contains("rms_norm_eps")) {
-    commvq::require(json["rms_norm_eps"].is_number(), "config.json: rms_norm_eps is ",
-                    json["rms_norm_eps"].dump(), "; it must be a number");
-    config.rms_norm_eps = json["rms_norm_eps"].get<float>();
+    const Json& eps = json["rms_norm_eps"];
+    commvq::require(eps.is_number() && eps >= 0 && eps <= 1, "config.json: rms_norm_eps is ",
+                    shown(eps), "; it must be a number in [0, 1]");
+    config.rms_norm_eps = eps.get<float>();
   }
   if (json.contains("tie_word_embeddings")) {
     commvq::require(json["tie_word_embeddings"].is_boolean(),
-                    "config.json: tie_word_embeddings is ", json["tie_word_embeddings"].dump(),
+                    "config.json: tie_word_embeddings is ", shown(json["tie_word_embeddings"]),
                     "; it must be true or false");
     config.tied_embeddings = json["tie_word_embeddings"].get<bool>();
   }
   config.rope = commvq::parse_hf_rope(config.text);
+  constexpr int kMaxChannels = 1 << 24;
+  commvq::require(config.num_q_heads <= kMaxChannels / config.head_dim(),
+                  "config.json: ", config.num_q_heads, " heads of ", config.head_dim(),
+                  " are more than ", kMaxChannels, " channels");
   return config;
 }
 

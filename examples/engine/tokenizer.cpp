@@ -2,6 +2,7 @@
 #include "engine/tokenizer.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <queue>
 #include <utility>
 
@@ -10,7 +11,7 @@
 #include <nlohmann/json.hpp>
 #include <pcre2.h>
 
-#include "engine/text_file.hpp"
+#include "engine/json_file.hpp"
 
 namespace engine {
 namespace {
@@ -21,6 +22,12 @@ using commvq::require;
 /// GPT-2's split, which ByteLevel applies where `use_regex` is true.
 constexpr const char* kGpt2Pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+
+/// The whole text as one piece, where no step splits it.
+constexpr const char* kWholePattern = "(?s).+";
+
+/// Steps of one match, so that no pattern takes for ever; splitting patterns need a few a byte.
+constexpr std::uint32_t kMaxMatchSteps = 1'000'000;
 
 /// The character by which byte-level BPE writes each byte: printable ones as themselves, the others
 /// from U+0100 on.
@@ -58,7 +65,7 @@ std::string to_bytes(const std::string& token) {
     if (length == 2 && i + 1 < token.size())
       character = ((lead & 0x1fu) << 6) | (static_cast<unsigned char>(token[i + 1]) & 0x3fu);
     const auto found = byte_of.find(character);
-    require(length <= 2 && found != byte_of.end(), "tokenizer.json: token \"", token,
+    require(length <= 2 && found != byte_of.end(), "tokenizer.json: token \"", printable(token),
             "\" is not written in byte-level characters");
     bytes += found->second;
     i += length;
@@ -74,34 +81,41 @@ const Json& field(const Json& object, const char* name) {
 
 bool flag(const Json& object, const char* name, bool otherwise) {
   if (!object.contains(name) || object[name].is_null()) return otherwise;
-  require(object[name].is_boolean(), "tokenizer.json: ", name, " is ", object[name].dump(),
+  require(object[name].is_boolean(), "tokenizer.json: ", name, " is ", shown(object[name]),
           "; it must be true or false");
   return object[name].get<bool>();
 }
 
 std::string text_of(const Json& object, const char* name) {
   const Json& value = field(object, name);
-  require(value.is_string(), "tokenizer.json: ", name, " is ", value.dump(),
+  require(value.is_string(), "tokenizer.json: ", name, " is ", shown(value),
           "; it must be a string");
   return value.get<std::string>();
 }
 
-int id_of(const Json& value) {
-  require(value.is_number_integer(), "tokenizer.json: a token id is ", value.dump());
-  const auto id = value.get<std::int64_t>();
-  require(id >= 0 && id < (1 << 24), "tokenizer.json: a token id is ", id,
-          "; it must be in [0, 16777215]");
-  return static_cast<int>(id);
+const Json& list(const Json& object, const char* name) {
+  const Json& value = field(object, name);
+  require(value.is_array(), "tokenizer.json: ", name, " is ", shown(value), "; it must be a list");
+  return value;
+}
+
+/// A token id of a file of `file_bytes`: tables by id must not outgrow the file.
+int id_of(const Json& value, std::size_t file_bytes) {
+  const std::size_t limit = std::min<std::size_t>(file_bytes, 1 << 24);
+  require(value.is_number_integer() && value >= 0 && value < limit,
+          "tokenizer.json: a token id is ", shown(value), "; in a file of ", file_bytes,
+          " bytes it must be in [0, ", limit - 1, "]");
+  return value.get<int>();
 }
 
 /// Both halves of a merge, written `["a", "b"]` or `"a b"`.
 std::pair<std::string, std::string> halves(const Json& merge) {
   if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string())
     return {to_bytes(merge[0].get<std::string>()), to_bytes(merge[1].get<std::string>())};
-  require(merge.is_string(), "tokenizer.json: a merge is ", merge.dump());
+  require(merge.is_string(), "tokenizer.json: a merge is ", shown(merge));
   const auto text = merge.get<std::string>();
   const std::size_t space = text.find(' ');
-  require(space != std::string::npos, "tokenizer.json: a merge is \"", text, "\"");
+  require(space != std::string::npos, "tokenizer.json: a merge is \"", printable(text), "\"");
   return {to_bytes(text.substr(0, space)), to_bytes(text.substr(space + 1))};
 }
 
@@ -116,12 +130,13 @@ void Tokenizer::PatternDeleter::operator()(void* pattern) const {
 }
 
 Tokenizer::Tokenizer(const std::filesystem::path& path) {
-  const Json json = Json::parse(read_text_file(path), nullptr, /*allow_exceptions=*/false);
+  const std::string file = read_json_text(path);
+  const Json json = parse_json(file, path);
   require(json.is_object(), path.string(), " is not a JSON object");
   require(!json.contains("normalizer") || json["normalizer"].is_null(),
           "tokenizer.json: a normalizer is given; this tokenizer applies none");
   const Json& model = field(json, "model");
-  require(text_of(model, "type") == "BPE", "tokenizer.json: model type is ", model["type"].dump(),
+  require(text_of(model, "type") == "BPE", "tokenizer.json: model type is ", shown(model["type"]),
           "; only BPE is supported");
   require(!flag(model, "byte_fallback", false), "tokenizer.json: byte_fallback is not supported");
   ignore_merges_ = flag(model, "ignore_merges", false);
@@ -137,17 +152,17 @@ Tokenizer::Tokenizer(const std::filesystem::path& path) {
     known_[static_cast<std::size_t>(id)] = 1;
   };
   if (json.contains("added_tokens"))
-    for (const Json& token : json["added_tokens"]) {
+    for (const Json& token : list(json, "added_tokens")) {
       const std::string content = text_of(token, "content");
       require(!content.empty(), "tokenizer.json: an added token is empty");
-      added_[content] = id_of(field(token, "id"));
+      added_[content] = id_of(field(token, "id"), file.size());
       add(added_[content], content);
     }
   for (const auto& [token, id] : vocabulary.items()) {
     if (added_.count(token) != 0) continue;
     const std::string bytes = to_bytes(token);
-    add(id_of(id), bytes);
-    id_of_[bytes] = id_of(id);
+    id_of_[bytes] = id_of(id, file.size());
+    add(id_of_[bytes], bytes);
   }
   for (int byte = 0; byte < 256; ++byte) {
     const auto found = id_of_.find(std::string(1, static_cast<char>(byte)));
@@ -156,25 +171,26 @@ Tokenizer::Tokenizer(const std::filesystem::path& path) {
     byte_ids_[byte] = found->second;
   }
   int rank = 0;
-  for (const Json& merge : field(model, "merges")) {
+  for (const Json& merge : list(model, "merges")) {
     const auto [left, right] = halves(merge);
     for (const std::string& part : {left, right, left + right})
-      require(id_of_.count(part) != 0, "tokenizer.json: merge ", merge.dump(),
+      require(id_of_.count(part) != 0, "tokenizer.json: merge ", shown(merge),
               " names a token that is not in vocab");
     merges_.try_emplace(pair_key(id_of_[left], id_of_[right]), Merge{rank++, id_of_[left + right]});
   }
   read_pre_tokenizer(&field(json, "pre_tokenizer"));
+  if (pattern_ == nullptr) compile(kWholePattern);
 }
 
 void Tokenizer::read_pre_tokenizer(const void* pointer) {
   const Json& step = *static_cast<const Json*>(pointer);
   const std::string type = text_of(step, "type");
   if (type == "Sequence") {
-    for (const Json& part : field(step, "pretokenizers")) read_pre_tokenizer(&part);
+    for (const Json& part : list(step, "pretokenizers")) read_pre_tokenizer(&part);
   } else if (type == "Split") {
     require(pattern_ == nullptr, "tokenizer.json: more than one splitting step");
     require(text_of(step, "behavior") == "Isolated" && !flag(step, "invert", false),
-            "tokenizer.json: Split with behavior ", step["behavior"].dump(),
+            "tokenizer.json: Split with behavior ", shown(step["behavior"]),
             "; only Isolated, not inverted, is supported");
     compile(text_of(field(step, "pattern"), "Regex"));
   } else if (type == "ByteLevel") {
@@ -184,16 +200,18 @@ void Tokenizer::read_pre_tokenizer(const void* pointer) {
       compile(kGpt2Pattern);
     }
   } else {
-    commvq::fail("tokenizer.json: pre-tokenizer \"", type,
+    commvq::fail("tokenizer.json: pre-tokenizer \"", printable(type),
                  "\" is not supported; known are Sequence, Split and ByteLevel");
   }
 }
 
 void Tokenizer::compile(const std::string& pattern) {
+  // \C matches a single byte, which would split characters.
+  constexpr std::uint32_t kOptions = PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C;
   int code = 0;
   PCRE2_SIZE where = 0;
   pattern_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
-                               PCRE2_UTF | PCRE2_UCP, &code, &where, nullptr));
+                               kOptions, &code, &where, nullptr));
   if (pattern_ != nullptr) {
     pcre2_jit_compile(static_cast<pcre2_code*>(pattern_.get()), PCRE2_JIT_COMPLETE);
     return;
@@ -210,23 +228,31 @@ int Tokenizer::added_token(const std::string& content) const {
 }
 
 std::vector<int> Tokenizer::encode(std::string_view text) const {
+  require(text.size() <= std::numeric_limits<int>::max(), "a text of ", text.size(),
+          " bytes; at most ", std::numeric_limits<int>::max(), " are encoded at a time");
+  struct Occurrence {
+    std::string_view content;
+    int token;
+    std::size_t at;  // the next one, at or after what is encoded
+  };
+  std::vector<Occurrence> occurrences;
+  for (const auto& [content, token] : added_)
+    occurrences.push_back({content, token, text.find(content)});
+
   std::vector<int> tokens;
-  while (!text.empty()) {
-    std::size_t nearest = std::string_view::npos;
-    const std::pair<const std::string, int>* token = nullptr;
-    for (const auto& candidate : added_) {  // of tokens at the same place the longest wins
-      const std::size_t at = text.find(candidate.first);
-      if (at == std::string_view::npos) continue;
-      if (token == nullptr || at < nearest ||
-          (at == nearest && candidate.first.size() > token->first.size())) {
-        nearest = at;
-        token = &candidate;
-      }
+  for (std::size_t done = 0; done < text.size();) {
+    const Occurrence* nearest = nullptr;  // of tokens at the same place the longest
+    for (Occurrence& next : occurrences) {
+      if (next.at < done) next.at = text.find(next.content, done);
+      if (next.at == std::string_view::npos) continue;
+      if (nearest == nullptr || next.at < nearest->at ||
+          (next.at == nearest->at && next.content.size() > nearest->content.size()))
+        nearest = &next;
     }
-    encode_plain(text.substr(0, nearest), tokens);
-    if (token == nullptr) break;
-    tokens.push_back(token->second);
-    text.remove_prefix(nearest + token->first.size());
+    encode_plain(text.substr(done, nearest == nullptr ? text.npos : nearest->at - done), tokens);
+    if (nearest == nullptr) break;
+    tokens.push_back(nearest->token);
+    done = nearest->at + nearest->content.size();
   }
   return tokens;
 }
@@ -239,16 +265,18 @@ void Tokenizer::encode_plain(std::string_view text, std::vector<int>& tokens) co
     with_space = " " + std::string(text);
     text = with_space;
   }
-  if (pattern_ == nullptr) return encode_piece(text, tokens);
   const auto* const pattern = static_cast<const pcre2_code*>(pattern_.get());
   const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(
       pcre2_match_data_create_from_pattern(pattern, nullptr), &pcre2_match_data_free);
+  const std::unique_ptr<pcre2_match_context, decltype(&pcre2_match_context_free)> limits(
+      pcre2_match_context_create(nullptr), &pcre2_match_context_free);
+  pcre2_set_match_limit(limits.get(), kMaxMatchSteps);
   const auto* const subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   std::size_t done = 0;
   std::uint32_t options = 0;  // the first call checks the whole text's UTF-8
   while (done < text.size()) {
     const int result =
-        pcre2_match(pattern, subject, text.size(), done, options, match.get(), nullptr);
+        pcre2_match(pattern, subject, text.size(), done, options, match.get(), limits.get());
     if (result == PCRE2_ERROR_NOMATCH) break;
     if (result < 0) {
       PCRE2_UCHAR message[256];

@@ -52,7 +52,7 @@ class Tokenizer {
   std::unordered_map<std::string, int> id_of_;       ///< of whole tokens, as bytes
   std::unordered_map<std::uint64_t, Merge> merges_;  ///< by (left id << 32 | right id)
   std::map<std::string, int> added_;
-  std::unique_ptr<void, PatternDeleter> pattern_;  ///< pcre2_code, or null: do not split
+  std::unique_ptr<void, PatternDeleter> pattern_;  ///< pcre2_code
   int byte_ids_[256];
   bool add_prefix_space_ = false;
   bool ignore_merges_ = false;

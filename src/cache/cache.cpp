@@ -16,6 +16,9 @@ constexpr Index kExactSlack = 32;
 /// Tokens widened to floats at a time while coding.
 constexpr Index kCodingChunk = 512;
 
+/// Tokens that a cache may be set up for; sums of a few of them do not overflow.
+constexpr Index kMaxTokens = Index{1} << 48;
+
 /// Smallest magnitude that rounds to infinity.
 float overflow_of(FloatType type) {
   switch (type) {
@@ -37,6 +40,22 @@ void require_storable(MatrixView<const float> rows, const char* what, Index firs
       if (!(std::abs(rows(t, channel)) < limit))
         fail(what, " of token ", first_token + t, ", channel ", channel, " is ", rows(t, channel),
              "; it must be finite and fit ", name_of(type));
+}
+
+/// A norm that cannot be stored must be refused with its key: once the key is in the window, every
+/// later append would fail.
+void require_codable_norms(MatrixView<const float> keys, const KeyCodec& codec, Index first_token) {
+  constexpr double kMaxNorm = 3.37e38;  // bf16's largest, less what rounding the key may add
+  const Index channels = keys.cols / codec.num_norms();
+  for (Index t = 0; t < keys.rows; ++t)
+    for (Index first = 0; first < keys.cols; first += channels) {
+      double sum = 0;
+      for (Index i = first; i < first + channels; ++i)
+        sum += static_cast<double>(keys(t, i)) * keys(t, i);
+      require(std::sqrt(sum) <= kMaxNorm, "key of token ", first_token + t, " has norm ",
+              std::sqrt(sum), " over channels [", first, ", ", first + channels, "); the limit is ",
+              kMaxNorm, ": scale the keys down");
+    }
 }
 
 void require_shape(MatrixView<const float> rows, const char* what, Index tokens, Index channels) {
@@ -173,6 +192,7 @@ void LayerCache::append(MatrixView<const float> keys, MatrixView<const float> va
           keys.rows, " more; it holds at most ", kMaxTokens);
   require_storable(keys, "key", length_, config_.exact_type);
   require_storable(values, "value", length_, config_.exact_type);
+  if (codec_.keys) require_codable_norms(keys, *codec_.keys, length_);
   if (keys.rows == 0) return;
 
   const Index count = keys.rows;

@@ -13,6 +13,8 @@ namespace {
 
 using testing::AllOf;
 using testing::HasSubstr;
+using testing::Lt;
+using testing::SizeIs;
 using testing::ThrowsMessage;
 
 constexpr const char* kSmallModel =
@@ -108,7 +110,19 @@ TEST(ParseHfRope, NamesTheFieldThatIsWrong) {
   refuses(with(R"("rope_scaling": {"rope_type": "llama3", "factor": 8})"), "low_freq_factor");
   EXPECT_THAT([] { parse_hf_rope("[1, 2]"); }, ThrowsMessage<Error>(HasSubstr("JSON object")));
   EXPECT_THAT([] { parse_hf_rope("{\"head_dim\": "); },
-              ThrowsMessage<Error>(HasSubstr("JSON object")));
+              ThrowsMessage<Error>(HasSubstr("not valid JSON at byte 14")));
+}
+
+// Printing such a value for a message would end the program for want of stack.
+TEST(ParseHfRope, RefusesDeepNestingAndQuotesShort) {
+  const std::string deep = "{\"head_dim\": " + std::string(100000, '[');
+  EXPECT_THAT([&] { parse_hf_rope(deep); }, ThrowsMessage<Error>(HasSubstr("nested deeper")));
+  const std::string type = std::string(100000, 'x') + "\\u001b";
+  const auto long_type = [&] {
+    parse_hf_rope(R"({"head_dim": 8, "rope_scaling": {"type": ")" + type + "\"}}");
+  };
+  EXPECT_THAT(long_type,
+              ThrowsMessage<Error>(AllOf(HasSubstr("RoPE type \"xxx"), SizeIs(Lt(400u)))));
 }
 
 TEST(Rope, FrequenciesFallGeometricallyAndStopAtTheRotaryDimension) {
