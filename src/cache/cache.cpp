@@ -16,9 +16,6 @@ constexpr Index kExactSlack = 32;
 /// Tokens widened to floats at a time while coding.
 constexpr Index kCodingChunk = 512;
 
-/// Tokens that a cache may be set up for; sums of a few of them do not overflow.
-constexpr Index kMaxTokens = Index{1} << 48;
-
 /// Smallest magnitude that rounds to infinity.
 float overflow_of(FloatType type) {
   switch (type) {
