@@ -49,7 +49,7 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
   if (!options.self) {
     // Spread over the text: its beginning may be all of one kind.
     const auto all = engine::windows_of(tokenizer.encode(engine::read_text_file(options.text)),
-                                        options.context, 0);
+                                        options.context, 0, tokenizer.prefix());
     const std::size_t count = std::clamp<std::size_t>(
         static_cast<std::size_t>(options.tokens / options.context), 1, all.size());
     std::vector<std::vector<int>> windows;
@@ -61,7 +61,7 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
   const int count = std::max(1, options.tokens / length);
   // A random token after the first makes the texts differ more than the model itself would.
   std::mt19937_64 random(options.seed);
-  const int first = std::max(0, tokenizer.added_token("<|endoftext|>"));
+  const int first = model.config().first_token;
   const auto vocab = static_cast<std::uint64_t>(model.config().vocab_size);
   std::vector<std::vector<int>> texts;
   for (int i = 0; i < count; ++i) texts.push_back({first, static_cast<int>(random() % vocab)});
@@ -194,7 +194,8 @@ int calibrate(const Options& options) {
 int main(int argc, char** argv) {
   Options options;
   CLI::App app("Learns the codebooks that compress a model's KV cache.");
-  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama model")->required();
+  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama, Mistral or Qwen model")
+      ->required();
   auto* text = app.add_option("--text", options.text, "Text file to calibrate on");
   app.add_flag("--self", options.self, "Let the model write its own text; no data is needed")
       ->excludes(text);

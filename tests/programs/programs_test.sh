@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The programs from end to end on the small model, briefly calibrated, and what they say of bad
-# input. programs_test.sh FOLDER_OF_PROGRAMS MODEL
+# The programs from end to end on the small model and on tiny checkpoints of every family, briefly
+# calibrated, and what they say of bad input.
+# programs_test.sh FOLDER_OF_PROGRAMS MODEL FOLDER_OF_CHECKPOINTS
 set -euo pipefail
-programs=$1 model=$2
+programs=$1 model=$2 checkpoints=$3
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -40,6 +41,12 @@ prints "^1-bit" "$programs/evaluate" "$model" --self --context 192 --contexts 1 
   --window 32 --codebooks "$work/1-bit.safetensors" --json "$work/result.json"
 grep -q perplexity_increase "$work/result.json" || fail "evaluate --json"
 
+for checkpoint in "$checkpoints"/*/; do
+  prints "1/[0-9.]* of FP16" "$programs/calibrate" "$checkpoint" --self --context 64 --tokens 512 \
+    --em-steps 1 --value-steps 5 --out "$work/tiny.safetensors"
+  prints "of them coded" "$programs/generate" "$checkpoint" --codebooks "$work/tiny.safetensors" \
+    --prompt "the cache" --max-tokens 40 --window 4
+done
 refuses "cannot open" "$programs/generate" "$work/nowhere" --prompt a --cache exact
 refuses "needs --codebooks" "$programs/generate" "$model" --prompt a
 refuses "give --text" "$programs/calibrate" "$model" --out "$work/x"
