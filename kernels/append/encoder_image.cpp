@@ -60,6 +60,9 @@ EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layo
           codec.values->config().polish_sweeps,
           " sweeps; the device encoder takes the network's code alone: encode on the host, or set "
           "polish_sweeps to 0");
+  require(!codec.values->is_scaled(),
+          "the value codec has channel scales, which the device encoder does not apply: encode on "
+          "the host");
   require(layout.norms_per_token == 1 || layout.norms_per_token == layout.num_kv_heads,
           "norms_per_token is ", layout.norms_per_token,
           "; it must be 1 or num_kv_heads = ", layout.num_kv_heads);
