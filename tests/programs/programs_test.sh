@@ -47,6 +47,10 @@ for checkpoint in "$checkpoints"/*/; do
   prints "of them coded" "$programs/generate" "$checkpoint" --codebooks "$work/tiny.safetensors" \
     --prompt "the cache" --max-tokens 40 --window 4
 done
+prints "0 swaps" "$programs/paged_serving" --blocks 64
+prints "[1-9][0-9]* swaps to host memory, [1-9][0-9]* blocks evicted" "$programs/paged_serving" --blocks 14
+refuses "give --blocks" "$programs/paged_serving" --blocks 12
+
 refuses "cannot open" "$programs/generate" "$work/nowhere" --prompt a --cache exact
 refuses "needs --codebooks" "$programs/generate" "$model" --prompt a
 refuses "give --text" "$programs/calibrate" "$model" --out "$work/x"
