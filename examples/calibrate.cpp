@@ -41,14 +41,14 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
                                                const engine::Tokenizer& tokenizer) {
   if (!options.self) {
     const auto text = tokenizer.encode(engine::read_text_file(options.text));
-    return engine::spread_contexts(text, options.context, options.tokens);
+    return engine::spread_contexts(text, options.context, options.tokens, tokenizer.prefix());
   }
   // Many short texts side by side: writing is sequential within each.
   const int length = std::min(options.context, 512);
   const int count = std::max(1, options.tokens / length);
   // A random token after the first makes the texts differ more than the model itself would.
   std::mt19937_64 random(options.seed);
-  const int first = std::max(0, tokenizer.added_token("<|endoftext|>"));
+  const int first = model.config().first_token;
   const auto vocab = static_cast<std::uint64_t>(model.config().vocab_size);
   std::vector<std::vector<int>> texts;
   for (int i = 0; i < count; ++i) texts.push_back({first, static_cast<int>(random() % vocab)});
@@ -166,7 +166,8 @@ int calibrate(const Options& options) {
 int main(int argc, char** argv) {
   Options options;
   CLI::App app("Learns the codebooks that compress a model's KV cache.");
-  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama model")->required();
+  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama, Mistral or Qwen model")
+      ->required();
   auto* text = app.add_option("--text", options.text, "Text file to calibrate on");
   app.add_flag("--self", options.self, "Let the model write its own text; no data is needed")
       ->excludes(text);
