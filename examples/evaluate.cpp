@@ -103,7 +103,7 @@ engine::CalibrationData calibration_of(const Options& options, const engine::Mod
                   "; peers must not learn from the text they are evaluated on");
   const auto contexts =
       engine::spread_contexts(tokenizer.encode(engine::read_text_file(options.calibration)),
-                              options.context, options.calibration_tokens);
+                              options.context, options.calibration_tokens, tokenizer.prefix());
   engine::ProgressLine progress("Running the model on the calibration text");
   return engine::collect(model, contexts, [&](double share) { progress.update(share); });
 }

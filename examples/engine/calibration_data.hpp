@@ -25,8 +25,9 @@ struct CalibrationData {
 /// About `tokens` tokens of `text` in contexts of `context`, at least one, spread over the text:
 /// its beginning may be all of one kind. Throws `commvq::Error` if the text has not enough tokens
 /// for one.
-std::vector<std::vector<int>> spread_contexts(const std::vector<int>& text, int context,
-                                              int tokens);
+/// Each begins with `prefix`.
+std::vector<std::vector<int>> spread_contexts(const std::vector<int>& text, int context, int tokens,
+                                              const std::vector<int>& prefix = {});
 
 /// Runs the model over contexts of equal length, exactly, side by side, and keeps what every layer
 /// computed. `progress`, if given, receives the share that is done, one call at a time.
