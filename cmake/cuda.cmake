@@ -26,9 +26,9 @@ file(GLOB_RECURSE commvq_cuda_sources CONFIGURE_DEPENDS
 add_library(commvq_cuda STATIC ${commvq_cuda_sources})
 add_library(commvq::cuda ALIAS commvq_cuda)
 target_include_directories(commvq_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/kernels)
-target_link_libraries(commvq_cuda PUBLIC commvq PRIVATE CUDA::cudart_static)
+target_link_libraries(commvq_cuda PUBLIC commvq
+  PRIVATE CUDA::cudart_static $<BUILD_INTERFACE:commvq_warnings>)
 # CMake 3.25 knows no C++20 flag for newer nvcc; without an explicit standard it adds none.
 set_target_properties(commvq_cuda PROPERTIES CUDA_STANDARD_REQUIRED OFF)
 target_compile_options(commvq_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -Xcompiler=-Wall,-Wextra>
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -Xcompiler=-Wall,-Wextra>)

@@ -9,9 +9,10 @@
 
 #include <gtest/gtest.h>
 
+#include "reference/instrumented.hpp"
 #include "reference/random_cache.hpp"
 
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__GLIBC__) && !COMMVQ_INSTRUMENTED
 
 #include <malloc.h>
 
