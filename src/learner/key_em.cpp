@@ -23,6 +23,7 @@ struct Geometry {
   explicit Geometry(const Matrix& books_)
       : books(books_), size(books_.rows() / 2), squared_norms(books_.rowwise().squaredNorm()) {
     cross.noalias() = 2.0f * books.topRows(size) * books.bottomRows(size).transpose();
+    least_cross = cross.rowwise().minCoeff();
   }
   /// `[tokens][2 Nc]`: a[A], then b[B], for each residual.
   template <class Rows>
@@ -37,19 +38,34 @@ struct Geometry {
   Index size;
   Eigen::VectorXf squared_norms;
   Matrix cross;
+  Eigen::VectorXf least_cross;  // of each A
 };
 
-/// Writes the largest score of each A, over all B, and returns the largest of all.
-float row_maxima(const Geometry& geometry, const float* parts, float* maxima) {
-  const Index size = geometry.size;
-  const float* const part_b = parts + size;
-  float largest = -std::numeric_limits<float>::infinity();
-  for (Index a = 0; a < size; ++a) {
-    const float* const cross = geometry.cross.row(a).data();
-    float row = part_b[0] - cross[0];
+/// The largest score of one A.
+float row_maximum(const Geometry& geometry, const float* parts, Index a) {
+  const float* const part_b = parts + geometry.size;
+  const float* const cross = geometry.cross.row(a).data();
+  float row = part_b[0] - cross[0];
 #pragma omp simd reduction(max : row)
-    for (Index b = 0; b < size; ++b) row = std::max(row, part_b[b] - cross[b]);
-    maxima[a] = parts[a] + row;
+  for (Index b = 0; b < geometry.size; ++b) row = std::max(row, part_b[b] - cross[b]);
+  return parts[a] + row;
+}
+
+/// Writes the largest score of each A, over all B, and returns the largest of all. Scores that are
+/// more than `margin` below it may be given as minus infinity: those of an A whose largest b and
+/// least cross, taken apart, do not reach it. `maxima` first holds these bounds.
+float row_maxima(const Geometry& geometry, const float* parts, float margin, float* maxima) {
+  const Index size = geometry.size;
+  const float largest_b = Eigen::Map<const Eigen::VectorXf>(parts + size, size).maxCoeff();
+  Index most_promising = 0;
+  for (Index a = 0; a < size; ++a) {
+    maxima[a] = parts[a] + (largest_b - geometry.least_cross[a]);
+    if (maxima[a] > maxima[most_promising]) most_promising = a;
+  }
+  float largest = row_maximum(geometry, parts, most_promising);
+  for (Index a = 0; a < size; ++a) {
+    maxima[a] = maxima[a] < largest - margin ? -std::numeric_limits<float>::infinity()
+                                             : row_maximum(geometry, parts, a);
     largest = std::max(largest, maxima[a]);
   }
   return largest;
@@ -63,10 +79,11 @@ struct ChunkStatistics {
 
 /// Adds p(A, B | x) of one residual to `pair_weights`; its margins replace `parts`.
 void assign_one(const Geometry& geometry, float* parts, const float* maxima, float largest,
-                float inverse_temperature, Matrix& pair_weights, Matrix& rows) {
+                float temperature, Matrix& pair_weights, Matrix& rows) {
   const Index size = geometry.size;
   const float* const part_b = parts + size;
-  const float floor = largest - kNegligibleLog / inverse_temperature;
+  const float floor = largest - kNegligibleLog * temperature;
+  const float inverse_temperature = 1 / temperature;
   float total = 0;
   for (Index a = 0; a < size; ++a) {
     if (maxima[a] < floor) continue;
@@ -91,7 +108,7 @@ void assign_one(const Geometry& geometry, float* parts, const float* maxima, flo
 }
 
 ChunkStatistics assign_chunk(const Geometry& geometry, const Matrix& residuals,
-                             double temperature) {
+                             float temperature) {
   const Index size = geometry.size;
   ChunkStatistics result;
   result.pair_weights = Matrix::Zero(size, size);
@@ -100,10 +117,10 @@ ChunkStatistics assign_chunk(const Geometry& geometry, const Matrix& residuals,
   std::vector<float> maxima(static_cast<std::size_t>(size));
   for (Index t = 0; t < residuals.rows(); ++t) {
     float* const parts = margins.row(t).data();
-    const float largest = row_maxima(geometry, parts, maxima.data());
+    const float largest =
+        row_maxima(geometry, parts, kNegligibleLog * temperature, maxima.data());
     result.squared_error += std::max(0.0f, residuals.row(t).squaredNorm() - largest);
-    assign_one(geometry, parts, maxima.data(), largest, static_cast<float>(1 / temperature),
-               result.pair_weights, rows);
+    assign_one(geometry, parts, maxima.data(), largest, temperature, result.pair_weights, rows);
   }
   result.sums.noalias() = margins.transpose() * residuals;
   return result;
@@ -127,7 +144,7 @@ void find_nearest_of(const Geometry& geometry, const Matrix& residuals, std::uin
   const Matrix parts = geometry.parts(residuals);
   Eigen::VectorXf maxima(geometry.size);
   for (Index t = 0; t < parts.rows(); ++t, code += codes_stride) {
-    row_maxima(geometry, parts.row(t).data(), maxima.data());
+    row_maxima(geometry, parts.row(t).data(), 0, maxima.data());
     Index a = 0, b = 0;
     maxima.maxCoeff(&a);
     (parts.row(t).tail(geometry.size) - geometry.cross.row(a)).maxCoeff(&b);
@@ -195,7 +212,8 @@ Statistics soft_assign(const Residuals& residuals, const Matrix& books, double t
     for (Index i = 0; i < count; ++i)
       errors.guard([&] {
         chunks[static_cast<std::size_t>(i)] =
-            assign_chunk(geometry, read_chunk(residuals, first + i), temperature);
+            assign_chunk(geometry, read_chunk(residuals, first + i),
+                         static_cast<float>(temperature));
       });
     errors.rethrow();
     for (const ChunkStatistics& chunk : chunks) {

@@ -79,6 +79,7 @@ class KeyEncoder {
   std::vector<Scalar> weighted_rows_;  ///< as the codebook's; empty without weights
   std::vector<Scalar> squared_norms_;  ///< [groups][stages][2 * codebook_size]
   std::vector<Scalar> cross_terms_;    ///< [groups][stages][A][B]: 2 <Z_0[A], Z_1[B]>
+  std::vector<Scalar> least_cross_;    ///< [groups][stages][A]: over all B
 };
 
 template <class Scalar>
@@ -101,14 +102,17 @@ KeyEncoder<Scalar>::KeyEncoder(KeyCodebook<Scalar> codebook) : codebook_(std::mo
   }
   squared_norms_.resize(stages * 2 * size);
   cross_terms_.resize(stages * size * size);
+  least_cross_.resize(stages * size);
   for (int group = 0; group < config.num_groups(); ++group)
     for (int stage = 0; stage < config.num_stages; ++stage) {
       const ConstMatrixMap both = books(group, stage);
       const std::size_t at = stage_index(group, stage);
       Eigen::Map<Eigen::Matrix<Scalar, Eigen::Dynamic, 1>>(&squared_norms_[at * 2 * size],
                                                            2 * size) = both.rowwise().squaredNorm();
-      Eigen::Map<Matrix>(&cross_terms_[at * size * size], size, size).noalias() =
-          Scalar(2) * both.topRows(size) * both.bottomRows(size).transpose();
+      Eigen::Map<Matrix> cross(&cross_terms_[at * size * size], size, size);
+      cross.noalias() = Scalar(2) * both.topRows(size) * both.bottomRows(size).transpose();
+      Eigen::Map<Eigen::Matrix<Scalar, Eigen::Dynamic, 1>>(&least_cross_[at * size], size) =
+          cross.rowwise().minCoeff();
     }
 }
 
@@ -214,6 +218,8 @@ void KeyEncoder<Scalar>::extend(Beam& beam, int group, int stage, int beam_width
 
 /// The `limit` smallest errors |r - Z_0[a] - Z_1[b]|^2, sorted, over all candidates r of a token:
 ///     |r|^2 + (|Z_0[a]|^2 - 2 <r, Z_0[a]>) + (|Z_1[b]|^2 - 2 <r, Z_1[b]>) + 2 <Z_0[a], Z_1[b]>.
+/// An `a` is passed over when its least second and third terms, taken apart, already leave too much;
+/// sums that are rounded alike keep their order, so that nothing is lost.
 template <class Scalar>
 void KeyEncoder<Scalar>::best_choices(const Beam& beam, const Matrix& products, Index token,
                                       int group, int stage, std::size_t limit,
@@ -228,8 +234,11 @@ void KeyEncoder<Scalar>::best_choices(const Beam& beam, const Matrix& products, 
     const Scalar* const dots = products.row(index).data();
     const Scalar error = beam.errors[static_cast<std::size_t>(index)];
     for (int b = 0; b < size; ++b) part_b[b] = norms[size + b] - 2 * dots[size + b];
+    const Scalar least_b = *std::min_element(part_b.begin(), part_b.end());
     for (int a = 0; a < size; ++a) {
       const Scalar part_a = error + norms[a] - 2 * dots[a];
+      const Scalar bound = part_a + least_b + least_cross_[at * size + a];
+      if (best.size() == limit && !(bound < best.back().error)) continue;
       const Scalar* const cross = &cross_terms_[(at * size + a) * size];
       Scalar least = part_a + part_b[0] + cross[0];
 #pragma omp simd reduction(min : least)
