@@ -87,8 +87,9 @@ class COMMVQ_API SafetensorsWriter {
   /// Writes to a temporary file beside `path`, waits until it is on the disk and renames it, so that
   /// `path` never holds half a file. Throws `Error` with the system's reason.
   void write(const std::filesystem::path& path) const;
-  /// The same through other system calls, for tests of their failures.
-  void write(const std::filesystem::path& path, detail::FileLayer& files) const;
+  /// The same through other system calls, for tests of their failures; not shown by a shared library.
+  [[gnu::visibility("hidden")]] void write(const std::filesystem::path& path,
+                                           detail::FileLayer& files) const;
 
  private:
   struct Entry {
