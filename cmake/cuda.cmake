@@ -21,14 +21,27 @@ endif()
 enable_language(CUDA)
 find_package(CUDAToolkit 12.0 REQUIRED)
 
-file(GLOB_RECURSE commvq_cuda_sources CONFIGURE_DEPENDS
-  ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*.cu ${CMAKE_CURRENT_SOURCE_DIR}/kernels/*.cpp)
-add_library(commvq_cuda STATIC ${commvq_cuda_sources})
-add_library(commvq::cuda ALIAS commvq_cuda)
-target_include_directories(commvq_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/kernels)
-target_link_libraries(commvq_cuda PUBLIC commvq PRIVATE CUDA::cudart_static)
-# CMake 3.25 knows no C++20 flag for newer nvcc; without an explicit standard it adds none.
-set_target_properties(commvq_cuda PROPERTIES CUDA_STANDARD_REQUIRED OFF)
-target_compile_options(commvq_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -Xcompiler=-Wall,-Wextra>
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow>)
+# A target of the backend from its kernel folders. CMake 3.25 knows no C++20 flag for newer nvcc;
+# without an explicit standard it adds none.
+function(commvq_add_cuda_library name)
+  set(sources)
+  foreach(folder IN LISTS ARGN)
+    file(GLOB_RECURSE of_folder CONFIGURE_DEPENDS
+      ${PROJECT_SOURCE_DIR}/kernels/${folder}/*.cu ${PROJECT_SOURCE_DIR}/kernels/${folder}/*.cpp)
+    list(APPEND sources ${of_folder})
+  endforeach()
+  add_library(commvq_${name} STATIC ${sources})
+  add_library(commvq::${name} ALIAS commvq_${name})
+  target_include_directories(commvq_${name} PRIVATE ${PROJECT_SOURCE_DIR}/kernels)
+  target_link_libraries(commvq_${name} PUBLIC commvq PRIVATE CUDA::cudart_static)
+  set_target_properties(commvq_${name} PROPERTIES EXPORT_NAME ${name} CUDA_STANDARD_REQUIRED OFF)
+  target_compile_options(commvq_${name} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -Xcompiler=-Wall,-Wextra>
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wno-uninitialized -Wno-maybe-uninitialized>)
+endfunction()
+
+# What an inference engine links, and the learners apart: they need cuBLAS.
+commvq_add_cuda_library(cuda append decode_attention prepare)
+commvq_add_cuda_library(cuda_learner key_learner value_trainer)
+target_include_directories(commvq_cuda_learner PRIVATE ${PROJECT_SOURCE_DIR}/src)
+target_link_libraries(commvq_cuda_learner PRIVATE CUDA::cublas)

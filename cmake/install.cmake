@@ -10,8 +10,8 @@ install(DIRECTORY include/commvq DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONE
 set(commvq_cuda_target)
 if(TARGET commvq_cuda)
   set(commvq_cuda_target cuda)
-  set_target_properties(commvq_cuda PROPERTIES EXPORT_NAME cuda POSITION_INDEPENDENT_CODE ON)
-  install(TARGETS commvq_cuda EXPORT commvq_cuda COMPONENT development)
+  set_target_properties(commvq_cuda commvq_cuda_learner PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  install(TARGETS commvq_cuda commvq_cuda_learner EXPORT commvq_cuda COMPONENT development)
 endif()
 install(TARGETS commvq_core EXPORT commvq_core)
 install(TARGETS commvq EXPORT commvq_commvq

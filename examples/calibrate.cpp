@@ -7,10 +7,12 @@
 
 #include <CLI/CLI.hpp>
 
+#include "engine/calibration_data.hpp"
 #include "engine/console.hpp"
-#include "engine/evaluation.hpp"
 #include "engine/generate.hpp"
+#include "engine/learner.hpp"
 #include "engine/text_file.hpp"
+#include "engine/tokenizer.hpp"
 
 namespace {
 
@@ -24,6 +26,7 @@ struct Options {
   int tokens = 65536;
   int key_tokens = 32768;
   std::string method = "commvq";
+  std::string device = "cpu";
   // Of the key codec; 0: the method's.
   int stages = 0;
   int codebook_size = 0;
@@ -34,27 +37,11 @@ struct Options {
   std::uint64_t seed = 1;
 };
 
-/// What a layer computed over the calibration text, one row a token.
-struct LayerData {
-  std::vector<float> keys, values;
-  commvq::QueryStatistics queries;
-};
-
-void append(std::vector<float>& to, engine::MatrixView<const float> rows) {
-  for (Index t = 0; t < rows.rows; ++t) to.insert(to.end(), rows.row(t), rows.row(t) + rows.cols);
-}
-
 std::vector<std::vector<int>> calibration_text(const Options& options, const engine::Model& model,
                                                const engine::Tokenizer& tokenizer) {
   if (!options.self) {
-    // Spread over the text: its beginning may be all of one kind.
-    const auto all = engine::windows_of(tokenizer.encode(engine::read_text_file(options.text)),
-                                        options.context, 0, tokenizer.prefix());
-    const std::size_t count = std::clamp<std::size_t>(
-        static_cast<std::size_t>(options.tokens / options.context), 1, all.size());
-    std::vector<std::vector<int>> windows;
-    for (std::size_t i = 0; i < count; ++i) windows.push_back(all[i * all.size() / count]);
-    return windows;
+    const auto text = tokenizer.encode(engine::read_text_file(options.text));
+    return engine::spread_contexts(text, options.context, options.tokens, tokenizer.prefix());
   }
   // Many short texts side by side: writing is sequential within each.
   const int length = std::min(options.context, 512);
@@ -70,27 +57,10 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
                             [&](int written) { progress.update(double(written) / length); });
 }
 
-/// Runs the model over the text exactly and keeps every layer's keys and values, and what its
-/// queries weigh.
-std::vector<LayerData> collect(const engine::Model& model,
-                               const std::vector<std::vector<int>>& windows) {
-  const engine::ModelConfig& config = model.config();
-  std::vector<LayerData> layers(
-      static_cast<std::size_t>(config.num_layers),
-      {{}, {}, commvq::QueryStatistics(config.rope.pairs, config.num_kv_heads)});
+engine::CalibrationData run_model(const engine::Model& model,
+                                  const std::vector<std::vector<int>>& contexts) {
   engine::ProgressLine progress("Running the model");
-  for (std::size_t i = 0; i < windows.size(); ++i) {
-    progress.update(double(i) / double(windows.size()));
-    commvq::Cache cache = model.make_cache({});
-    model.prefill(windows[i], cache, engine::Logits::kNone,
-                  [&](int layer, auto queries, auto keys, auto values) {
-                    LayerData& data = layers[static_cast<std::size_t>(layer)];
-                    data.queries.add(queries);
-                    append(data.keys, keys);
-                    append(data.values, values);
-                  });
-  }
-  return layers;
+  return engine::collect(model, contexts, [&](double share) { progress.update(share); });
 }
 
 commvq::KeyLearnerOptions key_options(const Options& options, const commvq::PairLayout& pairs,
@@ -130,9 +100,9 @@ commvq::ValueTrainerOptions value_options(const Options& options, int channels) 
   return values;
 }
 
-commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig& config,
-                               LayerData data, const commvq::ProgressCallback& progress,
-                               std::uint64_t seed) {
+commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& options,
+                               const engine::ModelConfig& config, engine::LayerData data,
+                               const commvq::ProgressCallback& progress, std::uint64_t seed) {
   const Index channels = config.kv_size();
   const auto rows = static_cast<Index>(data.keys.size()) / channels;
   commvq::KeyLearnerOptions keys = key_options(options, config.rope.pairs, data.queries);
@@ -149,16 +119,18 @@ commvq::LayerCodec learn_layer(const Options& options, const engine::ModelConfig
   };
   const std::vector<float> all_keys = std::move(data.keys), all_values = std::move(data.values);
   return {std::make_shared<commvq::KeyCodec>(
-              commvq::learn_key_codec({all_keys.data(), rows, channels}, keys)),
+              learner.learn_key_codec({all_keys.data(), rows, channels}, keys)),
           std::make_shared<commvq::ValueCodec>(
-              commvq::train_value_codec({all_values.data(), rows, channels}, values))};
+              learner.train_value_codec({all_values.data(), rows, channels}, values))};
 }
 
 int calibrate(const Options& options) {
+  const engine::Learner learner =
+      options.device == "cuda" ? engine::device_learner() : engine::host_learner();
   const engine::Model model(options.model);
   const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
   const auto windows = calibration_text(options, model, tokenizer);
-  std::vector<LayerData> layers = collect(model, windows);
+  std::vector<engine::LayerData> layers = run_model(model, windows).layers;
 
   commvq::ModelCodecs codecs;
   codecs.rope = model.config().rope;
@@ -172,7 +144,7 @@ int calibrate(const Options& options) {
     engine::ProgressLine progress("Learning " + std::to_string(options.bits) + "-bit codecs");
     for (std::size_t i = 0; i < layers.size(); ++i)
       codecs.layers.push_back(learn_layer(
-          options, model.config(), std::move(layers[i]),
+          learner, options, model.config(), std::move(layers[i]),
           [&](const commvq::Progress& step) {
             progress.update((double(i) + step.fraction) / double(layers.size()),
                             "layer " + std::to_string(i + 1) + "/" + std::to_string(layers.size()) +
@@ -237,6 +209,9 @@ int main(int argc, char** argv) {
   app.add_option("--value-steps", options.value_steps,
                  "Training steps of each value codec; 0: the method's")
       ->check(CLI::Range(0, 10000000))
+      ->capture_default_str();
+  app.add_option("--device", options.device, "Where codecs are learnt: cpu or cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   app.add_option("--seed", options.seed, "Seed of everything random")->capture_default_str();
   CLI11_PARSE(app, argc, argv);

@@ -1,7 +1,11 @@
 // Measures what compressed caches cost in quality: perplexity, agreement, logit error, retrieval.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
+#include <functional>
+#include <mutex>
+#include <numeric>
 
 #include "commvq/commvq.hpp"
 #include "commvq/cuda/integer_codebook.hpp"
@@ -9,10 +13,15 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include "engine/cache_method.hpp"
+#include "engine/cache_results.hpp"
+#include "engine/calibration_data.hpp"
 #include "engine/console.hpp"
 #include "engine/evaluation.hpp"
 #include "engine/generate.hpp"
-#include "engine/logit_error.hpp"
+#include "engine/hash.hpp"
+#include "engine/parallel.hpp"
+#include "engine/peers/peer.hpp"
 #include "engine/text_file.hpp"
 
 namespace {
@@ -20,34 +29,57 @@ namespace {
 using engine::Index;
 
 struct Options {
-  std::string model, text, json;
+  std::string model, text, json, exact;
   bool self = false;
-  std::vector<std::string> codebooks;
+  std::vector<std::string> codebooks, peers;
+  std::string calibration;
+  int calibration_tokens = 16384;
   bool device_keys = false;
   int context = 4096;
   int windows = 4;
   int questions = 20;
   Index window = 128, sinks = 0;
-  std::uint64_t seed = 2;
+  std::uint64_t seed = 2, peer_seed = 1;
 };
 
 /// One way to store the cache, and what was measured of it.
 struct Row {
-  std::string name;
-  std::vector<commvq::LayerCodec> codecs;
-  double perplexity = 0, top1_agreement = 0, logit_rms = 0, logit_relative = 0;
-  double bytes_per_token = 0;  ///< of all layers, coded tokens
-  double ratio = 0;            ///< FP16 over coded
-  Index allocated_bytes = 0;   ///< after one context
-  int retrieved = 0;
+  engine::CacheMethod method;
+  engine::CacheResults results = {};
+  engine::LogitError logits = {};
+  bool known = false;  ///< results were read from a file
+
+  double ratio() const { return 16 / method.bits_per_number; }  ///< FP16 over coded
+  long retrieved() const {
+    return std::count(results.retrieved.begin(), results.retrieved.end(), 1);
+  }
+  double perplexity() const {
+    double nll = 0, tokens = 0;
+    for (const engine::Predictions& context : results.predictions) {
+      nll = std::accumulate(context.nll.begin(), context.nll.end(), nll);
+      tokens += double(context.nll.size());
+    }
+    return std::exp(nll / tokens);
+  }
+  /// Share of tokens after which both hold the same next token most probable.
+  double agreement(const Row& exact) const {
+    double same = 0, tokens = 0;
+    for (std::size_t w = 0; w < results.predictions.size(); ++w) {
+      const std::vector<int>& best = results.predictions[w].best;
+      same +=
+          std::inner_product(best.begin(), best.end(), exact.results.predictions[w].best.begin(),
+                             0.0, std::plus<>(), std::equal_to<>());
+      tokens += double(best.size());
+    }
+    return same / tokens;
+  }
 };
 
 /// The same codecs with key codebooks rounded to integers, as CUDA devices read them.
-Row device_row(const Row& row) {
-  Row rounded = row;
-  rounded.name += " integer keys";
-  for (commvq::LayerCodec& layer : rounded.codecs) {
-    commvq::require(layer.keys && layer.values, "--device-keys: codebooks ", row.name,
+std::vector<commvq::LayerCodec> rounded_to_integers(std::vector<commvq::LayerCodec> codecs,
+                                                    const std::string& name) {
+  for (commvq::LayerCodec& layer : codecs) {
+    commvq::require(layer.keys && layer.values, "--device-keys: codebooks ", name,
                     " leave a side of a layer exact; devices need both coded");
     const commvq::cuda::DevicePageLayout layout(layer.keys->config(), layer.keys->num_kv_heads(),
                                                 layer.values->config(), /*page_size=*/64,
@@ -55,22 +87,56 @@ Row device_row(const Row& row) {
     layer.keys =
         std::make_shared<commvq::KeyCodec>(commvq::cuda::rounded_to_integers(*layer.keys, layout));
   }
-  return rounded;
+  return codecs;
 }
 
-std::vector<Row> make_rows(const Options& options, const engine::Model& model) {
-  std::vector<Row> rows(1);
-  rows[0].name = "exact fp16";
+/// What peers learn from: nothing where none of them does.
+engine::CalibrationData calibration_of(const Options& options, const engine::Model& model,
+                                       const engine::Tokenizer& tokenizer,
+                                       const std::vector<engine::Peer>& peers) {
+  const auto learnt = std::find_if(peers.begin(), peers.end(), [](auto& p) { return p.learnt(); });
+  if (learnt == peers.end()) return {};
+  commvq::require(!options.calibration.empty(), "peer ", learnt->name,
+                  " learns its codebooks: give --calibration FILE");
+  commvq::require(options.self || !std::filesystem::equivalent(options.calibration, options.text),
+                  "--calibration and --text are both ", options.text,
+                  "; peers must not learn from the text they are evaluated on");
+  const auto contexts =
+      engine::spread_contexts(tokenizer.encode(engine::read_text_file(options.calibration)),
+                              options.context, options.calibration_tokens, tokenizer.prefix());
+  engine::ProgressLine progress("Running the model on the calibration text");
+  return engine::collect(model, contexts, [&](double share) { progress.update(share); });
+}
+
+void add_peers(const Options& options, const engine::Model& model,
+               const engine::Tokenizer& tokenizer, std::vector<Row>& rows) {
+  std::vector<engine::Peer> peers;
+  for (const std::string& name : options.peers) peers.push_back(engine::Peer::parse(name));
+  const engine::CalibrationData data = calibration_of(options, model, tokenizer, peers);
+  for (const engine::Peer& peer : peers) {
+    engine::ProgressLine progress("Making " + peer.name);
+    rows.push_back({engine::peer_method(peer.name, model,
+                                        peer.make_layers(model.config(), data, options.peer_seed),
+                                        options.window, options.sinks)});
+  }
+}
+
+std::vector<Row> make_rows(const Options& options, const engine::Model& model,
+                           const engine::Tokenizer& tokenizer) {
+  std::vector<Row> rows;
+  const auto add = [&](const std::string& name, const std::vector<commvq::LayerCodec>& codecs) {
+    rows.push_back({engine::codec_method(name, model, codecs, options.window, options.sinks)});
+  };
+  add("exact fp16", {});
   for (const std::string& path : options.codebooks) {
-    commvq::ModelCodecs codecs = commvq::load_codecs(path);
+    const commvq::ModelCodecs codecs = commvq::load_codecs(path);
     codecs.require_model(model.config().rope, model.config().num_kv_heads,
                          model.config().num_layers, model.digest());
-    Row row;
-    row.name = std::filesystem::path(path).stem().string();
-    row.codecs = std::move(codecs.layers);
-    rows.push_back(std::move(row));
-    if (options.device_keys) rows.push_back(device_row(rows.back()));
+    const std::string name = std::filesystem::path(path).stem().string();
+    add(name, codecs.layers);
+    if (options.device_keys) add(name + " integer keys", rounded_to_integers(codecs.layers, name));
   }
+  add_peers(options, model, tokenizer, rows);
   return rows;
 }
 
@@ -88,87 +154,116 @@ std::vector<int> text_of(const Options& options, const engine::Model& model,
   return tokens;
 }
 
-void measure_storage(const engine::Model& model, const commvq::Cache& cache, Row& row) {
-  for (int layer = 0; layer < cache.num_layers(); ++layer)
-    row.bytes_per_token += cache.layer(layer).bytes_per_token();
-  row.ratio = 4.0 * model.config().kv_size() * cache.num_layers() / row.bytes_per_token;
-  row.allocated_bytes = cache.allocated_bytes();
+/// Counts tasks that end, on a progress line.
+class TaskCount {
+ public:
+  TaskCount(const std::string& title, std::size_t count) : line_(title), count_(count) {}
+
+  void ended(const std::string& name) {
+    const std::lock_guard lock(mutex_);
+    line_.update(double(++ended_) / double(count_), name);
+  }
+
+ private:
+  engine::ProgressLine line_;
+  std::size_t count_, ended_ = 0;
+  std::mutex mutex_;
+};
+
+/// Names what the results of the exact cache depend on.
+std::string key_of_exact(const Options& options, const engine::Model& model,
+                         const std::vector<int>& text) {
+  engine::Hash hash;
+  hash.add_numbers(std::span(text));
+  return "model " + model.digest() + ", text " + hash.text() + ", context " +
+         std::to_string(options.context) + ", contexts " + std::to_string(options.windows) +
+         ", questions " + std::to_string(options.questions) + ", seed " +
+         std::to_string(options.seed);
 }
 
-void measure_perplexity(const Options& options, const engine::Model& model,
-                        const std::vector<std::vector<int>>& windows, std::vector<Row>& rows) {
-  engine::ProgressLine progress("Perplexity");
-  std::vector<std::vector<int>> exact_best;
-  for (std::size_t r = 0; r < rows.size(); ++r) {
-    double nll = 0, same = 0, count = 0;
-    for (std::size_t w = 0; w < windows.size(); ++w) {
-      progress.update(double(r * windows.size() + w) / double(rows.size() * windows.size()),
-                      rows[r].name);
-      commvq::Cache cache = model.make_cache(rows[r].codecs, options.window, options.sinks);
-      const engine::Predictions predicted = engine::predict(model, cache, windows[w]);
-      if (r == 0) exact_best.push_back(predicted.best);
-      for (std::size_t i = 0; i < predicted.nll.size(); ++i) {
-        nll += predicted.nll[i];
-        same += predicted.best[i] == exact_best[w][i];
-      }
-      count += double(predicted.nll.size());
-      if (w == 0) measure_storage(model, cache, rows[r]);
-    }
-    rows[r].perplexity = std::exp(nll / count);
-    rows[r].top1_agreement = same / count;
-  }
+/// The rows that must run.
+std::vector<Row*> unknown(std::vector<Row>& rows) {
+  std::vector<Row*> result;
+  for (Row& row : rows)
+    if (!row.known) result.push_back(&row);
+  return result;
+}
+
+void run_contexts(const engine::Model& model, const std::vector<std::vector<int>>& windows,
+                  const std::vector<Row*>& rows) {
+  for (Row* row : rows) row->results.predictions.resize(windows.size());
+  const std::size_t num_tasks = rows.size() * windows.size();
+  TaskCount count("Perplexity", num_tasks);
+  engine::for_each_task(static_cast<Index>(num_tasks), [&](Index task) {
+    const std::size_t w = static_cast<std::size_t>(task) / rows.size();
+    Row& row = *rows[static_cast<std::size_t>(task) % rows.size()];
+    const auto cache = row.method.new_cache();
+    row.results.predictions[w] = engine::predict(model, *cache, windows[w]);
+    if (w == 0) row.results.allocated_bytes = cache->allocated_bytes();
+    count.ended(row.method.name);
+  });
+}
+
+void ask_questions(const Options& options, const engine::Model& model,
+                   const engine::Tokenizer& tokenizer, const std::vector<int>& text,
+                   const std::vector<Row*>& rows) {
+  for (Row* row : rows) row->results.retrieved.resize(static_cast<std::size_t>(options.questions));
+  const std::size_t num_tasks = rows.size() * static_cast<std::size_t>(options.questions);
+  TaskCount count("Retrieval", num_tasks);
+  engine::for_each_task(static_cast<Index>(num_tasks), [&](Index task) {
+    const std::size_t i = static_cast<std::size_t>(task) / rows.size();
+    Row& row = *rows[static_cast<std::size_t>(task) % rows.size()];
+    const auto question =
+        engine::retrieval_case(tokenizer, text, options.context, options.seed, static_cast<int>(i));
+    const auto cache = row.method.new_cache();
+    row.results.retrieved[i] = engine::retrieves(model, tokenizer, *cache, question) ? 1 : 0;
+    count.ended(row.method.name);
+  });
 }
 
 void measure_logits(const Options& options, const engine::Model& model,
-                    const std::vector<int>& window, std::vector<Row>& rows) {
-  for (Row& row : rows) {
-    if (row.codecs.empty()) continue;
-    const auto error = engine::logit_error(model, row.codecs, window, options.window);
-    row.logit_rms = error.rms();
-    row.logit_relative = error.relative();
-  }
+                    const std::vector<int>& window, const std::vector<Row*>& rows) {
+  const engine::LogitProbe probe(model, window);
+  engine::for_each_task(static_cast<Index>(rows.size()), [&](Index task) {
+    Row& row = *rows[static_cast<std::size_t>(task)];
+    row.logits = probe.error_of(row.method.key_round_trips, options.window);
+  });
 }
 
-void measure_retrieval(const Options& options, const engine::Model& model,
-                       const engine::Tokenizer& tokenizer, const std::vector<int>& text,
-                       std::vector<Row>& rows) {
-  engine::ProgressLine progress("Retrieval");
-  for (int i = 0; i < options.questions; ++i) {
-    const auto question = engine::retrieval_case(tokenizer, text, options.context, options.seed, i);
-    for (Row& row : rows) {
-      progress.update(double(i) / options.questions, row.name);
-      commvq::Cache cache = model.make_cache(row.codecs, options.window, options.sinks);
-      row.retrieved += engine::retrieves(model, tokenizer, cache, question);
-    }
-  }
-}
-
-void print_table(const Options& options, std::size_t num_windows, const std::vector<Row>& rows) {
+void print_table(const Options& options, std::size_t num_windows, const engine::Model& model,
+                 const std::vector<Row>& rows) {
   std::printf("%zu contexts of %d tokens, the newest %lld exact\n\n", num_windows, options.context,
               static_cast<long long>(options.window));
-  std::printf("%-16s %10s %9s %8s %11s %11s %9s %9s %11s\n", "cache", "perplexity", "increase",
-              "top-1", "logit error", "retrieval", "B/token", "vs fp16", "allocated");
+  std::printf("%-20s %7s %10s %9s %7s %11s %9s %9s %8s %10s\n", "cache", "bits", "perplexity",
+              "increase", "top-1", "logit error", "retrieval", "B/token", "vs fp16", "allocated");
+  const double numbers = 2.0 * model.config().kv_size() * model.config().num_layers;
   for (const Row& row : rows)
-    std::printf("%-16s %10.3f %8.2f%% %7.1f%% %10.1f%% %8d/%-2d %9.1f %8.2fx %11s\n",
-                row.name.c_str(), row.perplexity, 100 * (row.perplexity / rows[0].perplexity - 1),
-                100 * row.top1_agreement, 100 * row.logit_relative, row.retrieved,
-                options.questions, row.bytes_per_token, row.ratio,
-                engine::human_bytes(double(row.allocated_bytes)).c_str());
+    std::printf(
+        "%-20s %7.3f %10.3f %8.2f%% %6.1f%% %10.1f%% %6ld/%-2d %9.1f %7.2fx %10s\n",
+        row.method.name.c_str(), row.method.bits_per_number, row.perplexity(),
+        100 * (row.perplexity() / rows[0].perplexity() - 1), 100 * row.agreement(rows[0]),
+        100 * row.logits.relative(), row.retrieved(), options.questions,
+        row.method.bits_per_number * numbers / 8, row.ratio(),
+        row.method.packed ? engine::human_bytes(double(row.results.allocated_bytes)).c_str() : "-");
 }
 
-void write_json(const Options& options, std::size_t num_windows, const std::vector<Row>& rows) {
+void write_json(const Options& options, std::size_t num_windows, const engine::Model& model,
+                const std::vector<Row>& rows) {
   nlohmann::json caches = nlohmann::json::array();
-  for (const Row& row : rows)
-    caches.push_back({{"cache", row.name},
-                      {"perplexity", row.perplexity},
-                      {"perplexity_increase", row.perplexity / rows[0].perplexity - 1},
-                      {"top1_agreement", row.top1_agreement},
-                      {"logit_rms_error", row.logit_rms},
-                      {"logit_relative_error", row.logit_relative},
-                      {"retrieved", row.retrieved},
-                      {"bytes_per_token", row.bytes_per_token},
-                      {"ratio_to_fp16", row.ratio},
-                      {"allocated_bytes", row.allocated_bytes}});
+  const double numbers = 2.0 * model.config().kv_size() * model.config().num_layers;
+  for (const Row& row : rows) {
+    caches.push_back({{"cache", row.method.name},
+                      {"bits_per_number", row.method.bits_per_number},
+                      {"perplexity", row.perplexity()},
+                      {"perplexity_increase", row.perplexity() / rows[0].perplexity() - 1},
+                      {"top1_agreement", row.agreement(rows[0])},
+                      {"logit_rms_error", row.logits.rms()},
+                      {"logit_relative_error", row.logits.relative()},
+                      {"retrieved", row.retrieved()},
+                      {"bytes_per_token", row.method.bits_per_number * numbers / 8},
+                      {"ratio_to_fp16", row.ratio()}});
+    if (row.method.packed) caches.back()["allocated_bytes"] = row.results.allocated_bytes;
+  }
   const nlohmann::json report = {{"model", options.model},  {"context", options.context},
                                  {"contexts", num_windows}, {"window", options.window},
                                  {"sinks", options.sinks},  {"questions", options.questions},
@@ -181,15 +276,24 @@ void write_json(const Options& options, std::size_t num_windows, const std::vect
 int evaluate(const Options& options) {
   const engine::Model model(options.model);
   const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
-  std::vector<Row> rows = make_rows(options, model);
+  std::vector<Row> rows = make_rows(options, model, tokenizer);
   const std::vector<int> text = text_of(options, model, tokenizer);
   const auto windows =
       engine::windows_of(text, options.context, options.windows, tokenizer.prefix());
-  measure_perplexity(options, model, windows, rows);
-  measure_logits(options, model, windows[0], rows);
-  measure_retrieval(options, model, tokenizer, text, rows);
-  print_table(options, windows.size(), rows);
-  if (!options.json.empty()) write_json(options, windows.size(), rows);
+  const std::string key = key_of_exact(options, model, text);
+  if (!options.exact.empty())
+    if (auto results = engine::load_results(options.exact, key)) {
+      rows[0].results = *std::move(results);
+      rows[0].known = true;
+    }
+  const std::vector<Row*> to_run = unknown(rows);
+  run_contexts(model, windows, to_run);
+  ask_questions(options, model, tokenizer, text, to_run);
+  if (rows.size() > 1) measure_logits(options, model, windows[0], to_run);
+  if (!options.exact.empty() && !rows[0].known)
+    engine::save_results(options.exact, key, rows[0].results);
+  print_table(options, windows.size(), model, rows);
+  if (!options.json.empty()) write_json(options, windows.size(), model, rows);
   return 0;
 }
 
@@ -203,6 +307,18 @@ int main(int argc, char** argv) {
   auto* text = app.add_option("--text", options.text, "Text file to evaluate on");
   app.add_flag("--self", options.self, "Let the model write the text")->excludes(text);
   app.add_option("--codebooks", options.codebooks, "Codebook files that calibrate wrote");
+  app.add_option(
+      "--peers", options.peers,
+      "Other methods to compare with: kivi, rotation, pq and rq with _1bit, _2bit, _4bit "
+      "or _8bit, and _roped for keys coded after RoPE (kivi_2bit_roped)");
+  app.add_option("--calibration", options.calibration,
+                 "Text file that pq and rq learn from; not the text to evaluate on");
+  app.add_option("--calibration-tokens", options.calibration_tokens,
+                 "Tokens of it, spread over the text")
+      ->check(CLI::Range(64, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--peer-seed", options.peer_seed, "Seed of rotations and k-means")
+      ->capture_default_str();
   app.add_flag("--device-keys", options.device_keys,
                "Also with keys in integers, as CUDA devices read them");
   app.add_option("--context", options.context, "Tokens of one context")
@@ -222,6 +338,10 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--seed", options.seed, "Seed of questions and written text")
       ->capture_default_str();
+  app.add_option(
+      "--exact", options.exact,
+      "File to keep the exact cache's results in: where it holds those of the same model, "
+      "text and options, the exact cache need not run again");
   app.add_option("--json", options.json, "Also write the results to this file");
   CLI11_PARSE(app, argc, argv);
   return engine::run_program([&] {

@@ -3,8 +3,8 @@
 # are missing only.
 set -euo pipefail
 
-packages=(g++ cmake ninja-build pkg-config libeigen3-dev nlohmann-json3-dev libcli11-dev
-  libpcre2-dev libutf8proc-dev libgtest-dev libgmock-dev libbenchmark-dev "$@")
+packages=(g++ cmake ninja-build pkg-config libeigen3-dev nlohmann-json3-dev libxxhash-dev
+  libcli11-dev libpcre2-dev libutf8proc-dev libgtest-dev libgmock-dev libbenchmark-dev "$@")
 
 missing=()
 for package in "${packages[@]}"; do

@@ -45,7 +45,7 @@ std::vector<std::vector<int>> windows_of(const std::vector<int>& tokens, int con
   return windows;
 }
 
-Predictions predict(const Model& model, commvq::Cache& cache, std::span<const int> window) {
+Predictions predict(const Model& model, CacheHandle cache, std::span<const int> window) {
   Predictions result;
   const auto vocab = static_cast<std::size_t>(model.config().vocab_size);
   const auto chunk = static_cast<std::size_t>(Model::kChunkTokens);
@@ -92,7 +92,7 @@ RetrievalCase retrieval_case(const Tokenizer& tokenizer, const std::vector<int>&
   return result;
 }
 
-bool retrieves(const Model& model, const Tokenizer& tokenizer, commvq::Cache& cache,
+bool retrieves(const Model& model, const Tokenizer& tokenizer, CacheHandle cache,
                const RetrievalCase& question) {
   Sampler greedy{SamplerOptions{}};
   // A digit may be a token of its own, and a space may stand before the first.

@@ -24,7 +24,7 @@ struct Predictions {
 };
 
 /// Runs a window through `cache`, which must be empty.
-Predictions predict(const Model& model, commvq::Cache& cache, std::span<const int> window);
+Predictions predict(const Model& model, CacheHandle cache, std::span<const int> window);
 
 /// One retrieval question: a fact planted among text, asked for at the end.
 struct RetrievalCase {
@@ -39,7 +39,7 @@ RetrievalCase retrieval_case(const Tokenizer& tokenizer, const std::vector<int>&
                              std::uint64_t seed, int index);
 
 /// True if the model's most probable continuation begins with the answer.
-bool retrieves(const Model& model, const Tokenizer& tokenizer, commvq::Cache& cache,
+bool retrieves(const Model& model, const Tokenizer& tokenizer, CacheHandle cache,
                const RetrievalCase& question);
 
 }  // namespace engine

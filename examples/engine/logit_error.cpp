@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "commvq/key_codec/key_codec.hpp"
-
 #include <Eigen/Core>
 
 namespace engine {
@@ -12,33 +10,26 @@ namespace {
 
 using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-/// Rows of a view appended below a matrix.
-void append(Matrix& matrix, MatrixView<const float> rows) {
-  const Index old = matrix.rows();
-  matrix.conservativeResize(old + rows.rows, rows.cols);
-  for (Index t = 0; t < rows.rows; ++t)
-    std::copy_n(rows.row(t), rows.cols, matrix.row(old + t).data());
-}
-
 MatrixView<float> view(Matrix& m) {
   return {m.data(), m.rows(), m.cols()};
 }
 
-void add_layer(const ModelConfig& config, const commvq::KeyCodec& codec, Matrix queries,
-               Matrix keys, Index exact_window, LogitError& error) {
-  std::vector<std::uint16_t> codes(
-      static_cast<std::size_t>(keys.rows() * codec.num_kv_heads() * codec.config().num_codes()));
-  std::vector<std::uint16_t> norms(static_cast<std::size_t>(keys.rows() * codec.num_norms()));
-  const MatrixView<std::uint16_t> code_view(codes.data(), keys.rows(),
-                                            codec.num_kv_heads() * codec.config().num_codes());
-  Matrix coded(keys.rows(), keys.cols());
-  codec.encode(view(keys), code_view, norms.data());
-  codec.decode(code_view, norms.data(), view(coded));
+/// Rows of `cols` numbers.
+Matrix matrix_of(const std::vector<float>& numbers, Index cols) {
+  return Eigen::Map<const Matrix>(numbers.data(), static_cast<Index>(numbers.size()) / cols, cols);
+}
 
+void append(std::vector<float>& to, MatrixView<const float> rows) {
+  for (Index t = 0; t < rows.rows; ++t) to.insert(to.end(), rows.row(t), rows.row(t) + rows.cols);
+}
+
+void add_layer(const ModelConfig& config, const KeyRoundTrip& code, Matrix queries, Matrix keys,
+               Index exact_window, LogitError& error) {
+  Matrix coded = keys;
+  code(view(coded));
   const commvq::Rope rope(config.rope);
   const Index first_query = keys.rows() - queries.rows();
   rope.apply(view(keys), 0);
-  rope.apply(view(coded), 0);
   rope.apply(view(queries), first_query);
   const Index head_dim = config.head_dim(), per_kv_head = config.num_q_heads / config.num_kv_heads;
   for (Index i = 0; i < queries.rows(); ++i) {
@@ -66,20 +57,25 @@ double LogitError::relative() const {
   return squared_logits > 0 ? std::sqrt(squared_error / squared_logits) : 0;
 }
 
-LogitError logit_error(const Model& model, const std::vector<commvq::LayerCodec>& codecs,
-                       std::span<const int> window, Index exact_window, Index num_queries) {
-  std::vector<Matrix> queries(codecs.size()), keys(codecs.size());
+LogitProbe::LogitProbe(const Model& model, std::span<const int> window, Index num_queries)
+    : config_(model.config()), layers_(static_cast<std::size_t>(model.config().num_layers)) {
   commvq::Cache cache = model.make_cache({});
-  model.prefill(window, cache, Logits::kNone, [&](int layer, auto q, auto k, auto) {
-    append(keys[static_cast<std::size_t>(layer)], k);
-    append(queries[static_cast<std::size_t>(layer)], q);
+  model.prefill(window, cache, Logits::kNone, [&](int i, auto queries, auto keys, auto) {
+    Layer& layer = layers_[static_cast<std::size_t>(i)];
+    append(layer.keys, keys);
+    append(layer.queries, queries);
+    const auto kept = static_cast<std::size_t>(num_queries * config_.q_size());
+    if (layer.queries.size() > kept)
+      layer.queries.erase(layer.queries.begin(), layer.queries.end() - kept);
   });
+}
+
+LogitError LogitProbe::error_of(const std::vector<KeyRoundTrip>& layers, Index exact_window) const {
   LogitError error;
-  for (std::size_t i = 0; i < codecs.size(); ++i)
-    if (codecs[i].keys)
-      add_layer(model.config(), *codecs[i].keys,
-                queries[i].bottomRows(std::min<Index>(num_queries, queries[i].rows())), keys[i],
-                exact_window, error);
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    if (layers[i])
+      add_layer(config_, layers[i], matrix_of(layers_[i].queries, config_.q_size()),
+                matrix_of(layers_[i].keys, config_.kv_size()), exact_window, error);
   return error;
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -18,9 +19,30 @@ struct LogitError {
   double relative() const;  ///< rms error over the spread of the exact logits
 };
 
-/// Runs one window exactly, codes the keys of every layer and compares the logits of its last
-/// `num_queries` queries. Layers whose codec keeps keys exact add nothing.
-LogitError logit_error(const Model& model, const std::vector<commvq::LayerCodec>& codecs,
-                       std::span<const int> window, Index exact_window, Index num_queries = 32);
+/// Replaces the keys of one layer, `[tokens][num_kv_heads * head_dim]`, positions from 0 on, before
+/// RoPE, by what attention reads once they are coded: decoded and rotated.
+using KeyRoundTrip = std::function<void(MatrixView<float> keys)>;
+
+/// The queries and keys of every layer over one window, run exactly: what coded keys are compared
+/// on.
+class LogitProbe {
+ public:
+  /// Keeps the last `num_queries` queries of each layer.
+  LogitProbe(const Model& model, std::span<const int> window, Index num_queries = 32);
+
+  /// Codes the keys of every layer and compares the logits of the queries, over keys older than the
+  /// newest `exact_window`. `layers` has one entry a layer; empty ones, whose keys stay exact, add
+  /// nothing.
+  LogitError error_of(const std::vector<KeyRoundTrip>& layers, Index exact_window) const;
+
+ private:
+  /// Rows are tokens: `[num_q_heads * head_dim]` and `[num_kv_heads * head_dim]`, before RoPE.
+  struct Layer {
+    std::vector<float> queries, keys;
+  };
+
+  ModelConfig config_;
+  std::vector<Layer> layers_;
+};
 
 }  // namespace engine

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <exception>
 
+#include "commvq/core/parallel_errors.hpp"
 #include "commvq/io/safetensors.hpp"
 
 #include <Eigen/Core>
@@ -59,21 +59,17 @@ void attend_segments(std::span<const Segment> segments, int layer, Index sliding
   std::vector<Index> begins = {0};
   for (const Segment& segment : segments)
     begins.push_back(begins.back() + static_cast<Index>(segment.tokens.size()));
-  std::exception_ptr error;
+  commvq::ParallelErrors errors;
 #pragma omp parallel for schedule(dynamic) if (segments.size() > 1)
-  for (std::size_t s = 0; s < segments.size(); ++s) {
-    try {
+  for (std::size_t s = 0; s < segments.size(); ++s)
+    errors.guard([&] {
       const Index first = begins[s], count = begins[s + 1] - begins[s];
       segments[s].cache.append_and_attend(layer, q.middle_rows(first, count),
                                           k.middle_rows(first, count), v.middle_rows(first, count),
                                           sliding_window,
                                           {attended.row(first).data(), count, attended.cols()});
-    } catch (...) {
-#pragma omp critical
-      error = std::current_exception();
-    }
-  }
-  if (error) std::rethrow_exception(error);
+    });
+  errors.rethrow();
 }
 
 }  // namespace

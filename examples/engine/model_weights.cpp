@@ -1,30 +1,13 @@
 #include "engine/model_weights.hpp"
 
-#include <cstdint>
-#include <cstdio>
 #include <set>
-#include <span>
 
 #include "commvq/core/error.hpp"
 
+#include "engine/hash.hpp"
+
 namespace engine {
 namespace {
-
-/// 64-bit FNV-1a.
-class Hash {
- public:
-  void add(std::span<const std::uint8_t> bytes) {
-    for (const std::uint8_t byte : bytes) state_ = (state_ ^ byte) * 0x100000001b3ULL;
-  }
-  std::string text() const {
-    char digits[17];
-    std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(state_));
-    return digits;
-  }
-
- private:
-  std::uint64_t state_ = 0xcbf29ce484222325ULL;
-};
 
 /// Reads tensors and remembers which.
 class Reader {
@@ -89,7 +72,7 @@ std::string digest_of(const commvq::Checkpoint& checkpoint, const ModelConfig& c
     names.insert(names.end(), {"self_attn.k_proj.bias", "self_attn.v_proj.bias"});
   if (config.qk_norm) names.push_back("self_attn.k_norm.weight");
   Hash hash;
-  hash.add({reinterpret_cast<const std::uint8_t*>(config.text.data()), config.text.size()});
+  hash.add(config.text);
   for (int i = 0; i < config.num_layers; ++i)
     for (const std::string& name : names) hash.add(checkpoint.at(prefix_of(i) + name).data);
   return hash.text();

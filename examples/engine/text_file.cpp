@@ -7,6 +7,8 @@
 
 #include "commvq/core/error.hpp"
 
+#include <unistd.h>
+
 namespace engine {
 
 std::string read_text_file(const std::filesystem::path& path) {
@@ -18,6 +20,17 @@ std::string read_text_file(const std::filesystem::path& path) {
   text << file.rdbuf();
   commvq::require(!file.bad(), "cannot read ", path.string(), ": ", std::strerror(errno));
   return text.str();
+}
+
+void write_text_file(const std::filesystem::path& path, const std::string& text) {
+  std::filesystem::path begun = path;
+  begun += ".begun-" + std::to_string(getpid());
+  {
+    std::ofstream file(begun, std::ios::binary);
+    file << text;
+    commvq::require(file.flush().good(), "cannot write ", begun.string());
+  }
+  std::filesystem::rename(begun, path);
 }
 
 }  // namespace engine

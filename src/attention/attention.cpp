@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "commvq/core/parallel_errors.hpp"
+
 #include <omp.h>
 
 #include "attention/head_attention.hpp"
@@ -131,6 +133,7 @@ void attend(const LayerCache& cache, MatrixView<const float> queries,
     const auto tokens_from = [&](Index first_query) {
       return static_cast<int>(std::min(schedule.block_tokens, queries.rows - first_query));
     };
+    ParallelErrors errors;
 #pragma omp parallel
     {
       HeadAttention& worker = workers[static_cast<std::size_t>(omp_get_thread_num())];
@@ -140,18 +143,23 @@ void attend(const LayerCache& cache, MatrixView<const float> queries,
         const Index pair = item % num_pairs;
         const Index part = item / num_pairs;
         const Index first_query = first_query_of(pair);
-        worker.run(static_cast<int>(pair % num_heads), first_query, tokens_from(first_query),
-                   part == 0, part * schedule.part_tokens, schedule.part_tokens,
-                   partials[static_cast<std::size_t>(pair * schedule.num_parts + part)]);
+        errors.guard([&] {
+          worker.run(static_cast<int>(pair % num_heads), first_query, tokens_from(first_query),
+                     part == 0, part * schedule.part_tokens, schedule.part_tokens,
+                     partials[static_cast<std::size_t>(pair * schedule.num_parts + part)]);
+        });
       }
 #pragma omp for schedule(dynamic)
       for (Index pair = 0; pair < num_pairs; ++pair) {
         const Index first_query = first_query_of(pair);
-        finish(problem, partials, static_cast<std::size_t>(pair * schedule.num_parts),
-               schedule.num_parts, first_query, tokens_from(first_query) * problem.group,
-               static_cast<int>(pair % num_heads), output, lse);
+        errors.guard([&] {
+          finish(problem, partials, static_cast<std::size_t>(pair * schedule.num_parts),
+                 schedule.num_parts, first_query, tokens_from(first_query) * problem.group,
+                 static_cast<int>(pair % num_heads), output, lse);
+        });
       }
     }
+    errors.rethrow();
   }
 }
 

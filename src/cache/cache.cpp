@@ -132,8 +132,10 @@ void CacheConfig::validate() const {
   rope.validate();
   require(num_kv_heads >= 1 && num_kv_heads <= 65536, "num_kv_heads is ", num_kv_heads,
           "; it must be in [1, 65536]");
-  require(window >= 0, "window is ", window, "; it must not be negative");
-  require(sinks >= 0, "sinks is ", sinks, "; it must not be negative");
+  require(window >= 0 && window <= kMaxTokens, "window is ", window, "; it must be in [0, ",
+          kMaxTokens, "]");
+  require(sinks >= 0 && sinks <= kMaxTokens, "sinks is ", sinks, "; it must be in [0, ", kMaxTokens,
+          "]");
   require(page_size >= 8 && page_size % 8 == 0 && page_size <= (1 << 20), "page_size is ",
           page_size, "; it must be a multiple of 8 in [8, ", 1 << 20, "]");
 }
@@ -167,6 +169,8 @@ Index LayerCache::sinks_end() const {
 void LayerCache::append(MatrixView<const float> keys, MatrixView<const float> values) {
   require_shape(keys, "keys", keys.rows, config_.num_channels());
   require_shape(values, "values", keys.rows, config_.num_channels());
+  require(keys.rows <= kMaxTokens - length_, "a cache of ", length_, " tokens has no room for ",
+          keys.rows, " more; it holds at most ", kMaxTokens);
   require_storable(keys, "key", length_, config_.exact_type);
   require_storable(values, "value", length_, config_.exact_type);
   if (keys.rows == 0) return;
@@ -295,6 +299,13 @@ Cache::Cache(const CacheConfig& config, std::vector<LayerCodec> codecs) {
   require(!codecs.empty(), "a cache needs at least one layer");
   layers_.reserve(codecs.size());
   for (LayerCodec& codec : codecs) layers_.emplace_back(config, std::move(codec));
+}
+
+Cache::Cache(std::vector<LayerCache> layers) : layers_(std::move(layers)) {
+  require(!layers_.empty(), "a cache needs at least one layer");
+  for (std::size_t i = 1; i < layers_.size(); ++i)
+    require(layers_[i].config() == layers_[0].config(), "layers 0 and ", i,
+            " have different configurations; all layers of a cache share one");
 }
 
 LayerCache& Cache::layer(int layer) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace commvq {
 
@@ -33,6 +34,14 @@ void widen_floats(const std::uint8_t* bytes, Index count, FloatType type, float*
   } else {
     widen_all(from_fp16);
   }
+}
+
+ExactStore::ExactStore(FloatType type, Index num_channels, std::vector<std::uint8_t> rows)
+    : type_(type), num_channels_(num_channels), bytes_(std::move(rows)) {
+  const auto num_bytes = static_cast<Index>(bytes_.size());
+  require(num_bytes % row_bytes() == 0, "exact copies of ", num_bytes,
+          " bytes are not whole tokens of ", row_bytes());
+  size_ = num_bytes / row_bytes();
 }
 
 void ExactStore::push_back(MatrixView<const float> keys, MatrixView<const float> values) {

@@ -1,16 +1,10 @@
 #include <algorithm>
-#include <atomic>
-#include <cerrno>
-#include <cstring>
 #include <functional>
 #include <utility>
 
 #include "commvq/io/safetensors.hpp"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
+#include "io/replacing_file.hpp"
 #include "strict_json.hpp"
 #include "tensor_size.hpp"
 
@@ -22,64 +16,6 @@ using nlohmann::json;
 
 constexpr std::size_t kMaxHeaderBytes = 100'000'000;
 constexpr std::size_t kAlignment = 8;  // of the data, and so of every tensor: the widest come first
-
-/// A new file beside `target` that takes its place on `commit` and is removed otherwise.
-class ReplacingFile {
- public:
-  explicit ReplacingFile(const std::filesystem::path& target) : target_(target) {
-    static std::atomic<unsigned> counter{0};
-    do {
-      path_ =
-          target.string() + ".tmp-" + std::to_string(::getpid()) + "-" + std::to_string(counter++);
-      descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    } while (descriptor_ < 0 && errno == EEXIST);
-    check(descriptor_ >= 0);
-  }
-  ReplacingFile(const ReplacingFile&) = delete;
-  ReplacingFile& operator=(const ReplacingFile&) = delete;
-  ~ReplacingFile() {
-    if (descriptor_ >= 0) ::close(descriptor_);
-    if (!committed_) ::unlink(path_.c_str());
-  }
-
-  void write(const void* data, std::size_t size) {
-    const char* next = static_cast<const char*>(data);
-    while (size > 0) {
-      const ssize_t written = ::write(descriptor_, next, size);
-      if (written < 0 && errno == EINTR) continue;
-      check(written >= 0);
-      next += written;
-      size -= static_cast<std::size_t>(written);
-    }
-  }
-
-  void commit() {
-    check(::fsync(descriptor_) == 0);
-    check(::close(std::exchange(descriptor_, -1)) == 0);
-    check(::rename(path_.c_str(), target_.c_str()) == 0);
-    committed_ = true;
-    sync_folder();
-  }
-
- private:
-  void check(bool succeeded) const {
-    require(succeeded, target_.string(), ": cannot be written: ", std::strerror(errno));
-  }
-
-  /// Makes the new name survive a power cut; the file is whole without it.
-  void sync_folder() const {
-    const std::filesystem::path folder = target_.has_parent_path() ? target_.parent_path() : ".";
-    const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (descriptor < 0) return;
-    ::fsync(descriptor);
-    ::close(descriptor);
-  }
-
-  std::filesystem::path target_;
-  std::string path_;
-  int descriptor_ = -1;
-  bool committed_ = false;
-};
 
 std::string header_text(const json& header, const std::filesystem::path& path) {
   std::string text;
@@ -118,6 +54,10 @@ void SafetensorsWriter::set_metadata(const std::string& key, const std::string& 
 }
 
 void SafetensorsWriter::write(const std::filesystem::path& path) const {
+  write(path, detail::system_files());
+}
+
+void SafetensorsWriter::write(const std::filesystem::path& path, detail::FileLayer& files) const {
   std::vector<const std::pair<const std::string, Entry>*> order;
   for (const auto& entry : entries_) order.push_back(&entry);
   std::ranges::stable_sort(order, std::greater(),
@@ -136,7 +76,7 @@ void SafetensorsWriter::write(const std::filesystem::path& path) const {
 
   const std::string text = header_text(header, path);
   const std::uint64_t length = text.size();
-  ReplacingFile file(path);
+  detail::ReplacingFile file(path, 0666, files);
   file.write(&length, sizeof(length));
   file.write(text.data(), text.size());
   for (const auto* const item : order)

@@ -5,6 +5,8 @@
 
 #include "commvq/core/float16.hpp"
 
+#include "core/hasher.hpp"
+
 namespace commvq {
 namespace {
 
@@ -25,6 +27,23 @@ std::uint16_t rounded_norm(MatrixView<const float> keys, Index token, Index firs
   return bits;
 }
 
+Digest digest_of(const std::vector<KeyEncoder<float>>& heads) {
+  const KeyCodecConfig& config = heads.front().codebook().config;
+  detail::Hasher hasher;
+  hasher.add("commvq.keys.1");
+  for (const int number :
+       {static_cast<int>(heads.size()), config.pairs.head_dim, config.pairs.rotary_dim,
+        static_cast<int>(config.pairs.layout), config.group_pairs, config.codebook_size,
+        config.num_stages, int{config.tied}, config.beam_width, int{config.norm_per_head},
+        int{!heads.front().codebook().pair_weights.empty()}})
+    hasher.add(Index{number});
+  for (const KeyEncoder<float>& head : heads) {
+    hasher.add(std::span<const float>(head.codebook().rows));
+    hasher.add(std::span<const float>(head.codebook().pair_weights));
+  }
+  return hasher.digest();
+}
+
 }  // namespace
 
 KeyCodec::KeyCodec(std::vector<KeyCodebook<float>> codebooks) {
@@ -40,6 +59,7 @@ KeyCodec::KeyCodec(std::vector<KeyCodebook<float>> codebooks) {
   }
   heads_.reserve(codebooks.size());
   for (KeyCodebook<float>& codebook : codebooks) heads_.emplace_back(std::move(codebook));
+  digest_ = digest_of(heads_);
 }
 
 void KeyCodec::encode(MatrixView<const float> keys, MatrixView<std::uint16_t> codes,

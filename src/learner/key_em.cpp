@@ -4,6 +4,8 @@
 #include <complex>
 #include <vector>
 
+#include "commvq/core/parallel_errors.hpp"
+
 #include <Eigen/Cholesky>
 
 namespace commvq::key_em {
@@ -119,6 +121,21 @@ Index num_chunks_of(const Residuals& residuals) {
   return (residuals.size + kChunkTokens - 1) / kChunkTokens;
 }
 
+/// Writes the codes of the nearest centres of some residuals, rows `[2]` codes_stride apart.
+void find_nearest_of(const Geometry& geometry, const Matrix& residuals, std::uint16_t* code,
+                     Index codes_stride) {
+  const Matrix parts = geometry.parts(residuals);
+  Eigen::VectorXf maxima(geometry.size);
+  for (Index t = 0; t < parts.rows(); ++t, code += codes_stride) {
+    row_maxima(geometry, parts.row(t).data(), maxima.data());
+    Index a = 0, b = 0;
+    maxima.maxCoeff(&a);
+    (parts.row(t).tail(geometry.size) - geometry.cross.row(a)).maxCoeff(&b);
+    code[0] = static_cast<std::uint16_t>(a);
+    code[1] = static_cast<std::uint16_t>(b);
+  }
+}
+
 /// Z from (diag(n_A + n_B) + j (W - W^T)) Z = S_A - j S_B, the stationary point in complex form.
 Matrix solve_tied(const Statistics& statistics, const Matrix& books) {
   using Complex = std::complex<double>;
@@ -173,10 +190,14 @@ Statistics soft_assign(const Residuals& residuals, const Matrix& books, double t
   for (Index first = 0; first < num_chunks; first += batch_chunks) {
     const Index count = std::min(batch_chunks, num_chunks - first);
     std::vector<ChunkStatistics> chunks(static_cast<std::size_t>(count));
+    ParallelErrors errors;
 #pragma omp parallel for schedule(dynamic)
     for (Index i = 0; i < count; ++i)
-      chunks[static_cast<std::size_t>(i)] =
-          assign_chunk(geometry, read_chunk(residuals, first + i), temperature);
+      errors.guard([&] {
+        chunks[static_cast<std::size_t>(i)] =
+            assign_chunk(geometry, read_chunk(residuals, first + i), temperature);
+      });
+    errors.rethrow();
     for (const ChunkStatistics& chunk : chunks) {
       result.squared_error += chunk.squared_error;
       result.pair_weights += chunk.pair_weights.cast<double>();
@@ -194,20 +215,14 @@ void find_nearest(const Residuals& residuals, const Matrix& books, std::uint16_t
                   Index codes_stride) {
   const Geometry geometry(books);
   const Index num_chunks = num_chunks_of(residuals);
+  ParallelErrors errors;
 #pragma omp parallel for schedule(dynamic)
-  for (Index chunk = 0; chunk < num_chunks; ++chunk) {
-    const Matrix parts = geometry.parts(read_chunk(residuals, chunk));
-    std::uint16_t* code = codes + chunk * kChunkTokens * codes_stride;
-    Eigen::VectorXf maxima(geometry.size);
-    for (Index t = 0; t < parts.rows(); ++t, code += codes_stride) {
-      row_maxima(geometry, parts.row(t).data(), maxima.data());
-      Index a = 0, b = 0;
-      maxima.maxCoeff(&a);
-      (parts.row(t).tail(geometry.size) - geometry.cross.row(a)).maxCoeff(&b);
-      code[0] = static_cast<std::uint16_t>(a);
-      code[1] = static_cast<std::uint16_t>(b);
-    }
-  }
+  for (Index chunk = 0; chunk < num_chunks; ++chunk)
+    errors.guard([&] {
+      find_nearest_of(geometry, read_chunk(residuals, chunk),
+                      codes + chunk * kChunkTokens * codes_stride, codes_stride);
+    });
+  errors.rethrow();
 }
 
 void tie(Matrix& books) {

@@ -34,6 +34,14 @@ void QueryStatistics::add(MatrixView<const float> queries) {
   sums_ = std::move(sums);
 }
 
+void QueryStatistics::add(const QueryStatistics& other) {
+  require(other.pairs_ == pairs_ && other.num_kv_heads_ == num_kv_heads_,
+          "statistics of ", other.num_kv_heads_, " heads of ", other.pairs_.head_dim,
+          " cannot be added to those of ", num_kv_heads_, " heads of ", pairs_.head_dim,
+          " or another order of channels");
+  for (std::size_t i = 0; i < sums_.size(); ++i) sums_[i] += other.sums_[i];
+}
+
 std::vector<float> QueryStatistics::pair_weights() const {
   const int num_pairs = pairs_.num_pairs();
   std::vector<float> weights(sums_.size(), 1.0f);

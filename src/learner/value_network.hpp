@@ -6,6 +6,7 @@
 
 #include "commvq/value_codec/value_codec.hpp"
 
+#include "core/parallel_product.hpp"
 #include "value_codec/value_layers.hpp"
 
 namespace commvq {
@@ -68,6 +69,10 @@ class ValueNetwork {
     size_ += parameter.size();
     return parameter;
   }
+  template <class Left, class Right, class Result>
+  static void multiply(const Left& left, const Right& right, Result&& result) {
+    detail::parallel_product(left, right, result);
+  }
   void choose(const Matrix& noise, Choice choice);
   Scalar restore(const Matrix& units);
   void backward_through_choice(const Matrix& bit_gradients);
@@ -93,16 +98,19 @@ Scalar ValueNetwork<Scalar>::forward(const Matrix& units, const Matrix& noise, S
     scaled_.row(t) =
         standardized_.row(t).cwiseProduct(value(norm_gain).row(0)) + value(norm_bias).row(0);
   }
-  hidden_.noalias() = scaled_ * value(hidden_weight).transpose();
+  hidden_.resize(units.rows(), config_.hidden_size);
+  multiply(scaled_, value(hidden_weight).transpose(), hidden_);
   slope_.resize(hidden_.rows(), hidden_.cols());
 #pragma omp parallel for
   for (Index t = 0; t < units.rows(); ++t) {
     hidden_.row(t) += value(hidden_bias).row(0);
     value_layers::gelu<Scalar>(hidden_.row(t).data(), hidden_.cols(), slope_.row(t).data());
   }
-  logits_.noalias() = hidden_ * value(output_weight).transpose();
+  logits_.resize(units.rows(), config_.num_logits());
+  multiply(hidden_, value(output_weight).transpose(), logits_);
   choose(noise, choice);
-  decoded_.noalias() = bits_ * value(decoder);
+  decoded_.resize(units.rows(), units.cols());
+  multiply(bits_, value(decoder), decoded_);
   return restore(units);
 }
 
@@ -156,16 +164,19 @@ Scalar ValueNetwork<Scalar>::restore(const Matrix& units) {
 
 template <class Scalar>
 void ValueNetwork<Scalar>::backward() {
-  gradient(decoder).noalias() = bits_.transpose() * decoded_;
-  const Matrix bit_gradients = decoded_ * value(decoder).transpose();
+  multiply(bits_.transpose(), decoded_, gradient(decoder));
+  Matrix bit_gradients(bits_.rows(), bits_.cols());
+  multiply(decoded_, value(decoder).transpose(), bit_gradients);
   backward_through_choice(bit_gradients);
-  gradient(output_weight).noalias() = logits_.transpose() * hidden_;
+  multiply(logits_.transpose(), hidden_, gradient(output_weight));
   gradient(output_bias) = logits_.colwise().sum();
-  Matrix hidden_gradients = logits_ * value(output_weight);
+  Matrix hidden_gradients(hidden_.rows(), hidden_.cols());
+  multiply(logits_, value(output_weight), hidden_gradients);
   hidden_gradients.array() *= slope_.array();
-  gradient(hidden_weight).noalias() = hidden_gradients.transpose() * scaled_;
+  multiply(hidden_gradients.transpose(), scaled_, gradient(hidden_weight));
   gradient(hidden_bias) = hidden_gradients.colwise().sum();
-  const Matrix scaled_gradients = hidden_gradients * value(hidden_weight);
+  Matrix scaled_gradients(scaled_.rows(), scaled_.cols());
+  multiply(hidden_gradients, value(hidden_weight), scaled_gradients);
   gradient(norm_gain) = scaled_gradients.cwiseProduct(standardized_).colwise().sum();
   gradient(norm_bias) = scaled_gradients.colwise().sum();
 }

@@ -8,9 +8,12 @@
 
 #include "commvq/core/error.hpp"
 #include "commvq/core/float16.hpp"
+#include "commvq/core/parallel_errors.hpp"
 
 #include <omp.h>
 
+#include "core/hasher.hpp"
+#include "core/parallel_product.hpp"
 #include "value_codec/value_layers.hpp"
 #include "value_codec/value_polish.hpp"
 
@@ -28,8 +31,8 @@ constexpr Index kNone = std::numeric_limits<Index>::max();
 void check_weight(const std::vector<float>& weight, const char* name, Index rows, Index cols) {
   require(static_cast<Index>(weight.size()) == rows * cols, "value codec: ", name, " has ",
           weight.size(), " elements; the configuration needs ", rows, " x ", cols);
-  const auto bad = std::find_if_not(weight.begin(), weight.end(),
-                                    [](float w) { return std::isfinite(w); });
+  const auto bad =
+      std::find_if_not(weight.begin(), weight.end(), [](float w) { return std::isfinite(w); });
   require(bad == weight.end(), "value codec: ", name, " holds NaN or infinity at element ",
           bad - weight.begin());
 }
@@ -50,8 +53,10 @@ void check_finite(MatrixView<const float> values) {
        "; values must be finite");
 }
 
-/// Activations of one block of tokens.
+/// Activations of one block of tokens. Made anew for each: an Eigen matrix that cannot grow for
+/// want of memory is broken for good.
 struct Block {
+  std::vector<double> norms;
   Matrix<float> unit;    // [tokens][C]: values of unit norm, or zero
   Matrix<float> normed;  // [tokens][C]: after LayerNorm; later u
   Matrix<float> hidden;  // [tokens][H]
@@ -72,15 +77,17 @@ void unpack_bits(const std::uint8_t* code, int bytes, float* bits) {
     for (int i = 0; i < 8; ++i) bits[8 * byte + i] = static_cast<float>((code[byte] >> i) & 1);
 }
 
-/// Fills `block.bits` with the codes of `values`.
+/// Fills `block.bits` with the codes of `values`, and `block.norms`.
 void choose_codes(const ValueCodecConfig& config, const ValueCodecWeights& weights,
-                  MatrixView<const float> values, const std::vector<double>& norms, Block& block) {
+                  MatrixView<const float> values, Block& block) {
   const Index tokens = values.rows, C = config.num_channels, H = config.hidden_size;
+  block.norms.resize(static_cast<std::size_t>(tokens));
   block.unit.resize(tokens, C);
   block.normed.resize(tokens, C);
   for (Index t = 0; t < tokens; ++t) {
     float* const unit = block.unit.row(t).data();
-    const double norm = norms[static_cast<std::size_t>(t)];
+    double& norm = block.norms[static_cast<std::size_t>(t)];
+    norm = value_layers::norm_of(values.row(t), C);
     for (Index c = 0; c < C; ++c)
       unit[c] = norm > 0 ? static_cast<float>(values(t, c) / norm) : 0.0f;
     float* const normed = block.normed.row(t).data();
@@ -91,20 +98,22 @@ void choose_codes(const ValueCodecConfig& config, const ValueCodecWeights& weigh
   }
   const ConstMatrixMap<float> hidden_weight(weights.hidden_weight.data(), H, C);
   const ConstMatrixMap<float> hidden_bias(weights.hidden_bias.data(), 1, H);
-  block.hidden.noalias() = block.normed * hidden_weight.transpose();
+  block.hidden.resize(tokens, H);
+  detail::parallel_product(block.normed, hidden_weight.transpose(), block.hidden);
   for (Index t = 0; t < tokens; ++t) {
     block.hidden.row(t) += hidden_bias;
     value_layers::gelu<float>(block.hidden.row(t).data(), H, nullptr);
   }
   const ConstMatrixMap<float> output_weight(weights.output_weight.data(), config.num_logits(), H);
   const ConstMatrixMap<float> output_bias(weights.output_bias.data(), 1, config.num_logits());
-  block.logits.noalias() = block.hidden * output_weight.transpose();
+  block.logits.resize(tokens, config.num_logits());
+  detail::parallel_product(block.hidden, output_weight.transpose(), block.logits);
   block.bits.resize(tokens, config.num_code_bits());
   for (Index t = 0; t < tokens; ++t) {
     block.logits.row(t) += output_bias;
     value_layers::choose_patterns<float>(block.logits.row(t).data(), config.num_groups(),
                                          block.bits.row(t).data());
-    if (norms[static_cast<std::size_t>(t)] == 0) block.bits.row(t).setZero();
+    if (block.norms[static_cast<std::size_t>(t)] == 0) block.bits.row(t).setZero();
   }
 }
 
@@ -116,6 +125,34 @@ std::vector<float> divided(MatrixView<const float> rows, const std::vector<float
       result[static_cast<std::size_t>(r * rows.cols + c)] =
           rows(r, c) / scales[static_cast<std::size_t>(c)];
   return result;
+}
+
+/// Writes |v| / |u| of every token of a block, u in `block.normed`, as bf16 to `scales`. Returns
+/// the first token whose scale no bf16 can hold, or the number of tokens.
+Index find_scales(const Block& block, std::uint16_t* scales) {
+  const Index tokens = block.normed.rows();
+  Index first_bad = tokens;
+  for (Index t = tokens - 1; t >= 0; --t) {
+    const double length = value_layers::norm_of(block.normed.row(t).data(), block.normed.cols());
+    const double scale = length > 0 ? block.norms[static_cast<std::size_t>(t)] / length : 0.0;
+    scales[t] = to_bf16(static_cast<float>(scale));
+    if (!std::isfinite(length) || !std::isfinite(from_bf16(scales[t]))) first_bad = t;
+  }
+  return first_bad;
+}
+
+Digest digest_of(const ValueCodecConfig& config, const ValueCodecWeights& weights) {
+  detail::Hasher hasher;
+  hasher.add("commvq.values.1");
+  for (const int number :
+       {config.num_channels, config.bits, config.hidden_size, config.polish_sweeps})
+    hasher.add(Index{number});
+  for (const std::vector<float>* weight :
+       {&weights.norm_gain, &weights.norm_bias, &weights.hidden_weight, &weights.hidden_bias,
+        &weights.output_weight, &weights.output_bias, &weights.decoder})
+    hasher.add(std::span<const float>(*weight));
+  if (!weights.channel_scales.empty()) hasher.add(std::span<const float>(weights.channel_scales));
+  return hasher.digest();
 }
 
 void check_scales(MatrixView<const std::uint8_t> codes, const std::uint16_t* scales) {
@@ -167,6 +204,7 @@ ValueCodec::ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights
             least - weights_.channel_scales.begin(), "; scales must be positive");
     unscaled_decoder_ = divided(decoder(), weights_.channel_scales);
   }
+  digest_ = digest_of(config_, weights_);
   if (config_.polish_sweeps == 0) return;
   const std::vector<float>& E = is_scaled() ? unscaled_decoder_ : weights_.decoder;
   const Matrix<float> gram = value_polish::gram_of({E.data(), config_.num_code_bits(), C});
@@ -193,36 +231,30 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
                                    gram_.empty() ? 0 : E.rows());
   const Index num_blocks = (values.rows + kBlockTokens - 1) / kBlockTokens;
   Index first_bad = kNone;
-#pragma omp parallel if (num_blocks > 1 && !omp_in_parallel()) reduction(min : first_bad)
-  {
-    Block block;
-    std::vector<double> norms;
-#pragma omp for schedule(dynamic)
-    for (Index b = 0; b < num_blocks; ++b) {
-      const Index first = b * kBlockTokens;
-      const Index tokens = std::min(kBlockTokens, values.rows - first);
-      norms.resize(static_cast<std::size_t>(tokens));
-      for (Index t = 0; t < tokens; ++t)
-        norms[static_cast<std::size_t>(t)] = value_layers::norm_of(values.row(first + t), values.cols);
-      choose_codes(config_, weights_, values.middle_rows(first, tokens), norms, block);
+  ParallelErrors errors;
+#pragma omp parallel for schedule(dynamic) \
+    reduction(min                          \
+              : first_bad) if (num_blocks > 1 && !omp_in_parallel())
+  for (Index b = 0; b < num_blocks; ++b) {
+    const Index first = b * kBlockTokens;
+    const Index tokens = std::min(kBlockTokens, values.rows - first);
+    errors.guard([&] {
+      Block block;
+      choose_codes(config_, weights_, values.middle_rows(first, tokens), block);
       if (config_.polish_sweeps > 0)
         value_polish::polish(E, gram, block.unit, config_.polish_sweeps, block.bits);
-      block.normed.noalias() = block.bits * E;
-      for (Index t = 0; t < tokens; ++t) {
-        const double length = value_layers::norm_of(block.normed.row(t).data(), values.cols);
-        const double scale = length > 0 ? norms[static_cast<std::size_t>(t)] / length : 0.0;
-        const std::uint16_t rounded = to_bf16(static_cast<float>(scale));
-        if (!std::isfinite(length) || !std::isfinite(from_bf16(rounded)))
-          first_bad = std::min(first_bad, first + t);
+      detail::parallel_product(block.bits, E, block.normed);
+      const Index bad = find_scales(block, scales + first);
+      if (bad < tokens) first_bad = std::min(first_bad, first + bad);
+      for (Index t = 0; t < tokens; ++t)
         pack_bits(block.bits.row(t).data(), code_bytes(), codes.row(first + t));
-        scales[first + t] = rounded;
-      }
-    }
+    });
   }
+  errors.rethrow();
   if (first_bad == kNone) return;
   const float* const row = values.row(first_bad);
-  const auto largest = std::max_element(
-      row, row + values.cols, [](float a, float b) { return std::abs(a) < std::abs(b); });
+  const auto largest = std::max_element(row, row + values.cols,
+                                        [](float a, float b) { return std::abs(a) < std::abs(b); });
   fail("value of token ", first_bad, " (norm ", value_layers::norm_of(row, values.cols),
        ", largest in channel ", largest - row, ": ", *largest,
        ") needs a scale beyond bf16's range, 3.39e38; scale the values down");
@@ -237,28 +269,28 @@ void ValueCodec::decode(MatrixView<const std::uint8_t> codes, const std::uint16_
           config_.num_channels, "]");
   check_scales(codes, scales);
   for (Index t = 0; t < codes.rows; ++t)
-    require(std::isfinite(from_bf16(scales[t])), "scale of token ", t, " is ",
-            from_bf16(scales[t]), "; it must be finite");
+    require(std::isfinite(from_bf16(scales[t])), "scale of token ", t, " is ", from_bf16(scales[t]),
+            "; it must be finite");
 
   const ConstMatrixMap<float> E(weights_.decoder.data(), config_.num_code_bits(),
                                 config_.num_channels);
   const Index num_blocks = (codes.rows + kBlockTokens - 1) / kBlockTokens;
-#pragma omp parallel if (num_blocks > 1 && !omp_in_parallel())
-  {
-    Matrix<float> bits;
-#pragma omp for schedule(dynamic)
-    for (Index b = 0; b < num_blocks; ++b) {
-      const Index first = b * kBlockTokens;
-      const Index tokens = std::min(kBlockTokens, codes.rows - first);
-      bits.resize(tokens, config_.num_code_bits());
+  ParallelErrors errors;
+#pragma omp parallel for schedule(dynamic) if (num_blocks > 1 && !omp_in_parallel())
+  for (Index b = 0; b < num_blocks; ++b) {
+    const Index first = b * kBlockTokens;
+    const Index tokens = std::min(kBlockTokens, codes.rows - first);
+    errors.guard([&] {
+      Matrix<float> bits(tokens, config_.num_code_bits());
       for (Index t = 0; t < tokens; ++t)
         unpack_bits(codes.row(first + t), code_bytes(), bits.row(t).data());
       Eigen::Map<Matrix<float>, 0, Eigen::OuterStride<>> out(
           values.row(first), tokens, values.cols, Eigen::OuterStride<>(values.row_stride));
-      out.noalias() = bits * E;
+      detail::parallel_product(bits, E, out);
       for (Index t = 0; t < tokens; ++t) out.row(t) *= from_bf16(scales[first + t]);
-    }
+    });
   }
+  errors.rethrow();
 }
 
 }  // namespace commvq

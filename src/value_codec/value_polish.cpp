@@ -1,5 +1,7 @@
 #include "value_codec/value_polish.hpp"
 
+#include "core/parallel_product.hpp"
+
 namespace commvq::value_polish {
 namespace {
 
@@ -40,14 +42,17 @@ double scale_of(double product, double value_length, double length) {
 }  // namespace
 
 Matrix<float> gram_of(const ConstMatrixMap<float>& decoder) {
-  return decoder * decoder.transpose();
+  Matrix<float> gram(decoder.rows(), decoder.rows());
+  detail::parallel_product(decoder, decoder.transpose(), gram);
+  return gram;
 }
 
 void polish(const ConstMatrixMap<float>& decoder, const ConstMatrixMap<float>& gram,
             const Matrix<float>& values, int sweeps, Matrix<float>& bits) {
-  const Matrix<float> value_products = values * decoder.transpose();
-  Matrix<float> products = bits * gram;
   const Index num_bits = bits.cols();
+  Matrix<float> value_products(values.rows(), num_bits), products(values.rows(), num_bits);
+  detail::parallel_product(values, decoder.transpose(), value_products);
+  detail::parallel_product(bits, gram, products);
   for (Index t = 0; t < values.rows(); ++t) {
     const float* const of_value = value_products.row(t).data();
     float* const of_sum = products.row(t).data();

@@ -40,6 +40,16 @@ prints "of them coded" "$programs/generate" "$model" --codebooks "$work/1-bit.sa
 prints "^1-bit" "$programs/evaluate" "$model" --self --context 192 --contexts 1 --questions 1 \
   --window 32 --codebooks "$work/1-bit.safetensors" --json "$work/result.json"
 grep -q perplexity_increase "$work/result.json" || fail "evaluate --json"
+sed 's/[0-9]/& and /g' "$model/config.json" >"$work/text"
+for _ in 1 2 3 4 5; do cat "$work/text" "$work/text" >"$work/more"; mv "$work/more" "$work/text"; done
+head -c 12000 "$work/text" >"$work/short.txt"
+for kept in absent present; do
+  prints "^pq_1bit" "$programs/evaluate" "$model" --text "$work/short.txt" --context 128 \
+    --contexts 1 --questions 0 --window 32 --peers kivi_2bit pq_1bit --calibration "$work/text" \
+    --calibration-tokens 256 --exact "$work/exact.json"
+  sed -n '/^exact/,$p' "$work/output" >"$work/$kept"
+done
+cmp "$work/absent" "$work/present" || fail "evaluate --exact"
 
 for checkpoint in "$checkpoints"/*/; do
   prints "1/[0-9.]* of FP16" "$programs/calibrate" "$checkpoint" --self --context 64 --tokens 512 \
@@ -56,6 +66,10 @@ refuses "needs --codebooks" "$programs/generate" "$model" --prompt a
 refuses "give --text" "$programs/calibrate" "$model" --out "$work/x"
 refuses "bits" "$programs/calibrate" "$model" --self --bits 3 --out "$work/x"
 refuses "cannot open" "$programs/evaluate" "$model" --text "$work/no.txt"
+refuses "no peer kivi_3bit" "$programs/evaluate" "$model" --text "$work/text" --peers kivi_3bit
+refuses "give --calibration" "$programs/evaluate" "$model" --text "$work/text" --peers rq_1bit
+refuses "must not learn" "$programs/evaluate" "$model" --text "$work/text" --peers rq_1bit \
+  --calibration "$work/text"
 echo "too short" >"$work/short.txt"
 refuses "one context needs 4096" "$programs/evaluate" "$model" --text "$work/short.txt"
 refuses "safetensors" "$programs/generate" "$model" --prompt a --codebooks "$model/config.json"

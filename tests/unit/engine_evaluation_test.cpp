@@ -5,8 +5,11 @@
 
 #include <gmock/gmock.h>
 
+#include "engine/cache_results.hpp"
 #include "engine/evaluation.hpp"
 #include "engine/generate.hpp"
+#include "engine/logit_error.hpp"
+#include "engine/parallel.hpp"
 #include "engine/text_file.hpp"
 #include "reference/example_data.hpp"
 
@@ -92,6 +95,59 @@ TEST(Retrieval, TheShippedModelAnswersWithAnExactCache) {
     right += retrieves(model, tokenizer, cache, retrieval_case(tokenizer, text, 512, 2, i));
   }
   EXPECT_GE(right, 8);
+}
+
+TEST(LogitProbe, MeasuresWhatARoundTripDoesToTheLogits) {
+  const Model model(small_model());
+  const std::vector<int> text = counting(150);
+  const LogitProbe probe(model, text, 4);
+  const commvq::Rope rope(model.config().rope);
+  const auto layers = [&](float factor) {
+    return std::vector<KeyRoundTrip>(6, [&rope, factor](MatrixView<float> keys) {
+      for (Index i = 0; i < keys.rows * keys.cols; ++i) keys.data[i] *= factor;
+      rope.apply(keys, 0);
+    });
+  };
+  EXPECT_EQ(probe.error_of(layers(1), 128).squared_error, 0);
+  const LogitError once = probe.error_of(layers(1.25f), 128);
+  const LogitError twice = probe.error_of(layers(1.5f), 128);
+  // Queries at 146 to 149 see 19 to 22 keys beyond the window; 6 layers, 4 heads.
+  EXPECT_EQ(once.count, 6 * 4 * (19 + 20 + 21 + 22));
+  EXPECT_GT(once.rms(), 0);
+  EXPECT_NEAR(twice.rms() / once.rms(), 2, 1e-3);
+  EXPECT_EQ(once.squared_logits, twice.squared_logits);
+  std::vector<KeyRoundTrip> one_layer(6);
+  one_layer[2] = layers(1.25f)[2];
+  EXPECT_EQ(probe.error_of(one_layer, 128).count, once.count / 6);
+}
+
+TEST(CacheResults, ComeBackForTheSameKeyAlone) {
+  const commvq::testing_support::TemporaryFolder folder("cache_results");
+  const auto path = folder.path() / "exact.json";
+  EXPECT_FALSE(load_results(path, "a").has_value());
+  const CacheResults results{{{{0.1, 1e-17}, {3, 4}}, {{2.5}, {5}}}, {1, 0, 1}, 77};
+  save_results(path, "a", results);
+  const auto loaded = load_results(path, "a");
+  ASSERT_TRUE(loaded.has_value());
+  ASSERT_EQ(loaded->predictions.size(), 2u);
+  EXPECT_EQ(loaded->predictions[0].nll, results.predictions[0].nll);
+  EXPECT_EQ(loaded->predictions[1].best, results.predictions[1].best);
+  EXPECT_EQ(loaded->retrieved, results.retrieved);
+  EXPECT_EQ(loaded->allocated_bytes, 77);
+  EXPECT_FALSE(load_results(path, "b").has_value());
+  commvq::testing_support::write_file(path, "{}");
+  EXPECT_THAT([&] { load_results(path, "a"); },
+              ThrowsMessage<commvq::Error>(HasSubstr("exact.json")));
+}
+
+TEST(ForEachTask, RunsEachOnceAndPassesErrorsOn) {
+  for (const Index count : {Index{0}, Index{1}, Index{50}}) {
+    std::vector<int> runs(static_cast<std::size_t>(count));
+    for_each_task(count, [&](Index i) { ++runs[static_cast<std::size_t>(i)]; });
+    EXPECT_EQ(runs, std::vector<int>(static_cast<std::size_t>(count), 1));
+  }
+  EXPECT_THAT([] { for_each_task(9, [](Index i) { commvq::require(i != 4, "task ", i); }); },
+              ThrowsMessage<commvq::Error>(HasSubstr("task 4")));
 }
 
 // Perplexity of the larger model over books is about 26 at this context length.

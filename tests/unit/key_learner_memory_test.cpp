@@ -1,7 +1,4 @@
-// What learn_key_codec takes from the heap, counted by functions that stand before glibc's.
-#include <atomic>
-#include <cerrno>
-#include <cstdlib>
+// What learn_key_codec takes from the heap.
 #include <string>
 #include <vector>
 
@@ -9,62 +6,10 @@
 
 #include <gtest/gtest.h>
 
+#include "reference/heap.hpp"
 #include "reference/random_cache.hpp"
 
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-
-#include <malloc.h>
-
-namespace {
-
-std::atomic<std::int64_t> live_bytes{0};
-std::atomic<std::int64_t> peak_bytes{0};
-
-void* count(void* block) {
-  const std::int64_t live = live_bytes += static_cast<std::int64_t>(malloc_usable_size(block));
-  std::int64_t peak = peak_bytes;
-  while (peak < live && !peak_bytes.compare_exchange_weak(peak, live)) {
-  }
-  return block;
-}
-void discount(void* block) {
-  live_bytes -= static_cast<std::int64_t>(malloc_usable_size(block));
-}
-
-}  // namespace
-
-extern "C" {
-void* __libc_malloc(std::size_t);
-void* __libc_calloc(std::size_t, std::size_t);
-void* __libc_realloc(void*, std::size_t);
-void* __libc_memalign(std::size_t, std::size_t);
-void __libc_free(void*);
-
-void* malloc(std::size_t size) {
-  return count(__libc_malloc(size));
-}
-void* calloc(std::size_t number, std::size_t size) {
-  return count(__libc_calloc(number, size));
-}
-void* realloc(void* block, std::size_t size) {
-  discount(block);
-  return count(__libc_realloc(block, size));
-}
-void* memalign(std::size_t alignment, std::size_t size) {
-  return count(__libc_memalign(alignment, size));
-}
-void* aligned_alloc(std::size_t alignment, std::size_t size) {
-  return memalign(alignment, size);
-}
-int posix_memalign(void** block, std::size_t alignment, std::size_t size) {
-  *block = memalign(alignment, size);
-  return *block == nullptr ? ENOMEM : 0;
-}
-void free(void* block) {
-  discount(block);
-  __libc_free(block);
-}
-}
+#if defined(COMMVQ_COUNTS_HEAP)
 
 namespace commvq {
 namespace {
@@ -87,17 +32,17 @@ std::int64_t peak_of(Index tokens, int max_tokens) {
   options.batch_tokens = 512;
   options.refinement.rounds = 1;
   options.refinement.beam_width = 2;
-  const std::int64_t before = live_bytes;
-  peak_bytes = before;
+  const std::int64_t before = heap::live_bytes;
+  heap::peak_bytes = before;
   learn_key_codec(as_matrix(keys, tokens, kChannels), options);
-  return peak_bytes - before;
+  return heap::peak_bytes - before;
 }
 
 TEST(KeyLearnerMemory, CountsWhatIsAllocated) {
-  const std::int64_t before = live_bytes;
+  const std::int64_t before = heap::live_bytes;
   const std::vector<char> block(100000);
-  EXPECT_GE(live_bytes - before, 100000);
-  EXPECT_GE(peak_bytes, before + 100000);
+  EXPECT_GE(heap::live_bytes - before, 100000);
+  EXPECT_GE(heap::peak_bytes, before + 100000);
 }
 
 TEST(KeyLearnerMemory, AKeyTakesLessThanACopyOfIt) {

@@ -64,6 +64,18 @@ TEST(QueryStatistics, RotationAndChunksDoNotMatter) {
   for (std::size_t i = 0; i < weights.size(); ++i) EXPECT_NEAR(weights[i], expected[i], 1e-4);
 }
 
+TEST(QueryStatistics, AddUp) {
+  const std::vector<float> queries = some_queries();
+  const auto rows = as_matrix(std::as_const(queries), kTokens, kChannels);
+  QueryStatistics first(kPairs, kKvHeads), second(kPairs, kKvHeads);
+  first.add(rows.middle_rows(0, 7));
+  second.add(rows.middle_rows(7, kTokens - 7));
+  first.add(second);
+  const std::vector<float> expected = weights_of(queries), weights = first.pair_weights();
+  for (std::size_t i = 0; i < weights.size(); ++i) EXPECT_NEAR(weights[i], expected[i], 1e-5);
+  EXPECT_THROW(first.add(QueryStatistics(kPairs, kKvHeads + 1)), Error);
+}
+
 TEST(QueryStatistics, NoWeightIsZero) {
   std::vector<float> queries(static_cast<std::size_t>(kTokens * kChannels));
   for (const float weight : weights_of(queries)) EXPECT_EQ(weight, 1.0f);

@@ -14,6 +14,8 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include "reference/faulty_files.hpp"
+
 namespace commvq {
 namespace {
 
@@ -333,6 +335,39 @@ TEST_F(SafetensorsTest, WritingReplacesTheFileAndLeavesNothingBehind) {
   fs::create_directory(folder_ / "taken");
   EXPECT_THROW(write_tensors("taken", {"a"}), Error);
   EXPECT_EQ(std::distance(fs::directory_iterator(folder_), fs::directory_iterator()), 2);
+}
+
+TEST_F(SafetensorsTest, InterruptedWritingLeavesTheOldFileWhole) {
+  write_tensors("file.safetensors", {"old"});
+  const std::string old_bytes = read_bytes(file());
+  SafetensorsWriter writer;
+  const std::vector<float> values(3);
+  writer.add("new", {3}, values);
+  writer.write(file("new.safetensors"));
+  const auto size = static_cast<std::size_t>(fs::file_size(file("new.safetensors")));
+  for (const bool dies : {false, true})
+    for (std::size_t bytes = 0; bytes < size; ++bytes) {
+      testing_support::FaultyFiles files;
+      files.bytes_until_fault = bytes;
+      files.error = ENOSPC;
+      files.dies = dies;
+      EXPECT_THAT(error_of([&] { writer.write(file(), files); }), HasSubstr("No space left"));
+      ASSERT_EQ(read_bytes(file()), old_bytes) << bytes;
+      if (!dies) {
+        ASSERT_EQ(std::distance(fs::directory_iterator(folder_), fs::directory_iterator()), 2);
+      }
+    }
+  for (const char* call : {"create", "sync", "close", "rename"}) {
+    testing_support::FaultyFiles files;
+    files.failing_call = call;
+    EXPECT_THROW(writer.write(file(), files), Error) << call;
+    EXPECT_EQ(read_bytes(file()), old_bytes) << call;
+  }
+  testing_support::FaultyFiles files;
+  files.longest_transfer = 3;
+  files.interrupts = true;
+  writer.write(file(), files);
+  EXPECT_EQ(read_bytes(file()), read_bytes(file("new.safetensors")));
 }
 
 TEST_F(SafetensorsTest, CheckpointOfOneFile) {

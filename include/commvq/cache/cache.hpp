@@ -15,12 +15,18 @@
 
 namespace commvq {
 
+/// Most tokens of one sequence, and the largest window and number of sinks: far beyond any memory,
+/// and small enough that no sum of positions overflows.
+inline constexpr Index kMaxTokens = Index{1} << 48;
+
 /// What a cache stores exactly, and how.
 struct COMMVQ_API CacheConfig {
   RopeConfig rope;       ///< of the model; also gives head_dim and the pair layout
   int num_kv_heads = 1;  ///< at least 1
-  Index window = 128;    ///< a query reads the newest `window` tokens, itself included, exactly
-  Index sinks = 0;       ///< the first `sinks` tokens of the sequence stay exact for good
+  /// A query reads the newest `window` tokens, itself included, exactly; in [0, kMaxTokens].
+  Index window = 128;
+  /// The first `sinks` tokens of the sequence stay exact for good; in [0, kMaxTokens].
+  Index sinks = 0;
   FloatType exact_type = FloatType::kBf16;  ///< of every exact copy
   Index page_size = 64;                     ///< tokens per page of codes; a positive multiple of 8
 
@@ -31,6 +37,16 @@ struct COMMVQ_API CacheConfig {
 
   /// Throws `Error` naming the first field that is out of range.
   void validate() const;
+};
+
+/// Where the parts of a layer's cache begin and end, in tokens; see `LayerCache`.
+struct LayerExtent {
+  Index length = 0;
+  Index exact_begin = 0;
+  Index exact_floor = 0;  ///< where exact copies began when nothing had been dropped since
+  Index coded_end = 0;
+
+  bool operator==(const LayerExtent&) const = default;
 };
 
 /// Compressed keys and values of one layer of one sequence.
@@ -54,6 +70,13 @@ class COMMVQ_API LayerCache {
   /// configuration is invalid or the codec's shapes differ from it.
   LayerCache(const CacheConfig& config, LayerCodec codec);
 
+  /// The cache whose parts these are: what `extent`, `sink_store`, `exact_store` and `pages` of a
+  /// cache with the same configuration and codec gave, for instance before it was saved. The parts
+  /// need not be trusted: throws `Error` if they do not fit each other, for a code beyond its
+  /// codebook, and for NaN and infinity.
+  LayerCache(const CacheConfig& config, LayerCodec codec, const LayerExtent& extent,
+             ExactStore sink_store, ExactStore exact_store, std::vector<PagePtr> pages);
+
   const CacheConfig& config() const { return config_; }
   const LayerCodec& codec() const { return codec_; }
   const Rope& rope() const { return rope_; }
@@ -61,7 +84,8 @@ class COMMVQ_API LayerCache {
   /// Adds tokens at positions `[length(), length() + keys.rows)`. `keys` and `values` are
   /// `[tokens][num_kv_heads * head_dim]`, channel order, keys before RoPE; both are rounded to
   /// `exact_type`. Throws `Error` for shapes that do not fit, for NaN and infinity and for numbers
-  /// beyond the range of `exact_type` or of the codec; the cache is then unchanged. Adding no
+  /// beyond the range of `exact_type` or of the codec, and for more than kMaxTokens tokens in all;
+  /// the cache is then unchanged, as it is when memory runs out. Adding no
   /// tokens does nothing. Exact copies of at least the newest `window + keys.rows - 1` tokens
   /// remain, so long prompts should be added in chunks.
   void append(MatrixView<const float> keys, MatrixView<const float> values);
@@ -104,6 +128,8 @@ class COMMVQ_API LayerCache {
   Index exact_begin() const { return exact_begin_; }
   Index coded_end() const { return coded_end_; }
 
+  LayerExtent extent() const { return {length_, exact_begin_, exact_floor_, coded_end_}; }
+
   /// Storage, for the attention kernels.
   const KeyTables* key_tables() const { return key_tables_.get(); }  ///< null for exact keys
   const PageLayout& page_layout() const { return page_layout_; }
@@ -127,7 +153,7 @@ class COMMVQ_API LayerCache {
   PageLayout page_layout_;
   Index length_ = 0;
   Index exact_begin_ = 0;
-  Index exact_floor_ = 0;  // where exact copies began when nothing had been dropped since
+  Index exact_floor_ = 0;
   Index coded_end_ = 0;
   ExactStore sink_store_;
   ExactStore exact_store_;
@@ -139,6 +165,8 @@ class COMMVQ_API Cache {
  public:
   /// One codec per layer. Throws `Error` for no layers or shapes that do not fit.
   Cache(const CacheConfig& config, std::vector<LayerCodec> codecs);
+  /// The cache of these layers. Throws `Error` for none or different configurations.
+  explicit Cache(std::vector<LayerCache> layers);
 
   int num_layers() const { return static_cast<int>(layers_.size()); }
   /// Throws `Error` unless `layer` is in `[0, num_layers())`.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "commvq/core/export.h"
@@ -19,6 +20,8 @@ COMMVQ_API void widen_floats(const std::uint8_t* bytes, Index count, FloatType t
 class COMMVQ_API ExactStore {
  public:
   ExactStore(FloatType type, Index num_channels) : type_(type), num_channels_(num_channels) {}
+  /// Takes over rows as `bytes()` gives them. Throws `Error` if they are not whole rows.
+  ExactStore(FloatType type, Index num_channels, std::vector<std::uint8_t> rows);
 
   FloatType type() const { return type_; }
   Index size() const { return size_; }
@@ -28,6 +31,13 @@ class COMMVQ_API ExactStore {
   const std::uint8_t* keys(Index i) const { return bytes_.data() + (begin_ + i) * row_bytes(); }
   const std::uint8_t* values(Index i) const { return keys(i) + num_channels_ * size_of(type_); }
 
+  /// All rows, one after another: `[size()][keys, values][num_channels]`.
+  std::span<const std::uint8_t> bytes() const {
+    return {bytes_.data() + begin_ * row_bytes(), static_cast<std::size_t>(size_ * row_bytes())};
+  }
+  /// Bytes of one row: keys and values of one token.
+  Index row_bytes() const { return 2 * num_channels_ * size_of(type_); }
+
   /// Appends rows `[tokens][num_channels]`. If memory runs out nothing has changed.
   void push_back(MatrixView<const float> keys, MatrixView<const float> values);
   /// Removes the oldest `count` rows; gives memory back once most of it is unused.
@@ -36,8 +46,6 @@ class COMMVQ_API ExactStore {
   void truncate(Index size);
 
  private:
-  Index row_bytes() const { return 2 * num_channels_ * size_of(type_); }
-
   FloatType type_;
   Index num_channels_;
   Index begin_ = 0;  // rows already removed from the front of bytes_

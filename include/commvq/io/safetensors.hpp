@@ -12,6 +12,9 @@
 #include "commvq/core/view.hpp"
 
 namespace commvq {
+namespace detail {
+class FileLayer;
+}
 
 /// Element types of a safetensors file that this library reads and writes.
 enum class Dtype { kBool, kU8, kI8, kU16, kI16, kU32, kI32, kU64, kI64, kF16, kBf16, kF32, kF64 };
@@ -81,9 +84,11 @@ class COMMVQ_API SafetensorsWriter {
            std::span<const std::uint8_t> bytes);
   void set_metadata(const std::string& key, const std::string& value);
 
-  /// Writes to a temporary file beside `path` and renames it, so that `path` never holds half a
-  /// file. Throws `Error` with the system's reason.
+  /// Writes to a temporary file beside `path`, waits until it is on the disk and renames it, so that
+  /// `path` never holds half a file. Throws `Error` with the system's reason.
   void write(const std::filesystem::path& path) const;
+  /// The same through other system calls, for tests of their failures.
+  void write(const std::filesystem::path& path, detail::FileLayer& files) const;
 
  private:
   struct Entry {

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "commvq/core/parallel_errors.hpp"
 #include "commvq/core/view.hpp"
 #include "commvq/key_codec/codebook.hpp"
 
@@ -53,7 +54,10 @@ class KeyEncoder {
     std::vector<std::uint16_t> codes;  ///< [tokens * width][num_stages][2]
   };
 
+  /// Tokens that go through the search together; of few tokens fewer, so that all threads have
+  /// some.
   static constexpr Index kBlockTokens = 64;
+  static constexpr Index kSmallBlockTokens = 8;
 
   std::size_t stage_index(int group, int stage) const {
     return static_cast<std::size_t>(group) * codebook_.config.num_stages + stage;
@@ -64,6 +68,8 @@ class KeyEncoder {
     const std::vector<Scalar>& rows = weighted_rows_.empty() ? codebook_.rows : weighted_rows_;
     return {rows.data() + first, 2 * codebook_.config.codebook_size, codebook_.row_size()};
   }
+  void encode_block(MatrixView<const Scalar> keys, int beam_width,
+                    MatrixView<std::uint16_t> codes, Scalar* squared_error) const;
   Beam first_beam(MatrixView<const Scalar> keys, int group) const;
   void extend(Beam& beam, int group, int stage, int beam_width) const;
   void best_choices(const Beam& beam, const Matrix& products, Index token, int group, int stage,
@@ -116,24 +122,37 @@ void KeyEncoder<Scalar>::encode(MatrixView<const Scalar> keys, int beam_width,
           ", ", codes.cols, "]; these keys need [", keys.rows, ", ", config.num_codes(), "]");
   require(beam_width >= 1 && beam_width <= 1024, "beam_width is ", beam_width,
           "; it must be in [1, 1024]");
-  const Index num_blocks = (keys.rows + kBlockTokens - 1) / kBlockTokens;
+  const Index block_tokens = keys.rows > kBlockTokens ? kBlockTokens : kSmallBlockTokens;
+  const Index num_blocks = (keys.rows + block_tokens - 1) / block_tokens;
+  ParallelErrors errors;
 #pragma omp parallel for schedule(dynamic) if (num_blocks > 1)
   for (Index block = 0; block < num_blocks; ++block) {
-    const Index first = block * kBlockTokens;
-    const Index count = std::min(kBlockTokens, keys.rows - first);
-    if (squared_error != nullptr) std::fill_n(squared_error + first, count, Scalar(0));
-    for (int group = 0; group < config.num_groups(); ++group) {
-      Beam beam = first_beam(keys.middle_rows(first, count), group);
-      for (int stage = 0; stage < config.num_stages; ++stage)
-        extend(beam, group, stage, beam_width);
-      const Index path = Index{2} * config.num_stages;
-      for (Index t = 0; t < count; ++t) {  // candidates are sorted: the first is the best
-        const Index best = t * beam.width;
-        std::copy_n(&beam.codes[static_cast<std::size_t>(best * path)], path,
-                    codes.row(first + t) + group * path);
-        if (squared_error != nullptr)
-          squared_error[first + t] += beam.residuals.row(best).squaredNorm();
-      }
+    const Index first = block * block_tokens;
+    const Index count = std::min(block_tokens, keys.rows - first);
+    errors.guard([&] {
+      encode_block(keys.middle_rows(first, count), beam_width, codes.middle_rows(first, count),
+                   squared_error == nullptr ? nullptr : squared_error + first);
+    });
+  }
+  errors.rethrow();
+}
+
+/// `encode` for the tokens that go through the search together.
+template <class Scalar>
+void KeyEncoder<Scalar>::encode_block(MatrixView<const Scalar> keys, int beam_width,
+                                      MatrixView<std::uint16_t> codes,
+                                      Scalar* squared_error) const {
+  const KeyCodecConfig& config = codebook_.config;
+  if (squared_error != nullptr) std::fill_n(squared_error, keys.rows, Scalar(0));
+  for (int group = 0; group < config.num_groups(); ++group) {
+    Beam beam = first_beam(keys, group);
+    for (int stage = 0; stage < config.num_stages; ++stage) extend(beam, group, stage, beam_width);
+    const Index path = Index{2} * config.num_stages;
+    for (Index t = 0; t < keys.rows; ++t) {  // candidates are sorted: the first is the best
+      const Index best = t * beam.width;
+      std::copy_n(&beam.codes[static_cast<std::size_t>(best * path)], path,
+                  codes.row(t) + group * path);
+      if (squared_error != nullptr) squared_error[t] += beam.residuals.row(best).squaredNorm();
     }
   }
 }

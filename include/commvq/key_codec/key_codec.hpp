@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/digest.hpp"
 #include "commvq/core/export.h"
 #include "commvq/key_codec/encoder.hpp"
 
@@ -24,6 +25,9 @@ class COMMVQ_API KeyCodec {
   const KeyEncoder<float>& encoder(int head) const {
     return heads_[static_cast<std::size_t>(head)];
   }
+
+  /// Of the configuration, all rows and weights: codecs with equal digests give equal codes.
+  const Digest& digest() const { return digest_; }
 
   /// Norms of one token: 1, or num_kv_heads().
   int num_norms() const { return config().num_norms(num_kv_heads()); }
@@ -53,6 +57,7 @@ class COMMVQ_API KeyCodec {
   }
 
   std::vector<KeyEncoder<float>> heads_;
+  Digest digest_;
 };
 
 }  // namespace commvq

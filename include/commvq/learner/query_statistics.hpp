@@ -25,6 +25,9 @@ class COMMVQ_API QueryStatistics {
   /// for shapes that do not fit and for NaN and infinity; nothing is then added.
   void add(MatrixView<const float> queries);
 
+  /// Adds what another one has added up. Throws `Error` if its layout or number of heads differs.
+  void add(const QueryStatistics& other);
+
   /// `[num_kv_heads][num_pairs]`: sqrt of the mean of |q_i|^2 over tokens and query heads of a KV
   /// head, divided by its root mean square over the head's pairs and at least kMinWeight, so that
   /// no pair is given up. All ones for a head whose queries are zero or none.

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "commvq/core/digest.hpp"
 #include "commvq/core/export.h"
 #include "commvq/core/view.hpp"
 
@@ -79,6 +80,8 @@ class COMMVQ_API ValueCodec {
   const ValueCodecConfig& config() const { return config_; }
   const ValueCodecWeights& weights() const { return weights_; }
   bool is_scaled() const { return !weights_.channel_scales.empty(); }
+  /// Of the configuration and all weights: codecs with equal digests give equal codes.
+  const Digest& digest() const { return digest_; }
   /// E, `[num_code_bits][num_channels]`.
   MatrixView<const float> decoder() const {
     return {weights_.decoder.data(), config_.num_code_bits(), config_.num_channels};
@@ -103,6 +106,7 @@ class COMMVQ_API ValueCodec {
  private:
   ValueCodecConfig config_;
   ValueCodecWeights weights_;
+  Digest digest_;
   std::vector<float> unscaled_decoder_;  // decoder / channel_scales; empty without scales
   std::vector<float> gram_;  // E E^T of the encoder's E, [num_code_bits][num_code_bits]; empty
                              // without polish

@@ -1,0 +1,36 @@
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "commvq/learner/query_statistics.hpp"
+
+#include "engine/model.hpp"
+
+namespace engine {
+
+/// What a layer computed over calibration text, one row a token: keys and values
+/// `[tokens][num_kv_heads * head_dim]`, before RoPE, and what its queries weigh.
+struct LayerData {
+  std::vector<float> keys, values;
+  commvq::QueryStatistics queries;
+};
+
+/// What the layers of a model computed over calibration text.
+struct CalibrationData {
+  Index context = 0;  ///< tokens of each context; the first stands at position 0
+  std::vector<LayerData> layers;
+};
+
+/// About `tokens` tokens of `text` in contexts of `context`, at least one, spread over the text:
+/// its beginning may be all of one kind. Each begins with `prefix`. Throws `commvq::Error` if the
+/// text has not enough tokens for one.
+std::vector<std::vector<int>> spread_contexts(const std::vector<int>& text, int context, int tokens,
+                                              const std::vector<int>& prefix = {});
+
+/// Runs the model over contexts of equal length, exactly, side by side, and keeps what every layer
+/// computed. `progress`, if given, receives the share that is done, one call at a time.
+CalibrationData collect(const Model& model, const std::vector<std::vector<int>>& contexts,
+                        const std::function<void(double)>& progress = {});
+
+}  // namespace engine
