@@ -42,11 +42,34 @@ std::vector<float> normal(std::mt19937& rng, Index count, double deviation) {
   return values;
 }
 
-LayerCodec random_codec(std::mt19937& rng, int bits, int beam_width) {
+/// What is timed.
+struct Case {
+  const char* name;
+  KeyCodecConfig keys;
+  ValueCodecConfig values;
+};
+
+std::vector<Case> cases() {
   const PairLayout pairs{kHeadDim, kHeadDim, RopeLayout::kHalfSplit};
-  KeyCodecConfig config =
-      bits == 1 ? KeyCodecConfig::paper_1bit(pairs) : KeyCodecConfig::paper_2bit(pairs);
-  config.beam_width = beam_width;
+  const auto with_beam = [](KeyCodecConfig config) {
+    config.beam_width = 8;
+    return config;
+  };
+  const KeyCodecConfig one = KeyCodecConfig::paper_1bit(pairs);
+  const KeyCodecConfig two = KeyCodecConfig::paper_2bit(pairs);
+  return {{"paper_1bit", one, ValueCodecConfig::paper_1bit(kChannels)},
+          {"paper_1bit_beam8", with_beam(one), ValueCodecConfig::paper_1bit(kChannels)},
+          {"paper_2bit", two, ValueCodecConfig::paper_2bit(kChannels)},
+          {"paper_2bit_beam8", with_beam(two), ValueCodecConfig::paper_2bit(kChannels)},
+          {"commvq_1bit", with_beam(KeyCodecConfig::commvq_1bit(pairs)),
+           ValueCodecConfig::commvq_1bit(kChannels)},
+          {"commvq_2bit", with_beam(KeyCodecConfig::commvq_2bit(pairs)),
+           ValueCodecConfig::commvq_2bit(kChannels)}};
+}
+
+/// The library's own codecs weight errors; random weights take the same time.
+LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
+  const KeyCodecConfig& config = timed.keys;
   std::vector<KeyCodebook<float>> heads;
   for (int head = 0; head < kHeads; ++head) {
     KeyCodebook<float>& codebook = heads.emplace_back(config);
@@ -54,11 +77,14 @@ LayerCodec random_codec(std::mt19937& rng, int bits, int beam_width) {
     for (int stage = 0; stage < config.num_stages; ++stage, size *= 0.85) {
       const auto rows = normal(rng, Index{config.codebook_size} * codebook.row_size(), size);
       std::copy(rows.begin(), rows.end(), codebook.book(0, stage, 0));
+      std::copy(rows.begin(), rows.end(), codebook.book(0, stage, 1));
     }
-    codebook.derive_tied_books();
+    if (config.tied)
+      codebook.derive_tied_books();
+    else
+      codebook.pair_weights.assign(kHeadDim / 2, 1.25f);
   }
-  const ValueCodecConfig values =
-      bits == 1 ? ValueCodecConfig::paper_1bit(kChannels) : ValueCodecConfig::paper_2bit(kChannels);
+  const ValueCodecConfig& values = timed.values;
   const int H = values.hidden_size;
   ValueCodecWeights weights;
   weights.norm_gain.assign(kChannels, 1.0f);
@@ -155,27 +181,25 @@ int run() {
   std::printf("%s, %lld tokens a call\n", device.name, static_cast<long long>(kTokens));
   std::string json = std::string("{\"device\": \"") + device.name + "\"";
   std::mt19937 rng(1);
-  for (const int bits : {1, 2})
-    for (const int beam_width : {1, 8}) {
-      const LayerCodec codec = random_codec(rng, bits, beam_width);
-      const cuda::DevicePageLayout layout(codec.keys->config(), kHeads, codec.values->config(), 64,
-                                          cuda::key_plane_bytes(device.major * 10 + device.minor));
-      const cuda::DeviceEncoder encoder = cuda::prepare_encoder(codec, layout);
-      Buffers buffers(encoder, rng);
-      const struct {
-        const char* name;
-        bool keys, values;
-      } parts[] = {{"keys", true, false}, {"values", false, true}, {"both", true, true}};
-      for (const auto& part : parts) {
-        const double rate = tokens_per_second(encoder, buffers, part.keys, part.values) / 1e6;
-        std::printf("%d bit, beam %d, %-6s  %7.2f million tokens/s\n", bits, beam_width, part.name,
+  for (const Case& timed : cases()) {
+    const LayerCodec codec = random_codec(rng, timed);
+    const cuda::DevicePageLayout layout(codec.keys->config(), kHeads, codec.values->config(), 64,
+                                        cuda::key_plane_bytes(device.major * 10 + device.minor));
+    const cuda::DeviceEncoder encoder = cuda::prepare_encoder(codec, layout);
+    Buffers buffers(encoder, rng);
+    const struct {
+      const char* name;
+      bool keys, values;
+    } parts[] = {{"keys", true, false}, {"values", false, true}, {"both", true, true}};
+    for (const auto& part : parts) {
+      const double rate = tokens_per_second(encoder, buffers, part.keys, part.values) / 1e6;
+      std::printf("%-17s %-6s  %7.2f million tokens/s\n", timed.name, part.name, rate);
+      char entry[96];
+      std::snprintf(entry, sizeof entry, ", \"%s_%s_mtokens_s\": %.3f", timed.name, part.name,
                     rate);
-        char entry[96];
-        std::snprintf(entry, sizeof entry, ", \"%s_%dbit_beam%d_mtokens_s\": %.3f", part.name, bits,
-                      beam_width, rate);
-        json += entry;
-      }
+      json += entry;
     }
+  }
   std::printf("%s}\n", json.c_str());
   return 0;
 }

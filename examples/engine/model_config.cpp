@@ -6,7 +6,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "engine/text_file.hpp"
+#include "engine/json_file.hpp"
 
 namespace engine {
 namespace {
@@ -31,12 +31,12 @@ bool is_given(const Json& config, const char* name) {
 
 int whole_number(const Json& config, const char* name) {
   require(config.contains(name) && config[name].is_number_integer(), "config.json: ", name,
-          config.contains(name) ? " is " + config[name].dump() : " is missing",
+          config.contains(name) ? " is " + shown(config[name]) : " is missing",
           "; it must be a whole number");
-  const auto value = config[name].get<std::int64_t>();
-  require(value >= 1 && value <= (1 << 24), "config.json: ", name, " is ", value,
+  const Json& value = config[name];
+  require(value >= 1 && value <= (1 << 24), "config.json: ", name, " is ", shown(value),
           "; it must be in [1, 16777216]");
-  return static_cast<int>(value);
+  return value.get<int>();
 }
 
 int whole_number_or(const Json& config, const char* name, int otherwise) {
@@ -45,7 +45,7 @@ int whole_number_or(const Json& config, const char* name, int otherwise) {
 
 bool flag(const Json& config, const char* name) {
   if (!is_given(config, name)) return false;
-  require(config[name].is_boolean(), "config.json: ", name, " is ", config[name].dump(),
+  require(config[name].is_boolean(), "config.json: ", name, " is ", shown(config[name]),
           "; it must be true or false");
   return config[name].get<bool>();
 }
@@ -53,7 +53,7 @@ bool flag(const Json& config, const char* name) {
 /// Throws unless `name` is absent, null or the value that changes nothing here.
 void require_default(const Json& config, const char* name, const Json& expected) {
   if (!is_given(config, name)) return;
-  require(config[name] == expected, "config.json: ", name, " is ", config[name].dump(),
+  require(config[name] == expected, "config.json: ", name, " is ", shown(config[name]),
           "; this engine computes ", expected.dump(), " only");
 }
 
@@ -65,7 +65,7 @@ const Family& family_of(const Json& config) {
     if (!known.empty()) known += ", ";
     known += family.model_type;
   }
-  commvq::fail("config.json: model_type is ", config["model_type"].dump(),
+  commvq::fail("config.json: model_type is ", shown(config["model_type"]),
                "; this engine computes ", known, " only");
 }
 
@@ -81,10 +81,10 @@ std::vector<Index> sliding_windows_of_qwen(const Json& config, int num_layers) {
   }
   const Json& types = config["layer_types"];
   require(types.is_array() && types.size() == windows.size(), "config.json: layer_types is ",
-          types.dump(), "; it must name ", num_layers, " layers");
+          shown(types), "; it must name ", num_layers, " layers");
   for (std::size_t i = 0; i < windows.size(); ++i) {
     require(types[i] == "full_attention" || types[i] == "sliding_attention",
-            "config.json: layer_types holds ", types[i].dump(),
+            "config.json: layer_types holds ", shown(types[i]),
             "; known are full_attention and sliding_attention");
     if (types[i] == "sliding_attention") windows[i] = window;
   }
@@ -110,7 +110,8 @@ std::vector<int> token_ids(const Json& config, const char* name) {
   if (!is_given(config, name)) return {};
   std::vector<int> ids;
   for (const Json& id : config[name].is_array() ? config[name] : Json::array({config[name]})) {
-    require(id.is_number_integer(), name, " is ", config[name].dump(), "; it must hold token ids");
+    require(id.is_number_integer() && id >= 0 && id < (1 << 24), name, " is ", shown(config[name]),
+            "; it must hold token ids in [0, 16777215]");
     ids.push_back(id.get<int>());
   }
   return ids;
@@ -121,15 +122,14 @@ void read_special_tokens(const Json& json, const std::filesystem::path& folder,
   config.stop_tokens = token_ids(json, "eos_token_id");
   const std::filesystem::path path = folder / "generation_config.json";
   if (std::filesystem::exists(path)) {
-    const Json generation = Json::parse(read_text_file(path), nullptr, /*allow_exceptions=*/false);
+    const Json generation = parse_json(read_json_text(path), path);
     require(generation.is_object(), path.string(), " is not a JSON object");
     if (is_given(generation, "eos_token_id"))
       config.stop_tokens = token_ids(generation, "eos_token_id");
   }
   std::vector<int> first = token_ids(json, "bos_token_id");
   if (first.empty()) first = config.stop_tokens;
-  if (!first.empty() && first[0] >= 0 && first[0] < config.vocab_size)
-    config.first_token = first[0];
+  if (!first.empty() && first[0] < config.vocab_size) config.first_token = first[0];
 }
 
 void read_heads(const Json& json, ModelConfig& config) {
@@ -143,14 +143,18 @@ void read_heads(const Json& json, ModelConfig& config) {
   require(!config.qk_norm || is_given(json, "head_dim"), "config.json: head_dim is missing; ",
           config.model_type, " needs it");
   config.rope = commvq::parse_hf_rope(config.text);
+  constexpr int kMaxChannels = 1 << 24;
+  require(config.num_q_heads <= kMaxChannels / config.head_dim(),
+          "config.json: ", config.num_q_heads, " heads of ", config.head_dim(), " are more than ",
+          kMaxChannels, " channels");
 }
 
 }  // namespace
 
 ModelConfig load_model_config(const std::filesystem::path& folder) {
   ModelConfig config;
-  config.text = read_text_file(folder / "config.json");
-  const Json json = Json::parse(config.text, nullptr, /*allow_exceptions=*/false);
+  config.text = read_json_text(folder / "config.json");
+  const Json json = parse_json(config.text, folder / "config.json");
   require(json.is_object(), (folder / "config.json").string(), " is not a JSON object");
   const Family& family = family_of(json);
   config.model_type = family.model_type;
@@ -169,9 +173,10 @@ ModelConfig load_model_config(const std::filesystem::path& folder) {
   config.max_positions = whole_number(json, "max_position_embeddings");
   read_heads(json, config);
   if (json.contains("rms_norm_eps")) {
-    require(json["rms_norm_eps"].is_number(), "config.json: rms_norm_eps is ",
-            json["rms_norm_eps"].dump(), "; it must be a number");
-    config.rms_norm_eps = json["rms_norm_eps"].get<float>();
+    const Json& eps = json["rms_norm_eps"];
+    require(eps.is_number() && eps >= 0 && eps <= 1, "config.json: rms_norm_eps is ", shown(eps),
+            "; it must be a number in [0, 1]");
+    config.rms_norm_eps = eps.get<float>();
   }
   config.tied_embeddings = flag(json, "tie_word_embeddings");
   config.sliding_windows = sliding_windows(json, config.model_type, config.num_layers);

@@ -2,12 +2,28 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <vector>
 
 #include "commvq/core/error.hpp"
 
 namespace engine {
+namespace {
+
+/// Throws unless the logits can be ordered, and one of them is above all weights of zero.
+void check(std::span<const float> logits) {
+  commvq::require(!logits.empty(), "there are no logits to pick a token from");
+  float largest = -std::numeric_limits<float>::infinity();
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    commvq::require(!std::isnan(logits[i]), "the logit of token ", i,
+                    " is NaN: the model's numbers have overflowed");
+    largest = std::max(largest, logits[i]);
+  }
+  commvq::require(std::isfinite(largest), "the largest logit is ", largest, "; it must be finite");
+}
+
+}  // namespace
 
 void SamplerOptions::validate() const {
   commvq::require(std::isfinite(temperature) && temperature >= 0, "temperature is ", temperature,
@@ -21,6 +37,7 @@ Sampler::Sampler(const SamplerOptions& options) : options_(options), random_(opt
 }
 
 int Sampler::pick(std::span<const float> logits) {
+  check(logits);
   if (options_.temperature == 0) return most_probable(logits);
   std::vector<int> order(logits.size());
   std::iota(order.begin(), order.end(), 0);

@@ -20,6 +20,8 @@ struct SamplerOptions {
 class Sampler {
  public:
   explicit Sampler(const SamplerOptions& options);
+  /// Throws `commvq::Error` for no logits, NaN, and where the largest is infinite; minus infinity
+  /// rules a token out.
   int pick(std::span<const float> logits);
 
  private:

@@ -1,12 +1,11 @@
 #include "engine/tokenizer.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "commvq/core/error.hpp"
 
-#include <nlohmann/json.hpp>
-
-#include "engine/text_file.hpp"
+#include "engine/json_file.hpp"
 #include "engine/tokenizer/added_tokens.hpp"
 #include "engine/tokenizer/bpe.hpp"
 #include "engine/tokenizer/decoder.hpp"
@@ -20,12 +19,6 @@ namespace {
 
 using commvq::require;
 
-Json parse(const std::filesystem::path& path) {
-  Json json = Json::parse(read_text_file(path), nullptr, /*allow_exceptions=*/false);
-  require(json.is_object(), path.string(), " is not a JSON object");
-  return json;
-}
-
 const Json& optional(const Json& json, const char* name) {
   static const Json null;
   return json.contains(name) ? json[name] : null;
@@ -34,11 +27,11 @@ const Json& optional(const Json& json, const char* name) {
 }  // namespace
 
 struct Tokenizer::Steps {
-  explicit Steps(const Json& json)
+  Steps(const Json& json, std::size_t file_bytes)
       : normalizer(optional(json, "normalizer")),
         pre_tokenizer(optional(json, "pre_tokenizer")),
-        added(optional(json, "added_tokens"), normalizer),
-        bpe(field(json, "model"), pre_tokenizer.byte_level(), added.ids()) {}
+        added(optional(json, "added_tokens"), normalizer, file_bytes),
+        bpe(field(json, "model"), pre_tokenizer.byte_level(), added.ids(), file_bytes) {}
 
   Normalizer normalizer;
   PreTokenizer pre_tokenizer;
@@ -47,14 +40,16 @@ struct Tokenizer::Steps {
 };
 
 Tokenizer::Tokenizer(const std::filesystem::path& path) {
-  const Json json = parse(path);
-  steps_ = std::make_unique<const Steps>(json);
+  const std::string file = read_json_text(path);
+  const Json json = parse_json(file, path);
+  require(json.is_object(), path.string(), " is not a JSON object");
+  steps_ = std::make_unique<const Steps>(json, file.size());
   const Decoder decoder(optional(json, "decoder"));
   if (!steps_->pre_tokenizer.byte_level()) spaces_in_front_ = decoder.spaces_in_front();
   for (const auto& [content, id] : steps_->added.ids()) set_bytes(id, content);
   for (const auto& [token, id] : steps_->bpe.vocabulary())
     set_bytes(id, steps_->pre_tokenizer.byte_level() ? token : decoder.bytes_of(token));
-  read_template(&optional(json, "post_processor"));
+  read_template(&optional(json, "post_processor"), file.size());
 }
 
 Tokenizer::~Tokenizer() = default;
@@ -69,26 +64,26 @@ void Tokenizer::set_bytes(int id, const std::string& bytes) {
 }
 
 /// What TemplateProcessing puts before and after a single text.
-void Tokenizer::read_template(const void* pointer) {
+void Tokenizer::read_template(const void* pointer, std::size_t file_bytes) {
   const Json& step = *static_cast<const Json*>(pointer);
   if (step.is_null()) return;
   const std::string type = text_of(step, "type");
   if (type == "Sequence") {
-    for (const Json& part : field(step, "processors")) read_template(&part);
+    for (const Json& part : list(step, "processors")) read_template(&part, file_bytes);
     return;
   }
   if (type == "ByteLevel") return;  // it concerns offsets alone
-  require(type == "TemplateProcessing", "tokenizer.json: post-processor \"", type,
+  require(type == "TemplateProcessing", "tokenizer.json: post-processor \"", printable(type),
           "\" is not supported; known are Sequence, ByteLevel and TemplateProcessing");
   bool before = true;
-  for (const Json& part : field(step, "single")) {
-    if (part.contains("Sequence")) {
+  for (const Json& part : list(step, "single")) {
+    if (part.is_object() && part.contains("Sequence")) {
       before = false;
       continue;
     }
     const std::string token = text_of(field(part, "SpecialToken"), "id");
-    for (const Json& id : field(field(field(step, "special_tokens"), token.c_str()), "ids"))
-      (before ? prefix_ : suffix_).push_back(id_of(id));
+    for (const Json& id : list(field(field(step, "special_tokens"), token.c_str()), "ids"))
+      (before ? prefix_ : suffix_).push_back(id_of(id, file_bytes));
   }
 }
 
@@ -98,14 +93,18 @@ int Tokenizer::added_token(const std::string& content) const {
 }
 
 std::vector<int> Tokenizer::encode(std::string_view text) const {
+  require(text.size() <= std::numeric_limits<int>::max(), "a text of ", text.size(),
+          " bytes; at most ", std::numeric_limits<int>::max(), " are encoded at a time");
   require_utf8(text);
   std::vector<int> tokens;
-  for (bool at_start = true; !text.empty(); at_start = false) {
-    const AddedTokens::Match found = steps_->added.first_in(text, /*normalized=*/false);
-    encode_normalized(steps_->normalizer.apply(text.substr(0, found.begin)), at_start, tokens);
-    if (found.id < 0) break;
-    tokens.push_back(found.id);
-    text.remove_prefix(found.begin + found.size);
+  AddedTokens::Occurrences occurrences = steps_->added.in(text, /*normalized=*/false);
+  for (std::size_t done = 0; done < text.size();) {
+    const auto found = occurrences.next(done);
+    const std::string_view before = text.substr(done, found ? found->begin - done : text.npos);
+    encode_normalized(steps_->normalizer.apply(before), /*at_start=*/done == 0, tokens);
+    if (!found) break;
+    tokens.push_back(found->id);
+    done = found->begin + found->size;
   }
   return tokens;
 }
@@ -113,13 +112,15 @@ std::vector<int> Tokenizer::encode(std::string_view text) const {
 /// Normalised text, in which some added tokens are still to be found.
 void Tokenizer::encode_normalized(std::string_view text, bool at_start,
                                   std::vector<int>& tokens) const {
-  for (; !text.empty(); at_start = false) {
-    const AddedTokens::Match found = steps_->added.first_in(text, /*normalized=*/true);
-    steps_->pre_tokenizer.split(text.substr(0, found.begin), at_start,
+  AddedTokens::Occurrences occurrences = steps_->added.in(text, /*normalized=*/true);
+  for (std::size_t done = 0; done < text.size();) {
+    const auto found = occurrences.next(done);
+    steps_->pre_tokenizer.split(text.substr(done, found ? found->begin - done : text.npos),
+                                at_start && done == 0,
                                 [&](std::string_view piece) { steps_->bpe.encode(piece, tokens); });
-    if (found.id < 0) break;
-    tokens.push_back(found.id);
-    text.remove_prefix(found.begin + found.size);
+    if (!found) break;
+    tokens.push_back(found->id);
+    done = found->begin + found->size;
   }
 }
 

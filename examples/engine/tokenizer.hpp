@@ -45,7 +45,7 @@ class Tokenizer {
  private:
   struct Steps;
   void set_bytes(int id, const std::string& bytes);
-  void read_template(const void* json);
+  void read_template(const void* json, std::size_t file_bytes);
   void encode_normalized(std::string_view text, bool at_start, std::vector<int>& tokens) const;
 
   std::unique_ptr<const Steps> steps_;

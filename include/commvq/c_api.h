@@ -179,7 +179,8 @@ COMMVQ_API commvq_status commvq_attention_options_init(commvq_attention_options*
  * be null: defaults. `output` has the shape of the queries and must not overlap them. `lse` is null
  * or [positions][num_q_heads] and receives the natural logarithm of the sum of the exponentials of
  * the scores. More queries than tokens with exact copies are refused: attend after each append.
- * COMMVQ_UNSUPPORTED for several queries that are not causal. */
+ * COMMVQ_UNSUPPORTED for several queries that are not causal. COMMVQ_INVALID_ARGUMENT, with the
+ * output written, where scores or values overflow a float. */
 COMMVQ_API commvq_status commvq_cache_attend(const commvq_cache* cache, int32_t layer,
                                              const commvq_const_matrix* queries,
                                              const commvq_attention_options* options,

@@ -3,6 +3,7 @@
 #include "key_search.cuh"
 #include "load_tokens.cuh"
 #include "matrix_product.cuh"
+#include "polish_values.cuh"
 
 namespace commvq::cuda {
 namespace {
@@ -81,6 +82,27 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
       encoder, tokens, workspace.unit_keys, workspace.key_norms, params.pages, params.slot_mapping);
 }
 
+/// Replaces the network's bits by better ones.
+void polish(const EncoderView& encoder, const AppendParams& params,
+            const AppendWorkspace& workspace) {
+  const Index tokens = params.num_tokens;
+  const ValueEncoderView& values = encoder.values;
+  load_unit_values<<<blocks_for(tokens, kTokenThreads / 32), kTokenThreads, 0, params.stream>>>(
+      encoder, rows_of(encoder, params, false), tokens, workspace.value_norms, workspace.units);
+  multiply_by(encoder, values.rows, workspace.units, tokens, 3,
+              ProductEpilogue{values.rows.product_factor, workspace.value_products,
+                              values.num_code_bits},
+              params.stream);
+  multiply_by(encoder, values.gram, workspace.bits, tokens, 2,
+              ProductEpilogue{values.gram.product_factor, workspace.sum_products,
+                              values.num_code_bits},
+              params.stream);
+  polish_values<<<static_cast<unsigned>(tokens), kTokenThreads,
+                  static_cast<std::size_t>(polish_shared_bytes(values.num_code_bits)),
+                  params.stream>>>(encoder, workspace.value_products, workspace.sum_products,
+                                   workspace.bits);
+}
+
 void encode_values(const EncoderView& encoder, const AppendParams& params,
                    const AppendWorkspace& workspace) {
   const Index tokens = params.num_tokens;
@@ -98,6 +120,7 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
   multiply_by(encoder, values.output, workspace.hidden, tokens, terms,
               PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs},
               params.stream);
+  if (values.polish_sweeps > 0) polish(encoder, params, workspace);
   // Bits have no rest, so that of three terms two are left.
   multiply_by(encoder, values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
               SquaresEpilogue{workspace.squares}, params.stream);
@@ -173,6 +196,9 @@ int configure_append_kernels() noexcept {
     allow(key_search<kKeySearch.num_rows>(kind));
     allow(key_search<kKeySearch.num_rows_small>(kind));
   }
+  allow(polish_values);
+  allow(multiply<true, ProductEpilogue>);
+  allow(multiply<false, ProductEpilogue>);
   allow(multiply<true, HiddenEpilogue>);
   allow(multiply<true, PatternEpilogue>);
   allow(multiply<true, SquaresEpilogue>);

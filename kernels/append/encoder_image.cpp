@@ -24,6 +24,16 @@ double largest_of(const std::vector<float>& values) {
   return largest;
 }
 
+/// The codebooks with weights applied to their rows.
+std::vector<KeyCodebook<float>> weighted_codebooks(const KeyCodec& codec) {
+  std::vector<KeyCodebook<float>> codebooks;
+  for (int head = 0; head < codec.num_kv_heads(); ++head) {
+    KeyCodebook<float>& codebook = codebooks.emplace_back(codec.codebook(head));
+    if (codec.is_weighted()) codebook.rows = codebook.scaled_rows(codebook.pair_weights);
+  }
+  return codebooks;
+}
+
 struct Halves {
   std::uint16_t hi, lo;
   explicit Halves(double scaled)
@@ -53,13 +63,6 @@ EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layo
           "the value codec (", values.num_channels, " channels, ", values.num_code_bits(),
           " bits) differs from the page layout's: ", layout.num_kv_heads * layout.head_dim, ", ",
           layout.num_code_bits);
-  require(!codec.keys->is_weighted(),
-          "the key codec weights its error by the queries; the device encoder computes plain "
-          "errors only: encode on the host, or learn without query weights");
-  require(codec.values->config().polish_sweeps == 0, "the value codec polishes its codes in ",
-          codec.values->config().polish_sweeps,
-          " sweeps; the device encoder takes the network's code alone: encode on the host, or set "
-          "polish_sweeps to 0");
   require(!codec.values->is_scaled(),
           "the value codec has channel scales, which the device encoder does not apply: encode on "
           "the host");
@@ -97,16 +100,24 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
   keys.padded_size = static_cast<int>(round_up(config.codebook_size, 64));
   keys.beam_width = config.beam_width;
 
-  // Numbers of a residual are at most 1 and the largest number of every row taken off.
-  double largest_number = 0, largest_residual = 1;
+  const std::vector<KeyCodebook<float>> codebooks = weighted_codebooks(codec);
+  std::vector<float> key_weights;
+  for (const KeyCodebook<float>& codebook : codebooks)
+    for (int part = 0; part < 2; ++part)
+      key_weights.insert(key_weights.end(), codebook.pair_weights.begin(),
+                         codebook.pair_weights.end());
+  const double largest_weight = codec.is_weighted() ? largest_of(key_weights) : 1;
+
+  // Numbers of a residual are at most the weight and the largest number of every row taken off.
+  double largest_number = 0, largest_residual = largest_weight;
   const std::size_t book = static_cast<std::size_t>(keys.codebook_size) * keys.row_size;
   for (int head = 0; head < codec.num_kv_heads(); ++head) {
-    const std::vector<float>& rows = codec.codebook(head).rows;
-    double residual = 1;
+    const KeyCodebook<float>& codebook = codebooks[static_cast<std::size_t>(head)];
+    double residual = largest_weight;
     for (int group = 0; group < config.num_groups(); ++group) {
-      double sum = 1;
+      double sum = largest_weight;
       for (int b = 0; b < 2 * keys.num_stages; ++b) {
-        const float* const first = codec.codebook(head).book(group, b / 2, b % 2);
+        const float* const first = codebook.book(group, b / 2, b % 2);
         const double largest = largest_of(std::vector<float>(first, first + book));
         sum += largest;
         largest_number = std::max(largest_number, largest);
@@ -114,7 +125,7 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
       residual = std::max(residual, sum);
     }
     largest_residual = std::max(largest_residual, residual);
-    require(std::isfinite(residual) && !rows.empty(), "the codebook of head ", head,
+    require(std::isfinite(residual) && !codebook.rows.empty(), "the codebook of head ", head,
             " is empty or too large");
   }
   const double row_scale = scale_for(largest_number);
@@ -134,7 +145,8 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
   for (int head = 0; head < codec.num_kv_heads(); ++head)
     for (int group = 0; group < config.num_groups(); ++group)
       for (int stage = 0; stage < config.num_stages; ++stage) {
-        const float* const first = codec.codebook(head).book(group, stage, 0);  // both books
+        const float* const first =  // both books
+            codebooks[static_cast<std::size_t>(head)].book(group, stage, 0);
         rows.insert(rows.end(), first, first + 2 * book);
         const auto dot = [&](int n, int m) {
           double sum = 0;
@@ -181,6 +193,7 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
             }
       }
   add(keys.channels, channels);
+  if (!key_weights.empty()) add(keys.weights, key_weights);
   add(keys.rows, rows);
   add(keys.operands, operands);
   add(keys.squared_norms, norms);
@@ -271,6 +284,30 @@ void EncoderImage::add_values(const ValueCodec& codec, ValuePrecision precision)
           weights.decoder[static_cast<std::size_t>(b * C + c)];
   values.decoder = add_weights(transposed, C, bits, 1, precision);
   values.length_factor = 1 / scale_for(largest_of(transposed));
+  if (config.polish_sweeps > 0) add_polish(codec);
+}
+
+/// Always in two fp16 numbers an operand: flips must not follow from rounding.
+void EncoderImage::add_polish(const ValueCodec& codec) {
+  const ValueCodecConfig& config = codec.config();
+  const Index bits = config.num_code_bits(), C = config.num_channels;
+  ValueEncoderView& values = view_.values;
+  values.polish_sweeps = config.polish_sweeps;
+  values.unit_scale = static_cast<float>(scale_for(1));
+  const std::vector<float>& rows = codec.weights().decoder;
+  std::vector<float> gram(static_cast<std::size_t>(bits * bits));
+  for (Index i = 0; i < bits; ++i)
+    for (Index j = 0; j <= i; ++j) {
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (Index c = 0; c < C; ++c)
+        sum += rows[static_cast<std::size_t>(i * C + c)] * rows[static_cast<std::size_t>(j * C + c)];
+      gram[static_cast<std::size_t>(i * bits + j)] = sum;
+      gram[static_cast<std::size_t>(j * bits + i)] = sum;
+    }
+  values.rows = add_weights(rows, bits, C, values.unit_scale, ValuePrecision::kFp32);
+  values.gram = add_weights(gram, bits, bits, 1, ValuePrecision::kFp32);
+  add(values.gram_rows, gram);
 }
 
 EncoderView EncoderImage::view_at(const void* base) const {
@@ -288,9 +325,13 @@ EncoderView EncoderImage::view_at(const void* base) const {
   place(view.keys.cross_terms_by_b);
   place(view.keys.cross_units);
   if (view.keys.rounded_cross_terms != nullptr) place(view.keys.rounded_cross_terms);
+  if (view.keys.weights != nullptr) place(view.keys.weights);
   place(view.values.norm_gain);
   place(view.values.norm_bias);
-  for (Weights* weights : {&view.values.hidden, &view.values.output, &view.values.decoder}) {
+  if (view.values.gram_rows != nullptr) place(view.values.gram_rows);
+  for (Weights* weights : {&view.values.hidden, &view.values.output, &view.values.decoder,
+                           &view.values.rows, &view.values.gram}) {
+    if (weights->num_outputs == 0) continue;  // without polish
     place(weights->hi);
     if (weights->lo != nullptr) place(weights->lo);
     if (weights->bias != nullptr) place(weights->bias);

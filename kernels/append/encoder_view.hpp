@@ -30,6 +30,9 @@ struct KeyEncoderView {
   float product_factor = 1;  ///< scaled product -> -2 <r, Z>
   /// Channel of planar index i of a head, [head_dim].
   const std::uint16_t* channels = nullptr;
+  /// What the error of planar index i of a head is multiplied by, [heads][head_dim]; null: 1. Rows
+  /// and all that is made of them are multiplied already.
+  const float* weights = nullptr;
   /// fp32 rows, [heads][groups][stages][2 * codebook_size][row_size].
   const float* rows = nullptr;
   /// The same, scaled, as operands of the matrix instruction: [heads][groups][stages]
@@ -85,6 +88,11 @@ struct ValueEncoderView {
   Weights hidden, output, decoder;  ///< decoder: [C][num_code_bits], E transposed
   double length_factor = 1;         ///< length of a sum of scaled decoder rows -> |u|
 
+  int polish_sweeps = 0;        ///< with 0 nothing below is set
+  float unit_scale = 1;         ///< of unit values as operands
+  Weights rows, gram;           ///< [num_code_bits][C], E; [num_code_bits][num_code_bits], E E^T
+  const float* gram_rows = nullptr;  ///< E E^T in fp32
+
   COMMVQ_HOST_DEVICE int num_terms() const { return hidden.lo != nullptr ? 3 : 1; }
 };
 
@@ -105,6 +113,10 @@ struct AppendWorkspace {
   std::uint16_t* hidden = nullptr;     ///< [...][tokens][output.num_inputs] fp16
   std::uint16_t* bits = nullptr;       ///< [tokens][decoder.num_inputs] fp16, 0 or 1
   float* squares = nullptr;            ///< [column tiles of the decoder][tokens]
+  // With polish only:
+  std::uint16_t* units = nullptr;   ///< [2][tokens][rows.num_inputs] fp16
+  float* value_products = nullptr;  ///< [tokens][num_code_bits]: E v
+  float* sum_products = nullptr;    ///< [tokens][num_code_bits]: E E^T b
   std::size_t bytes = 0;
 
   AppendWorkspace(const EncoderView& encoder, Index tokens, void* memory) {
@@ -122,6 +134,10 @@ struct AppendWorkspace {
     take(hidden, parts * tokens * values.output.num_inputs);
     take(bits, tokens * values.decoder.num_inputs);
     take(squares, values.decoder.num_padded_outputs / kSmallTile.cols * tokens);
+    if (values.polish_sweeps == 0) return;
+    take(units, 2 * tokens * values.rows.num_inputs);
+    take(value_products, tokens * values.num_code_bits);
+    take(sum_products, tokens * values.num_code_bits);
   }
 };
 

@@ -80,7 +80,7 @@ __device__ __forceinline__ void copy_exactly(const TokenRows& rows, Index token)
                          rows.exact_type);
 }
 
-/// A warp a token: exact copy, norms, unit keys in planar order. `norms` and `unit_keys` are those
+/// A warp a token: exact copy, norms, weighted unit keys in planar order. `norms` and `unit_keys` are those
 /// of the workspace; norms also go to the page.
 __global__ void __launch_bounds__(kTokenThreads)
     load_keys(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
@@ -112,11 +112,19 @@ __global__ void __launch_bounds__(kTokenThreads)
       const int at = n * per_norm + i;
       const int head_start = at / layout.head_dim * layout.head_dim;
       const int channel = head_start + encoder.keys.channels[at - head_start];
-      const float unit =
+      float unit =
           factor == 0 ? 0.0f : static_cast<float>(read_token(rows, token, channel) * factor);
+      if (encoder.keys.weights != nullptr) unit *= encoder.keys.weights[at];
       unit_keys[token * rows.num_channels + at] = unit;
     }
   }
+}
+
+/// A number of a value divided by its norm; 0 where the norm is 0 or NaN.
+__device__ __forceinline__ float unit_value(const TokenRows& rows, Index token, int channel,
+                                            double norm) {
+  const double factor = norm > 0 ? 1 / norm : 0;
+  return factor == 0 ? 0.0f : static_cast<float>(read_token(rows, token, channel) * factor);
 }
 
 /// A warp a token: exact copy, norm, LayerNorm of the unit value as the network's scaled input.
@@ -131,10 +139,7 @@ __global__ void __launch_bounds__(kTokenThreads)
   copy_exactly(rows, token);
   const double norm = norm_of(rows, token, 0, count);
   if (lane == 0) norms[token] = norm;
-  const double factor = norm > 0 ? 1 / norm : 0;
-  const auto unit = [&](int channel) {
-    return factor == 0 ? 0.0f : static_cast<float>(read_token(rows, token, channel) * factor);
-  };
+  const auto unit = [&](int channel) { return unit_value(rows, token, channel, norm); };
   float sum = 0;
   for (int i = lane; i < count; i += 32) sum += unit(i);
   const float mean = warp_sum(sum) / static_cast<float>(count);

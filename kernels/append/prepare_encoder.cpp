@@ -1,4 +1,5 @@
 #include "common/device_memory.hpp"
+#include "common/polish_memory.hpp"
 #include "encoder_image.hpp"
 
 namespace commvq::cuda {
@@ -25,6 +26,12 @@ DeviceEncoder prepare_encoder(const LayerCodec& codec, const DevicePageLayout& l
   require(needed <= shared_bytes, "searching for the key codes needs ", needed,
           " bytes of shared memory, of which the device has ", shared_bytes,
           "; use smaller groups or codebooks, or fewer stages");
+  const ValueEncoderView& values = image.view().values;
+  require(values.polish_sweeps == 0 || polish_shared_bytes(values.num_code_bits) <= shared_bytes,
+          "the polish of ", values.num_code_bits, " value code bits needs ",
+          polish_shared_bytes(values.num_code_bits),
+          " bytes of shared memory, of which the device has ", shared_bytes,
+          "; set polish_sweeps to 0");
   result.memory_ = copy_to_device(image.bytes(), "encoders");
   *result.view_ = image.view_at(result.memory_.get());
   result.view_->keys.num_search_rows = num_search_rows;

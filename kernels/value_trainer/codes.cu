@@ -1,4 +1,5 @@
 #include "block_sums.cuh"
+#include "common/polish.cuh"
 #include "kernels.hpp"
 
 #include <cuda_bf16.h>
@@ -6,50 +7,20 @@
 namespace commvq::cuda::value_trainer {
 namespace {
 
-/// A block a value. All threads see the same products and decide alike whether a bit is flipped.
+/// A block a value.
 __global__ void __launch_bounds__(kThreads)
     polish_kernel(int num_bits, int sweeps, const float* gram, const float* value_products,
                   const float* sum_products, float* bits) {
-  extern __shared__ float shared[];  // products of the value, of the sum; the bits
-  float* const of_value = shared;
-  float* const of_sum = of_value + num_bits;
-  float* const b = of_sum + num_bits;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const PolishShared at(shared, num_bits);
   const Index row = Index{blockIdx.x} * num_bits;
   for (int i = threadIdx.x; i < num_bits; i += kThreads) {
-    of_value[i] = value_products[row + i];
-    of_sum[i] = sum_products[row + i];
-    b[i] = bits[row + i];
+    at.of_value[i] = value_products[row + i];
+    at.of_sum[i] = sum_products[row + i];
+    at.bits[i] = bits[row + i];
   }
-  for (int sweep = 0; sweep < sweeps; ++sweep) {
-    __syncthreads();
-    double square = 0, product = 0;  // |u|^2 and <v, u>
-    for (int i = threadIdx.x; i < num_bits; i += kThreads) {
-      square += static_cast<double>(of_sum[i]) * b[i];
-      product += static_cast<double>(of_value[i]) * b[i];
-    }
-    square = block_sum(square);
-    product = block_sum(product);
-    // s = <v, u> / |u|^2 for values of unit norm; 1 / |u| where that is not positive.
-    double inverse = 1;
-    if (square > 0) inverse = product > 0 ? square / product : sqrt(square);
-    bool flipped = false;
-    for (int i = 0; i < num_bits; ++i) {
-      const float change = b[i] > 0 ? -1.0f : 1.0f;
-      const float left = of_value[i] * static_cast<float>(inverse) - of_sum[i];
-      const float* const column = gram + Index{i} * num_bits;
-      if (!(column[i] - 2 * change * left < 0)) continue;
-      __syncthreads();  // all have decided
-      for (int j = threadIdx.x; j < num_bits; j += kThreads) {
-        of_sum[j] += change * column[j];
-        if (j == i) b[i] += change;
-      }
-      __syncthreads();
-      flipped = true;
-    }
-    if (!flipped) break;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < num_bits; i += kThreads) bits[row + i] = b[i];
+  polish_bits<kThreads>(gram, num_bits, sweeps, at);
+  for (int i = threadIdx.x; i < num_bits; i += kThreads) bits[row + i] = at.bits[i];
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -78,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
 
 bool polish(Index tokens, int num_bits, int sweeps, const float* gram, const float* value_products,
             const float* sum_products, float* bits, cudaStream_t stream) {
-  const int bytes = 3 * 4 * num_bits;
+  const int bytes = polish_shared_bytes(num_bits);
   if (cudaFuncSetAttribute(polish_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
       cudaSuccess) {
     cudaGetLastError();  // the refusal is the answer

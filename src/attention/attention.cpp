@@ -99,6 +99,16 @@ void finish(const Problem& problem, std::vector<Partial>& partials, std::size_t 
   }
 }
 
+/// Throws for scores, or sums of values, that no float holds.
+void require_no_overflow(MatrixView<const float> output, Index head_dim) {
+  for (Index i = 0; i < output.rows; ++i)
+    for (Index channel = 0; channel < output.cols; ++channel)
+      if (!std::isfinite(output(i, channel)))
+        fail("attention of query ", i, ", head ", channel / head_dim, " is ", output(i, channel),
+             ": its scores or values are beyond float's range, 3.4e38; scale queries, keys or ",
+             "values down");
+}
+
 }  // namespace
 
 void AttentionOptions::validate() const {
@@ -161,6 +171,7 @@ void attend(const LayerCache& cache, MatrixView<const float> queries,
     }
     errors.rethrow();
   }
+  require_no_overflow(output, problem.head_dim);
 }
 
 }  // namespace commvq

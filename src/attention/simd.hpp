@@ -21,11 +21,16 @@ using IntVec = std::int32_t __attribute__((vector_size(64)));
 using ShortVec = std::int16_t __attribute__((vector_size(64)));
 using UnsignedShortVec = std::uint16_t __attribute__((vector_size(64)));
 
-// As they may lie in memory: aligned like their elements, aliasing arrays of them.
-using LooseVec = float __attribute__((vector_size(64), aligned(4), may_alias));
-using LooseShorts = std::int16_t __attribute__((vector_size(64), aligned(2), may_alias));
-using LooseHalfShorts = std::int16_t __attribute__((vector_size(32), aligned(2), may_alias));
-using LooseBytes = std::uint8_t __attribute__((vector_size(32), aligned(1), may_alias));
+// As they may lie in memory: aligned like their elements, aliasing arrays of them. (Of an alias
+// declaration Clang takes a lower alignment only where it stands before the type.)
+using LooseVec __attribute__((aligned(4), may_alias)) = Vec;
+using LooseShorts __attribute__((aligned(2), may_alias)) = ShortVec;
+using LooseHalfShorts __attribute__((aligned(2), may_alias)) =
+    std::int16_t __attribute__((vector_size(32)));
+using LooseBytes __attribute__((aligned(1), may_alias)) =
+    std::uint8_t __attribute__((vector_size(32)));
+static_assert(alignof(LooseVec) == 4 && alignof(LooseShorts) == 2 &&
+              alignof(LooseHalfShorts) == 2 && alignof(LooseBytes) == 1);
 
 /// Memory on cache lines: a vector that lies across two costs two accesses.
 template <class T>

@@ -39,6 +39,22 @@ void require_storable(MatrixView<const float> rows, const char* what, Index firs
              "; it must be finite and fit ", name_of(type));
 }
 
+/// A norm that cannot be stored must be refused with its key: once the key is in the window, every
+/// later append would fail.
+void require_codable_norms(MatrixView<const float> keys, const KeyCodec& codec, Index first_token) {
+  constexpr double kMaxNorm = 3.37e38;  // bf16's largest, less what rounding the key may add
+  const Index channels = keys.cols / codec.num_norms();
+  for (Index t = 0; t < keys.rows; ++t)
+    for (Index first = 0; first < keys.cols; first += channels) {
+      double sum = 0;
+      for (Index i = first; i < first + channels; ++i)
+        sum += static_cast<double>(keys(t, i)) * keys(t, i);
+      require(std::sqrt(sum) <= kMaxNorm, "key of token ", first_token + t, " has norm ",
+              std::sqrt(sum), " over channels [", first, ", ", first + channels, "); the limit is ",
+              kMaxNorm, ": scale the keys down");
+    }
+}
+
 void require_shape(MatrixView<const float> rows, const char* what, Index tokens, Index channels) {
   require(rows.rows == tokens && rows.cols == channels, what, " are [", rows.rows, ", ", rows.cols,
           "]; expected [", tokens, ", ", channels, "]");
@@ -173,6 +189,7 @@ void LayerCache::append(MatrixView<const float> keys, MatrixView<const float> va
           keys.rows, " more; it holds at most ", kMaxTokens);
   require_storable(keys, "key", length_, config_.exact_type);
   require_storable(values, "value", length_, config_.exact_type);
+  if (codec_.keys) require_codable_norms(keys, *codec_.keys, length_);
   if (keys.rows == 0) return;
 
   const Index count = keys.rows;

@@ -25,8 +25,7 @@ void KeyTables::fill(int head, int group_index) {
   const int num_books = config().num_stages * 2;
   const Index rows_per_book = config().codebook_size;
   const float* const source = codebook.book(group_index, 0, 0);
-  std::int16_t* const target =
-      lines_.data()->lanes + (Index{head} * config().num_groups() + group_index) * group_size();
+  std::int16_t* const target = lines_[first_line(head, group_index)].lanes;
   float* const units =
       units_.data() + Index{head} * config().pairs.num_pairs() + Index{group_index} * g;
 

@@ -17,7 +17,9 @@ namespace commvq::detail {
 /// memory runs out.
 template <class Left, class Right, class Result>
 void parallel_product(const Left& left, const Right& right, Result&& result) {
-  constexpr Index kUnit = 16;            // columns of a slab, at least, and a multiple of it
+  // Columns of a slab are a multiple of what any of Eigen's kernels takes at a time: so it cuts
+  // slabs as it would cut the whole, and the result does not depend on their number.
+  constexpr Index kUnit = 48;
   constexpr double kWorthAThread = 5e4;  // multiplications
   const Index cols = right.cols();
   const double work = static_cast<double>(left.rows()) * static_cast<double>(left.cols()) *

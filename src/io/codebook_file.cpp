@@ -13,12 +13,18 @@ namespace commvq {
 namespace {
 
 using Json = nlohmann::json;
+using detail::in_quotes;
 
 constexpr const char* kFormat = "commvq.codecs";
 constexpr const char* kVersion = "1";
 
 /// Layers of one model; a file that claims more is lying.
 constexpr std::size_t kMaxLayers = 65536;
+
+/// Centroids of a book for each pair that shares its codes. An encoder holds codebook_size^2
+/// numbers a stage, the file 2 * codebook_size * group_pairs or twice that: a small file must not
+/// take all memory.
+constexpr int kMaxCentroidsPerPair = 64;
 
 constexpr std::pair<RopeLayout, const char*> kLayouts[] = {
     {RopeLayout::kHalfSplit, "half_split"}, {RopeLayout::kInterleaved, "interleaved"}};
@@ -47,23 +53,23 @@ class Fields {
   int whole(const char* name) const {
     const Json& value = at(name);
     require(value.is_number_integer() && value >= -(1 << 30) && value <= (1 << 30),
-            "codebook file: ", where_, ".", name, " is ", value.dump(),
+            "codebook file: ", where_, ".", name, " is ", in_quotes(value.dump()),
             "; it must be a whole number of at most 2^30");
     return value.get<int>();
   }
   double number(const char* name) const {
-    require(at(name).is_number(), "codebook file: ", where_, ".", name, " is ", at(name).dump(),
-            "; it must be a number");
+    require(at(name).is_number(), "codebook file: ", where_, ".", name, " is ",
+            in_quotes(at(name).dump()), "; it must be a number");
     return at(name).get<double>();
   }
   bool flag(const char* name) const {
-    require(at(name).is_boolean(), "codebook file: ", where_, ".", name, " is ", at(name).dump(),
-            "; it must be true or false");
+    require(at(name).is_boolean(), "codebook file: ", where_, ".", name, " is ",
+            in_quotes(at(name).dump()), "; it must be true or false");
     return at(name).get<bool>();
   }
   std::string text(const char* name) const {
-    require(at(name).is_string(), "codebook file: ", where_, ".", name, " is ", at(name).dump(),
-            "; it must be a string");
+    require(at(name).is_string(), "codebook file: ", where_, ".", name, " is ",
+            in_quotes(at(name).dump()), "; it must be a string");
     return at(name).get<std::string>();
   }
   template <class Enum, std::size_t size>
@@ -71,7 +77,7 @@ class Fields {
     const std::string given = text(name);
     for (const auto& [value, known] : names)
       if (given == known) return value;
-    fail("codebook file: ", where_, ".", name, " is \"", given, "\", which is not known");
+    fail("codebook file: ", where_, ".", name, " is ", in_quotes(given), ", which is not known");
   }
 
  private:
@@ -106,13 +112,20 @@ RopeConfig rope_from(const Fields& fields) {
   return rope;
 }
 
+/// What a file may hold beyond what a codec may be.
+void require_fit_for_file(const KeyCodecConfig& keys, std::size_t layer) {
+  require(keys.codebook_size <= kMaxCentroidsPerPair * keys.group_pairs, "codebook_size of layer ",
+          layer, " is ", keys.codebook_size, "; in a codebook file it may be ",
+          kMaxCentroidsPerPair, " times group_pairs at most, which is ", keys.group_pairs);
+}
+
 Json to_json(const KeyCodecConfig& keys) {
   return {{"group_pairs", keys.group_pairs}, {"codebook_size", keys.codebook_size},
           {"num_stages", keys.num_stages},   {"tied", keys.tied},
           {"beam_width", keys.beam_width},   {"norm_per_head", keys.norm_per_head}};
 }
 
-KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs) {
+KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs, std::size_t layer) {
   KeyCodecConfig keys;
   keys.pairs = pairs;
   keys.group_pairs = fields.whole("group_pairs");
@@ -122,6 +135,7 @@ KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs) {
   keys.beam_width = fields.whole("beam_width");
   keys.norm_per_head = fields.has("norm_per_head") && fields.flag("norm_per_head");
   keys.validate();
+  require_fit_for_file(keys, layer);
   return keys;
 }
 
@@ -302,6 +316,8 @@ void ModelCodecs::require_model(const RopeConfig& model_rope, int heads, int num
 
 void save_codecs(const std::filesystem::path& path, const ModelCodecs& codecs) {
   codecs.validate();
+  for (std::size_t i = 0; i < codecs.layers.size(); ++i)
+    if (codecs.layers[i].keys) require_fit_for_file(codecs.layers[i].keys->config(), i);
   SafetensorsWriter writer;
   writer.set_metadata("format", kFormat);
   writer.set_metadata("version", kVersion);
@@ -315,10 +331,10 @@ void save_codecs(const std::filesystem::path& path, const ModelCodecs& codecs) {
 
 ModelCodecs load_codecs(const std::filesystem::path& path) {
   const SafetensorsFile file(path);
-  require(metadata_at(file, "format") == kFormat, path.string(), " has format \"",
-          metadata_at(file, "format"), "\"; codebook files have \"", kFormat, "\"");
+  require(metadata_at(file, "format") == kFormat, path.string(), " has format ",
+          in_quotes(metadata_at(file, "format")), "; codebook files have ", in_quotes(kFormat));
   require(metadata_at(file, "version") == kVersion, path.string(), " has version ",
-          metadata_at(file, "version"), "; this library reads version ", kVersion);
+          in_quotes(metadata_at(file, "version")), "; this library reads version ", kVersion);
   const Json json = detail::parse_strict_json(metadata_at(file, "config"), /*max_depth=*/8,
                                               path.string() + ": config");
   const Fields fields(json, "config");
@@ -338,10 +354,10 @@ ModelCodecs load_codecs(const std::filesystem::path& path) {
     const Fields layer(layers[i], where);
     LayerCodec codec;
     if (!layer.at("keys").is_null())
-      codec.keys =
-          read_keys(file, prefix_of(i),
-                    key_config_from(Fields(layer.at("keys"), where + ".keys"), codecs.rope.pairs),
-                    codecs.num_kv_heads);
+      codec.keys = read_keys(
+          file, prefix_of(i),
+          key_config_from(Fields(layer.at("keys"), where + ".keys"), codecs.rope.pairs, i),
+          codecs.num_kv_heads);
     if (!layer.at("values").is_null())
       codec.values = read_values(file, prefix_of(i),
                                  value_config_from(Fields(layer.at("values"), where + ".values")));

@@ -15,6 +15,8 @@ namespace {
 constexpr Index kChunkTokens = 256;
 /// Relative weight below which an assignment is left out: e^-18 = 1.5e-8, below float's epsilon.
 constexpr float kNegligibleLog = 18.0f;
+/// Beyond it an assignment is hard, and infinity times a difference of zero would be NaN.
+constexpr double kMaxInverseTemperature = 1e30;
 /// The pull to the old books, relative to the mean weight of a centroid.
 constexpr double kRidge = 1e-6;
 
@@ -71,9 +73,10 @@ void assign_one(const Geometry& geometry, float* parts, const float* maxima, flo
   for (Index a = 0; a < size; ++a) {
     if (maxima[a] < floor) continue;
     auto row = rows.row(a).array();
-    row = ((parts[a] - largest) * inverse_temperature +
-           (Eigen::Map<const Eigen::RowVectorXf>(part_b, size) - geometry.cross.row(a)).array() *
-               inverse_temperature)
+    // Added up as in `row_maxima`, so that no score exceeds the largest, however cold it is.
+    row = (((Eigen::Map<const Eigen::RowVectorXf>(part_b, size) - geometry.cross.row(a)).array() +
+            parts[a] - largest) *
+           inverse_temperature)
               .exp();
     total += row.sum();
   }
@@ -102,7 +105,8 @@ ChunkStatistics assign_chunk(const Geometry& geometry, const Matrix& residuals,
     float* const parts = margins.row(t).data();
     const float largest = row_maxima(geometry, parts, maxima.data());
     result.squared_error += std::max(0.0f, residuals.row(t).squaredNorm() - largest);
-    assign_one(geometry, parts, maxima.data(), largest, static_cast<float>(1 / temperature),
+    assign_one(geometry, parts, maxima.data(), largest,
+               static_cast<float>(std::min(1 / temperature, kMaxInverseTemperature)),
                result.pair_weights, rows);
   }
   result.sums.noalias() = margins.transpose() * residuals;

@@ -92,12 +92,22 @@ void check_keys(MatrixView<const float> keys, Index cols) {
               "; only finite keys can be learnt from");
 }
 
+/// Those of single heads come divided by their norm; their squares must not overflow.
+void check_normalized(MatrixView<const float> keys) {
+  constexpr float kMaxKey = 1e9f;
+  for (Index t = 0; t < keys.rows; ++t)
+    for (Index i = 0; i < keys.cols; ++i)
+      require(std::abs(keys(t, i)) <= kMaxKey, "key of token ", t, ", channel ", i, " is ",
+              keys(t, i), "; keys must be divided by their norm first");
+}
+
 void check_weights(const std::vector<float>& weights, Index needed) {
+  constexpr float kLeast = 1e-9f, kMost = 1e9f;  // no square and no inverse of these overflows
   require(weights.empty() || static_cast<Index>(weights.size()) == needed, "there are ",
           weights.size(), " pair weights; expected ", needed, " or none");
   for (std::size_t i = 0; i < weights.size(); ++i)
-    require(weights[i] > 0 && std::isfinite(weights[i]), "pair weight ", i, " is ", weights[i],
-            "; it must be positive and finite");
+    require(weights[i] >= kLeast && weights[i] <= kMost, "pair weight ", i, " is ", weights[i],
+            "; it must be in [", kLeast, ", ", kMost, "]");
 }
 
 /// Divides the rows of a codebook learnt from weighted keys by the weights, which it then carries.
@@ -135,6 +145,7 @@ KeyCodebook<float> learn(KeyWork& keys, const KeyLearnerOptions& options, std::m
 void check_head(MatrixView<const float> keys, const KeyLearnerOptions& options) {
   options.validate();
   check_keys(keys, options.codec.pairs.head_dim);
+  check_normalized(keys);
   check_weights(options.pair_weights, options.codec.pairs.num_pairs());
 }
 

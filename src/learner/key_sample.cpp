@@ -36,9 +36,12 @@ void for_each_norm(MatrixView<const float> keys, int head, const KeyLearnerOptio
     for (Index t = 0; t < count; ++t)
       norms[static_cast<std::size_t>(t)] =
           stored_norm(keys.row(first + t), first_channel, num_channels);
-    for (Index t = 0; t < count; ++t)
-      if (const float norm = norms[static_cast<std::size_t>(t)]; norm > 0 && std::isfinite(norm))
-        use(first + t, norm);
+    for (Index t = 0; t < count; ++t) {
+      const float norm = norms[static_cast<std::size_t>(t)];
+      require(std::isfinite(norm), "key of token ", first + t,
+              " has a norm beyond bf16's range, 3.39e38; scale the keys down");
+      if (norm > 0) use(first + t, norm);
+    }
   }
 }
 

@@ -73,6 +73,12 @@ class ValueNetwork {
   static void multiply(const Left& left, const Right& right, Result&& result) {
     detail::parallel_product(left, right, result);
   }
+  /// In memory of its own: Eigen adds up in another order where the result is not aligned, which
+  /// differs from run to run for gradients.
+  template <class Rows>
+  static Matrix sum_of_rows(const Rows& rows) {
+    return rows.colwise().sum();
+  }
   void choose(const Matrix& noise, Choice choice);
   Scalar restore(const Matrix& units);
   void backward_through_choice(const Matrix& bit_gradients);
@@ -169,16 +175,16 @@ void ValueNetwork<Scalar>::backward() {
   multiply(decoded_, value(decoder).transpose(), bit_gradients);
   backward_through_choice(bit_gradients);
   multiply(logits_.transpose(), hidden_, gradient(output_weight));
-  gradient(output_bias) = logits_.colwise().sum();
+  gradient(output_bias) = sum_of_rows(logits_);
   Matrix hidden_gradients(hidden_.rows(), hidden_.cols());
   multiply(logits_, value(output_weight), hidden_gradients);
   hidden_gradients.array() *= slope_.array();
   multiply(hidden_gradients.transpose(), scaled_, gradient(hidden_weight));
-  gradient(hidden_bias) = hidden_gradients.colwise().sum();
+  gradient(hidden_bias) = sum_of_rows(hidden_gradients);
   Matrix scaled_gradients(scaled_.rows(), scaled_.cols());
   multiply(hidden_gradients, value(hidden_weight), scaled_gradients);
-  gradient(norm_gain) = scaled_gradients.cwiseProduct(standardized_).colwise().sum();
-  gradient(norm_bias) = scaled_gradients.colwise().sum();
+  gradient(norm_gain) = sum_of_rows(scaled_gradients.cwiseProduct(standardized_));
+  gradient(norm_bias) = sum_of_rows(scaled_gradients);
 }
 
 /// Probabilities to gradients of the logits: the Jacobian of the soft choice.

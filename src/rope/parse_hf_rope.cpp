@@ -5,15 +5,21 @@
 
 #include <nlohmann/json.hpp>
 
+#include "io/strict_json.hpp"
+
 namespace commvq {
 namespace {
 
 using Json = nlohmann::json;
+using detail::in_quotes;
+
+/// Configurations of models that see and hear nest a few levels.
+constexpr int kMaxDepth = 64;
 
 double number(const Json& object, const char* name) {
   require(object.contains(name), "the model's config has no ", name);
-  require(object[name].is_number(), "the model's config has ", name, " = ", object[name].dump(),
-          "; it must be a number");
+  require(object[name].is_number(), "the model's config has ", name, " = ",
+          in_quotes(object[name].dump()), "; it must be a number");
   return object[name].get<double>();
 }
 
@@ -42,8 +48,8 @@ int head_dim_of(const Json& config) {
 Json scaling_of(const Json& config) {
   for (const char* name : {"rope_parameters", "rope_scaling"})
     if (config.contains(name) && !config[name].is_null()) {
-      require(config[name].is_object(), "the model's config has ", name, " = ", config[name].dump(),
-              "; it must be an object");
+      require(config[name].is_object(), "the model's config has ", name, " = ",
+              in_quotes(config[name].dump()), "; it must be an object");
       return config[name];
     }
   return Json::object();
@@ -53,7 +59,7 @@ std::string type_of(const Json& scaling) {
   for (const char* name : {"rope_type", "type"})
     if (scaling.contains(name)) {
       require(scaling[name].is_string(), "the model's config has ", name, " = ",
-              scaling[name].dump(), "; it must be a string");
+              in_quotes(scaling[name].dump()), "; it must be a string");
       return scaling[name].get<std::string>();
     }
   return "default";
@@ -62,8 +68,8 @@ std::string type_of(const Json& scaling) {
 void read_scaling(const Json& scaling, RopeConfig& rope) {
   const std::string type = type_of(scaling);
   if (type == "default") return;
-  require(type == "linear" || type == "llama3", "RoPE type \"", type,
-          "\" is not supported; known are default, linear and llama3");
+  require(type == "linear" || type == "llama3", "RoPE type ", in_quotes(type),
+          " is not supported; known are default, linear and llama3");
   rope.factor = number(scaling, "factor");
   rope.scaling = RopeScaling::kLinear;
   if (type == "linear") return;
@@ -76,7 +82,7 @@ void read_scaling(const Json& scaling, RopeConfig& rope) {
 }  // namespace
 
 RopeConfig parse_hf_rope(const std::string& config_json, RopeLayout layout) {
-  const Json config = Json::parse(config_json, nullptr, /*allow_exceptions=*/false);
+  const Json config = detail::parse_strict_json(config_json, kMaxDepth, "the model's config");
   require(config.is_object(), "the model's config is not a JSON object");
   const Json scaling = scaling_of(config);
   RopeConfig rope;

@@ -147,6 +147,29 @@ TEST_F(AppendTest, CodesOfRealInputAreTheHostsUpToTies) {
   EXPECT_EQ(verdict(AppendCase::random(rng_, two_bit), ValuePrecision::kFp16), "");
 }
 
+TEST_F(AppendTest, CodesOfTheLibrarysOwnPresets) {
+  // Queries weight the errors, every head has its norm, value codes are polished.
+  AppendShape shape{.num_kv_heads = 2,
+                    .head_dim = 128,
+                    .num_tokens = 60,
+                    .codebook_size = 64,
+                    .num_stages = 11,
+                    .tied = false,
+                    .beam_width = 8,
+                    .norm_per_head = true,
+                    .weighted = true,
+                    .polish_sweeps = 8};
+  EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
+  shape.bits = 2;
+  shape.num_stages = 20;
+  EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
+  EXPECT_EQ(verdict(AppendCase::exact(rng_, {.num_tokens = 600,
+                                             .num_stages = 2,
+                                             .weighted = true,
+                                             .polish_sweeps = 3})),
+            "");
+}
+
 TEST_F(AppendTest, LargeTilesOfTheMatrixProducts) {
   const AppendShape shape{.num_tokens = 700, .num_stages = 2, .hidden_size = 300};
   const AppendCase tested = AppendCase::exact(rng_, shape);
@@ -183,14 +206,14 @@ TEST_F(AppendTest, WhatIsNotFiniteIsSeen) {
   std::vector<std::uint8_t> pages = device.pages.to_host();
   EXPECT_EQ(tested.judge(pages, kFp32Tolerance), "");
   const CodedToken bad_key = tested.token_in(pages, 1);
-  EXPECT_TRUE(is_nan_bf16(bad_key.key_norm));
+  EXPECT_TRUE(is_nan_bf16(bad_key.key_norms[0]));
   EXPECT_THAT(bad_key.key_codes, testing::Each(0));
   EXPECT_FALSE(is_nan_bf16(bad_key.value_scale));
   const CodedToken bad_value = tested.token_in(pages, 2);
   EXPECT_TRUE(is_nan_bf16(bad_value.value_scale));
   EXPECT_THAT(bad_value.value_code, testing::Each(0));
-  EXPECT_FALSE(is_nan_bf16(bad_value.key_norm));
-  EXPECT_EQ(tested.token_in(pages, 3).key_norm, 0);
+  EXPECT_FALSE(is_nan_bf16(bad_value.key_norms[0]));
+  EXPECT_EQ(tested.token_in(pages, 3).key_norms[0], 0);
   const CodedToken zero_value = tested.token_in(pages, 4);
   EXPECT_EQ(zero_value.value_scale, 0);
   EXPECT_THAT(zero_value.value_code, testing::Each(0));

@@ -10,6 +10,7 @@
 #include "../../kernels/append/key_search.cuh"
 #include "../../kernels/append/load_tokens.cuh"
 #include "../../kernels/append/matrix_product.cuh"
+#include "../../kernels/append/polish_values.cuh"
 // clang-format on
 
 namespace commvq::cuda {
@@ -61,6 +62,7 @@ class HostAppend {
                        values.output.num_inputs});
     multiply_by(values.output, workspace.hidden, tokens, terms,
                 PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs});
+    if (values.polish_sweeps > 0) polish(tokens, workspace, rows);
     multiply_by(values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
                 SquaresEpilogue{workspace.squares});
     const int tile_cols = small_ ? kSmallTile.cols : kLargeTile.cols;
@@ -90,6 +92,23 @@ class HostAppend {
     }();
     simt::launch(grid, kKeySearch.num_threads, [&] {
       kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
+    });
+  }
+
+  void polish(Index tokens, const AppendWorkspace& workspace, const TokenRows& rows) {
+    const ValueEncoderView& values = view_.values;
+    simt::launch({static_cast<unsigned>((tokens + kTokenThreads / 32 - 1) / (kTokenThreads / 32))},
+                 kTokenThreads, [&] {
+                   load_unit_values(view_, rows, tokens, workspace.value_norms, workspace.units);
+                 });
+    multiply_by(values.rows, workspace.units, tokens, 3,
+                ProductEpilogue{values.rows.product_factor, workspace.value_products,
+                                values.num_code_bits});
+    multiply_by(values.gram, workspace.bits, tokens, 2,
+                ProductEpilogue{values.gram.product_factor, workspace.sum_products,
+                                values.num_code_bits});
+    simt::launch({static_cast<unsigned>(tokens)}, kTokenThreads, [&] {
+      polish_values(view_, workspace.value_products, workspace.sum_products, workspace.bits);
     });
   }
 
@@ -186,6 +205,20 @@ TEST(AppendKernelsTest, RealInput) {
   expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp16, true);
   shape.beam_width = 4;
   shape.num_tokens = 16;
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+}
+
+TEST(AppendKernelsTest, WeightedKeysAndPolishedValues) {
+  Rng rng(6);
+  testing_support::AppendShape shape{.num_kv_heads = 2,
+                                     .head_dim = 64,
+                                     .num_tokens = 24,
+                                     .tied = false,
+                                     .weighted = true,
+                                     .polish_sweeps = 4};
+  expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
+  shape.norm_per_head = true;
+  shape.beam_width = 4;
   expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
 }
 

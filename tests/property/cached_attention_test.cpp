@@ -154,6 +154,49 @@ TEST(CachedAttention, KeepsItsPhaseAtAMillion) {
   expect_matches_reference(cache, rng, 1, 1, options);
 }
 
+// Positions that no float tells apart, coded and exact; the reference looks at the newest tokens
+// alone, in a sequence that is otherwise zeros.
+TEST(CachedAttention, KeepsItsPhaseBeyondTheIntegersOfFloats) {
+  constexpr Index kStart = (Index{1} << 24) - 60, kTokens = 200, kWindow = 64;
+  Rng rng(15);
+  CacheConfig config;
+  config.rope.pairs.head_dim = config.rope.pairs.rotary_dim = 8;
+  config.window = kWindow;
+  config.page_size = 1 << 20;
+  KeyCodecConfig keys = KeyCodecConfig::paper_2bit(config.rope.pairs);
+  keys.group_pairs = 4;
+  LayerCache cache(config, {random_key_codec(rng, keys, 1), random_value_codec(rng, 8, 1, 8)});
+  // As a restored cache: its pages hold zeros, which decode to zero keys and values.
+  const Index coded_end = kStart - kWindow, page_bytes = cache.page_layout().page_bytes();
+  std::vector<PagePtr> pages;
+  for (Index first = 0; first < coded_end; first += config.page_size)
+    pages.push_back(std::make_shared<Page>(static_cast<std::size_t>(page_bytes)));
+  const LayerExtent extent{kStart, coded_end, coded_end, coded_end};
+  const std::vector<std::uint8_t> zeros(static_cast<std::size_t>(kWindow * 2 * 8 * 2));
+  cache = LayerCache(config, cache.codec(), extent, cache.sink_store(),
+                     ExactStore(config.exact_type, 8, zeros), std::move(pages));
+  for (Index t = 0; t < kTokens; t += 10) append_random(cache, rng, 10);
+
+  AttentionOptions options;
+  options.sliding_window = kTokens;
+  options.scale = 4.0f;
+  const Index position = cache.length() - 1, first = cache.length() - kTokens;
+  const std::vector<float> query = normal_floats(rng, 8);
+  std::vector<float> output(query.size());
+  attend(cache, as_matrix(query, 1, 8), options, as_matrix(output, 1, 8));
+  std::vector<float> near_keys(kTokens * 8), near_values(near_keys.size());
+  cache.decode_tokens(position, first, as_matrix(near_keys, kTokens, 8),
+                      as_matrix(near_values, kTokens, 8));
+  // The same score at positions counted from the window's beginning: RoPE knows distances alone.
+  std::vector<double> expected(8);
+  reference::attend_head(cache.rope(), query.data(), kTokens - 1, as_matrix(near_keys, kTokens, 8),
+                         as_matrix(near_values, kTokens, 8), 0, options, expected.data());
+  double largest = 1.0;
+  for (const double value : expected) largest = std::max(largest, std::abs(value));
+  for (std::size_t i = 0; i < output.size(); ++i)
+    EXPECT_NEAR(output[i], expected[i], 2e-3 * largest) << i;
+}
+
 TEST(CachedAttention, ForksDoNotDisturbEachOther) {
   Rng rng(14);
   CacheConfig config;

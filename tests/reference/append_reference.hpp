@@ -32,12 +32,15 @@ struct AppendShape {
   int bits = 1;
   int hidden_size = 96;
   Index plane_bytes = 176 * 1024;  ///< less: more planes
+  bool norm_per_head = false;      ///< random input only
+  bool weighted = false;           ///< errors of keys
+  int polish_sweeps = 0;           ///< of value codes
 };
 
 /// A token as a page holds it.
 struct CodedToken {
   std::vector<std::uint16_t> key_codes;
-  std::uint16_t key_norm = 0;
+  std::vector<std::uint16_t> key_norms;
   std::vector<std::uint8_t> value_code;
   std::uint16_t value_scale = 0;
 };
@@ -78,6 +81,7 @@ struct AppendCase {
     config.num_stages = shape.num_stages;
     config.tied = shape.tied;
     config.beam_width = shape.beam_width;
+    config.norm_per_head = shape.norm_per_head;
     if (is_exact) {
       int exponent = 0;
       while ((1 << 2 * exponent) < num_channels()) ++exponent;
@@ -88,25 +92,42 @@ struct AppendCase {
         std::uniform_int_distribution<int> number(-3, 3);
         for (float& value : codebook.rows) value = static_cast<float>(number(rng) * unit / 4);
         if (config.tied) codebook.derive_tied_books();
+        if (shape.weighted)
+          for (int pair = 0; pair < pairs.num_pairs(); ++pair)
+            codebook.pair_weights.push_back(std::ldexp(1.0f, static_cast<int>(rng() % 3) - 1));
       }
       codec.keys = std::make_shared<const KeyCodec>(std::move(heads));
       keys = integers_of_norm(rng, 1 << 2 * exponent);
       values = integers_of_norm(rng, 1 << 2 * exponent);
     } else {
       codec.keys = random_key_codec(rng, config, shape.num_kv_heads);
+      if (shape.weighted) add_weights(rng);
       keys = normal_floats(rng, num_tokens * num_channels(), 2.0);
       values = normal_floats(rng, num_tokens * num_channels(), 0.5);
     }
     codec.values = random_value_codec(rng, num_channels(), shape.bits, shape.hidden_size);
-    if (is_exact) {
-      ValueCodecWeights weights = codec.values->weights();
-      std::uniform_int_distribution<int> number(-2, 2);
+    ValueCodecConfig value_config = codec.values->config();
+    value_config.polish_sweeps = shape.polish_sweeps;
+    ValueCodecWeights weights = codec.values->weights();
+    std::uniform_int_distribution<int> number(-2, 2);
+    if (is_exact)
       for (float& value : weights.decoder) value = static_cast<float>(number(rng));
-      codec.values = std::make_shared<const ValueCodec>(codec.values->config(), std::move(weights));
-    }
+    codec.values = std::make_shared<const ValueCodec>(value_config, std::move(weights));
     layout = cuda::DevicePageLayout(codec.keys->config(), shape.num_kv_heads,
                                     codec.values->config(), shape.page_size, shape.plane_bytes);
     scatter(rng);
+  }
+
+  /// Weights between a half and two.
+  void add_weights(Rng& rng) {
+    std::uniform_real_distribution<float> weight(0.5f, 2.0f);
+    std::vector<KeyCodebook<float>> heads;
+    for (int head = 0; head < shape.num_kv_heads; ++head) {
+      KeyCodebook<float>& codebook = heads.emplace_back(codec.keys->codebook(head));
+      for (int pair = 0; pair < codebook.config.pairs.num_pairs(); ++pair)
+        codebook.pair_weights.push_back(weight(rng));
+    }
+    codec.keys = std::make_shared<const KeyCodec>(std::move(heads));
   }
 
   /// Gives every token a place of its own in twice as many pages as needed; every ninth has none.
@@ -157,8 +178,9 @@ struct AppendCase {
     coded.key_codes.resize(
         static_cast<std::size_t>(shape.num_kv_heads * layout.num_groups * layout.num_books));
     coded.value_code.resize(static_cast<std::size_t>(layout.num_code_bits / 8));
+    coded.key_norms.resize(static_cast<std::size_t>(layout.norms_per_token));
     cuda::get_token(layout, page_of(pages, token), slot_of(token), coded.key_codes.data(),
-                    &coded.key_norm, coded.value_code.data(), &coded.value_scale);
+                    coded.key_norms.data(), coded.value_code.data(), &coded.value_scale);
     return coded;
   }
 
@@ -170,7 +192,8 @@ struct AppendCase {
     Index key_mismatches = 0, value_mismatches = 0, num_messages = 0, num_coded = 0;
     std::vector<std::uint16_t> host_codes(
         static_cast<std::size_t>(shape.num_kv_heads * layout.num_groups * layout.num_books));
-    double host_errors = 0, errors = 0;
+    double host_errors = 0, errors = 0, value_errors = 0, host_value_errors = 0;
+    Index polish_mismatches = 0;
     const auto complain = [&](Index token, const auto&... parts) {
       if (++num_messages > 8) return;
       wrong << "token " << token << " at place " << slot_mapping[static_cast<std::size_t>(token)]
@@ -181,14 +204,17 @@ struct AppendCase {
       if (slot_mapping[static_cast<std::size_t>(t)] < 0) continue;
       const CodedToken coded = token_in(pages, t);
       cuda::put_token(layout, page_of(expected, t), slot_of(t), coded.key_codes.data(),
-                      &coded.key_norm, coded.value_code.data(), coded.value_scale);
+                      coded.key_norms.data(), coded.value_code.data(), coded.value_scale);
       if (!is_finite(key(t)) || !is_finite(value(t))) continue;
       ++num_coded;
-      std::uint16_t norm = 0;
+      std::vector<std::uint16_t> norms(coded.key_norms.size());
       codec.keys->encode({key(t), 1, num_channels()},
-                         {host_codes.data(), 1, static_cast<Index>(host_codes.size())}, &norm);
-      if (norm != coded.key_norm)
-        complain(t, "key norm is ", from_bf16(coded.key_norm), ", the host's ", from_bf16(norm));
+                         {host_codes.data(), 1, static_cast<Index>(host_codes.size())},
+                         norms.data());
+      for (std::size_t n = 0; n < norms.size(); ++n)
+        if (norms[n] != coded.key_norms[n])
+          complain(t, "key norm ", n, " is ", from_bf16(coded.key_norms[n]), ", the host's ",
+                   from_bf16(norms[n]));
       if (host_codes != coded.key_codes) {
         ++key_mismatches;
         const auto at =
@@ -200,11 +226,21 @@ struct AppendCase {
                    index % per_head / layout.num_books, ", stage ", index % layout.num_books / 2,
                    ", book ", index % 2, ": ", *at.second, ", the host's ", *at.first);
         else if (shape.beam_width == 1)
-          judge_greedy(t, norm, coded.key_codes, complain);
+          judge_greedy(t, norms, coded.key_codes, complain);
       }
-      errors += key_error(t, norm, coded.key_codes);
-      host_errors += key_error(t, norm, host_codes);
+      errors += key_error(t, norms, coded.key_codes);
+      host_errors += key_error(t, norms, host_codes);
       value_mismatches += judge_value(t, coded, logit_tolerance, complain);
+      if (shape.polish_sweeps > 0) {
+        std::vector<std::uint8_t> host_code(coded.value_code.size());
+        std::uint16_t host_scale = 0;
+        codec.values->encode({value(t), 1, num_channels()},
+                             {host_code.data(), 1, static_cast<Index>(host_code.size())},
+                             &host_scale);
+        polish_mismatches += host_code != coded.value_code;
+        value_errors += value_error(t, coded.value_code.data(), coded.value_scale);
+        host_value_errors += value_error(t, host_code.data(), host_scale);
+      }
     }
     if (expected != pages) {
       const auto at = std::mismatch(pages.begin(), pages.end(), expected.begin());
@@ -217,6 +253,12 @@ struct AppendCase {
       wrong << key_mismatches << " of " << num_coded << " tokens have other key codes\n";
     if (std::abs(errors - host_errors) > 1e-3 * host_errors)
       wrong << "key errors add up to " << errors << ", the host's to " << host_errors << "\n";
+    // Where the network's code or a flip is a tie within rounding, polish ends elsewhere.
+    if (polish_mismatches > num_coded / 5 + 1)
+      wrong << polish_mismatches << " of " << num_coded << " polished codes differ\n";
+    if (std::abs(value_errors - host_value_errors) > 0.01 * host_value_errors)
+      wrong << "value errors add up to " << value_errors << ", the host's to " << host_value_errors
+            << "\n";
     const auto groups = static_cast<double>(num_coded * layout.num_code_bits / 2);
     if (static_cast<double>(value_mismatches) > 2 * logit_tolerance * groups + 1)
       wrong << value_mismatches << " of " << groups << " value patterns differ\n";
@@ -229,49 +271,66 @@ struct AppendCase {
   }
 
   /// Numbers of one head's group of a unit key: real, then imaginary parts.
-  std::vector<double> unit_group(Index token, std::uint16_t norm, int head, int group) const {
+  std::vector<double> unit_group(Index token, const std::vector<std::uint16_t>& norms, int head,
+                                 int group) const {
     const KeyCodecConfig& config = codec.keys->config();
     const int g = config.group_pairs;
+    const std::uint16_t norm = norms[norms.size() > 1 ? static_cast<std::size_t>(head) : 0];
     const double factor = from_bf16(norm) > 0 ? 1 / double{from_bf16(norm)} : 0;
     std::vector<double> numbers;
     for (int part = 0; part < 2; ++part)
       for (int pair = group * g; pair < (group + 1) * g; ++pair) {
         const int channel =
             part == 0 ? config.pairs.real_channel(pair) : config.pairs.imag_channel(pair);
-        numbers.push_back(static_cast<float>(key(token)[head * shape.head_dim + channel] * factor));
+        numbers.push_back(static_cast<float>(key(token)[head * shape.head_dim + channel] * factor) *
+                          double{weight_of(head, pair)});
       }
     return numbers;
   }
 
-  double key_error(Index token, std::uint16_t norm, const std::vector<std::uint16_t>& codes) const {
+  float weight_of(int head, int pair) const {
+    const std::vector<float>& weights = codec.keys->codebook(head).pair_weights;
+    return weights.empty() ? 1.0f : weights[static_cast<std::size_t>(pair)];
+  }
+
+  /// The codebook as errors see it: rows times weights.
+  KeyCodebook<float> weighted_codebook(int head) const {
+    KeyCodebook<float> codebook = codec.keys->codebook(head);
+    if (shape.weighted) codebook.rows = codebook.scaled_rows(codebook.pair_weights);
+    return codebook;
+  }
+
+  double key_error(Index token, const std::vector<std::uint16_t>& norms, const std::vector<std::uint16_t>& codes) const {
     double error = 0;
     const std::uint16_t* code = codes.data();
-    for (int head = 0; head < shape.num_kv_heads; ++head)
+    for (int head = 0; head < shape.num_kv_heads; ++head) {
+      const KeyCodebook<float> codebook = weighted_codebook(head);
       for (int group = 0; group < layout.num_groups; ++group) {
-        std::vector<double> left = unit_group(token, norm, head, group);
+        std::vector<double> left = unit_group(token, norms, head, group);
         for (int b = 0; b < layout.num_books; ++b, ++code)
           for (std::size_t i = 0; i < left.size(); ++i)
-            left[i] -= codec.keys->codebook(head).book(
-                group, b / 2,
-                b % 2)[*code * static_cast<Index>(left.size()) + static_cast<Index>(i)];
+            left[i] -= codebook.book(group, b / 2,
+                                     b % 2)[*code * static_cast<Index>(left.size()) + static_cast<Index>(i)];
         for (const double x : left) error += x * x;
       }
+    }
     return error;
   }
 
   /// Every stage's choice must be the best one within rounding.
   template <class Complain>
-  void judge_greedy(Index token, std::uint16_t norm, const std::vector<std::uint16_t>& codes,
-                    Complain complain) const {
+  void judge_greedy(Index token, const std::vector<std::uint16_t>& norms,
+                    const std::vector<std::uint16_t>& codes, Complain complain) const {
     const int size = layout.codebook_size;
     const std::uint16_t* code = codes.data();
-    for (int head = 0; head < shape.num_kv_heads; ++head)
+    for (int head = 0; head < shape.num_kv_heads; ++head) {
+      const KeyCodebook<float> codebook = weighted_codebook(head);
       for (int group = 0; group < layout.num_groups; ++group) {
-        std::vector<double> left = unit_group(token, norm, head, group);
+        std::vector<double> left = unit_group(token, norms, head, group);
         const auto width = static_cast<int>(left.size());
         for (int stage = 0; stage < layout.num_books / 2; ++stage, code += 2) {
-          const float* const a_book = codec.keys->codebook(head).book(group, stage, 0);
-          const float* const b_book = codec.keys->codebook(head).book(group, stage, 1);
+          const float* const a_book = codebook.book(group, stage, 0);
+          const float* const b_book = codebook.book(group, stage, 1);
           const auto error = [&](int a, int b) {
             double sum = 0;
             for (int i = 0; i < width; ++i)
@@ -294,9 +353,22 @@ struct AppendCase {
                 double{a_book[code[0] * width + i]} + b_book[code[1] * width + i];
         }
       }
+    }
   }
 
-  /// Returns in how many groups the pattern is not that of the largest logit in double.
+  /// A polished code is judged by its error beside that of the host's code.
+  double value_error(Index token, const std::uint8_t* code, std::uint16_t scale) const {
+    std::vector<float> decoded(static_cast<std::size_t>(num_channels()));
+    codec.values->decode({code, 1, layout.num_code_bits / 8}, &scale,
+                         {decoded.data(), 1, num_channels()});
+    double error = 0;
+    for (int c = 0; c < num_channels(); ++c)
+      error += std::pow(double{value(token)[c]} - decoded[static_cast<std::size_t>(c)], 2);
+    return error;
+  }
+
+  /// Returns in how many groups the pattern is not that of the largest logit in double; of codes
+  /// that are not polished.
   template <class Complain>
   Index judge_value(Index token, const CodedToken& coded, double tolerance,
                     Complain complain) const {
@@ -307,7 +379,7 @@ struct AppendCase {
     for (int c = 0; c < C; ++c) norm += std::pow(double{value(token)[c]}, 2);
     norm = std::sqrt(norm);
     Index mismatches = 0;
-    if (norm > 0) {
+    if (norm > 0 && config.polish_sweeps == 0) {
       std::vector<double> x(static_cast<std::size_t>(C)), hidden(static_cast<std::size_t>(H));
       double mean = 0, variance = 0;
       for (int c = 0; c < C; ++c) x[static_cast<std::size_t>(c)] = value(token)[c] / norm;

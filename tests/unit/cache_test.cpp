@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <set>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -226,6 +227,63 @@ TEST(LayerCache, ForksSharePagesUntilTheyWrite) {
       std::equal(before.keys.begin(), before.keys.begin() + 380 * kChannels, after.keys.begin()));
 }
 
+TEST(LayerCache, CodesOfASharedPromptAreStoredOnce) {
+  Rng rng(15);
+  LayerCache prompt(small_config(), small_codec());
+  append_random(prompt, rng, 700);
+  constexpr std::size_t kForks = 50;
+  std::vector<LayerCache> forks(kForks, prompt);
+  for (LayerCache& fork : forks) append_random(fork, rng, 40);
+  std::set<const Page*> pages;
+  for (const LayerCache& fork : forks)
+    for (const PagePtr& page : fork.pages()) pages.insert(page.get());
+  const auto full = static_cast<std::size_t>((prompt.coded_end() - 3) / 64);
+  ASSERT_GE(full, 10u);
+  const std::size_t own = forks[0].pages().size() - full;
+  ASSERT_GE(own, 1u);
+  EXPECT_EQ(pages.size(), full + own * kForks);  // only the pages that each of them wrote
+  forks.clear();
+  for (const PagePtr& page : prompt.pages()) EXPECT_EQ(page.use_count(), 1);
+}
+
+// Speculative decoding: some tokens are tried in one call, the first few of them are kept.
+TEST(LayerCache, RejectedTokensLeaveNoTrace) {
+  Rng rng(16);
+  const Tokens tokens = random_tokens(600), rejected = random_tokens(600, 17);
+  LayerCache plain(small_config(), small_codec()), speculating(small_config(), small_codec());
+  for (Index length = 0; length < 500;) {
+    const auto tried = static_cast<Index>(1 + rng() % 8);
+    const auto kept = static_cast<Index>(rng() % static_cast<std::uint64_t>(tried)) + 1;
+    append(speculating, tokens, length, kept);
+    append(speculating, rejected, length, tried - kept);
+    speculating.truncate(length + kept);
+    for (Index t = 0; t < kept; ++t) append(plain, tokens, length + t, 1);
+    length += kept;
+    ASSERT_EQ(speculating.length(), length);
+    ASSERT_LE(speculating.first_query_position(), length - 1);
+    ASSERT_EQ(seen(speculating).keys, seen(plain).keys) << length;
+    ASSERT_EQ(seen(speculating).values, seen(plain).values) << length;
+  }
+}
+
+TEST(LayerCache, NoPositionOverflows) {
+  Rng rng(18);
+  CacheConfig config = small_config();
+  config.window = kMaxTokens;
+  LayerCache cache(config, small_codec());
+  append_random(cache, rng, 100);
+  EXPECT_EQ(cache.first_query_position(), 0);
+  EXPECT_EQ(cache.coded_end_for(99), config.sinks);  // all in the window
+  cache.truncate(50);
+  append_random(cache, rng, 100);
+  EXPECT_EQ(cache.length(), 150);
+  const float nothing = 0;
+  const MatrixView<const float> endless(&nothing, kMaxTokens, kChannels, kChannels);
+  EXPECT_THAT([&] { cache.append(endless, endless); },
+              ThrowsMessage<Error>(AllOf(HasSubstr("150"), HasSubstr(std::to_string(kMaxTokens)))));
+  EXPECT_EQ(cache.length(), 150);
+}
+
 TEST(LayerCache, BytesPerTokenAreThosePagesAllocate) {
   Rng rng(8);
   for (const int bits : {1, 2}) {
@@ -328,6 +386,8 @@ TEST(CacheConfig, RefusesFieldsOutOfRangeNamingThem) {
   refuses([](CacheConfig& c) { c.num_kv_heads = 0; }, "num_kv_heads");
   refuses([](CacheConfig& c) { c.window = -1; }, "window");
   refuses([](CacheConfig& c) { c.sinks = -1; }, "sinks");
+  refuses([](CacheConfig& c) { c.window = kMaxTokens + 1; }, "window");
+  refuses([](CacheConfig& c) { c.sinks = kMaxTokens + 1; }, "sinks");
   refuses([](CacheConfig& c) { c.page_size = 60; }, "page_size");
   refuses([](CacheConfig& c) { c.page_size = 0; }, "page_size");
   refuses([](CacheConfig& c) { c.rope.theta = 0; }, "theta");
@@ -361,6 +421,15 @@ TEST(Cache, LayersHaveTheirOwnCodecs) {
   EXPECT_THAT([&] { cache.layer(4); }, ThrowsMessage<Error>(HasSubstr("4")));
   EXPECT_THAT([&] { cache.layer(-1); }, ThrowsMessage<Error>(HasSubstr("-1")));
   EXPECT_THAT([] { Cache(small_config(), {}); }, ThrowsMessage<Error>(HasSubstr("layer")));
+}
+
+TEST(Cache, IsMadeOfLayersOfOneConfiguration) {
+  CacheConfig other = small_config();
+  other.window = 21;
+  const LayerCache layer(small_config(), {}), wider(other, {});
+  EXPECT_EQ(Cache({layer, layer}).num_layers(), 2);
+  EXPECT_THAT([&] { Cache({layer, wider}); }, ThrowsMessage<Error>(HasSubstr("layers 0 and 1")));
+  EXPECT_THAT([] { Cache(std::vector<LayerCache>{}); }, ThrowsMessage<Error>(HasSubstr("layer")));
 }
 
 TEST(Cache, LengthIsThatOfTheShortestLayer) {

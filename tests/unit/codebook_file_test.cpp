@@ -201,7 +201,7 @@ TEST_F(CodebookFileTest, UneditedCopyLoads) {
 
 TEST_F(CodebookFileTest, RefusesOtherFormatsAndVersionsNamingBoth) {
   const std::string version = error_after([](Metadata& m) { m["version"] = "7"; });
-  EXPECT_THAT(version, HasSubstr("version 7"));
+  EXPECT_THAT(version, HasSubstr("version \"7\""));
   EXPECT_THAT(version, HasSubstr("version 1"));
   const std::string format = error_after([](Metadata& m) { m["format"] = "pt"; });
   EXPECT_THAT(format, HasSubstr("\"pt\""));
@@ -236,7 +236,9 @@ TEST_F(CodebookFileTest, RefusesConfigurationsOutOfRange) {
       {"/layers/0/keys", "x", "layers[0].keys"},
       {"/layers/0/keys/group_pairs", 3, "group_pairs"},
       {"/layers/0/keys/group_pairs", 4, "shape"},
-      {"/layers/0/keys/codebook_size", 65536, "shape"},
+      {"/layers/0/keys/codebook_size", 128, "shape"},
+      {"/layers/0/keys/codebook_size", 129, "codebook_size of layer 0 is 129"},
+      {"/layers/0/keys/codebook_size", 65536, "codebook_size of layer 0 is 65536"},
       {"/layers/0/keys/codebook_size", 4.0, "codebook_size"},
       {"/layers/0/keys/num_stages", 0, "num_stages"},
       {"/layers/0/keys/num_stages", 1024, "shape"},
@@ -310,6 +312,31 @@ TEST_F(CodebookFileTest, TruncatedAndMutatedFilesAreRefusedOrRead) {
     if (try_bytes(bytes) != "(no error)") ++refused;  // any other exception fails the test
   }
   EXPECT_GT(refused, 1000);
+}
+
+// A file of half a megabyte could otherwise ask for an encoder of 16 GiB.
+TEST_F(CodebookFileTest, RefusesToWriteWhatItWouldNotRead) {
+  ModelCodecs codecs = example_codecs();
+  KeyCodecConfig config = codecs.layers[0].keys->config();
+  config.codebook_size = 64 * config.group_pairs + 1;
+  const KeyCodebook<float> zeros(config);
+  codecs.layers = {{std::make_shared<const KeyCodec>(std::vector(kHeads, zeros)), nullptr}};
+  EXPECT_THAT(error_of([&] { save_codecs(folder_ / "large", codecs); }),
+              HasSubstr("codebook_size of layer 0 is 129"));
+  EXPECT_FALSE(fs::exists(folder_ / "large"));
+}
+
+TEST_F(CodebookFileTest, QuotesStrangeTextShortAndPrintable) {
+  const std::string strange = "\x1b[31m" + std::string(100000, 'x') + "\n";
+  for (const char* key : {"format", "version"}) {
+    const std::string error = error_after([&](Metadata& m) { m[key] = strange; });
+    EXPECT_LT(error.size(), 1000u);
+    EXPECT_EQ(error.find('\x1b'), std::string::npos);
+  }
+  const std::string layout = error_after_config("/rope/layout", strange);
+  EXPECT_THAT(layout, HasSubstr("is not known"));
+  EXPECT_LT(layout.size(), 1000u);
+  EXPECT_LT(error_after_config("/rope/theta", strange).size(), 1000u);
 }
 
 TEST(ModelCodecs, RequireModelNamesWhatDiffers) {

@@ -1,6 +1,7 @@
 #include "commvq/io/dlpack.hpp"
 
 #include <array>
+#include <cstring>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -102,6 +103,12 @@ TEST(FromDlpack, RefusesWhatDoesNotFitNamingIt) {
   };
   refuses([](Tensor& t) { t.dl.device.device_type = kDLCUDA; }, "device of type 2");
   refuses([](Tensor& t) { t.dl.device.device_type = kDLCUDAManaged; }, "device of type 13");
+  refuses(
+      [](Tensor& t) {
+        const int unknown = 12345;  // more than the enumeration's bits
+        std::memcpy(&t.dl.device.device_type, &unknown, sizeof unknown);
+      },
+      "device of type 12345");
   refuses([](Tensor& t) { t.dl.dtype.code = kDLInt; }, "type code 0");
   refuses([](Tensor& t) { t.dl.dtype.code = kDLBfloat; }, "type code 4");
   refuses([](Tensor& t) { t.dl.dtype.bits = 16; }, "16 bits");

@@ -279,11 +279,53 @@ TEST(ModelConfig, RefusesFieldsThatAreMissingOrOutOfRange) {
   }
   EXPECT_THAT(config_error([](json& c) { c["num_key_value_heads"] = 3; }),
               AllOf(HasSubstr("num_attention_heads 4"), HasSubstr("num_key_value_heads 3")));
+  EXPECT_THAT(config_error([](json& c) { c["hidden_size"] = ~std::uint64_t{0}; }),
+              HasSubstr("hidden_size is 18446744073709551615"));
   EXPECT_THAT(config_error([](json& c) { c["rms_norm_eps"] = "small"; }), HasSubstr("\"small\""));
+  for (const json& value : {json(-1e-5), json(1e300), json(2)})
+    EXPECT_THAT(config_error([&](json& c) { c["rms_norm_eps"] = value; }),
+                HasSubstr("rms_norm_eps is " + value.dump()));
   EXPECT_THAT(config_error([](json& c) { c["tie_word_embeddings"] = 1; }),
               HasSubstr("tie_word_embeddings is 1"));
   EXPECT_THAT(config_error([](json& c) { c["head_dim"] = 7; }), HasSubstr("7"));
   EXPECT_THAT(config_error([](json& c) { c = json::array(); }), HasSubstr("not a JSON object"));
+}
+
+// Their product, as an int, would overflow.
+TEST(ModelConfig, RefusesMoreChannelsThanAnyModelHas) {
+  EXPECT_THAT(config_error([](json& c) {
+                c["num_attention_heads"] = c["num_key_value_heads"] = 1 << 24;
+                c["head_dim"] = 1024;
+              }),
+              HasSubstr("16777216 heads of 1024"));
+}
+
+TEST(ModelConfig, RefusesDeepNestingAndQuotesShort) {
+  const TemporaryFolder folder("model_config");
+  const auto error_of = [&](const std::string& text) -> std::string {
+    write_file(folder.path() / "config.json", text);
+    try {
+      load_model_config(folder.path());
+      return "(no error)";
+    } catch (const commvq::Error& error) {
+      return error.what();
+    }
+  };
+  EXPECT_THAT(error_of(R"({"model_type":)" + std::string(100000, '[')),
+              HasSubstr("nested deeper than 64"));
+  const std::string shown = error_of(R"({"model_type":")" + std::string(100000, 'x') + "\"}");
+  EXPECT_THAT(shown, HasSubstr("model_type is \"xxx"));
+  EXPECT_LT(shown.size(), 400u);
+  EXPECT_THAT(error_of(R"({"model_type":1e999})"), HasSubstr("JSON cannot be read"));
+  EXPECT_THAT(error_of("{"), HasSubstr("not valid JSON at byte 2"));
+}
+
+TEST(ModelConfig, RefusesAFileTooLargeForIt) {
+  const TemporaryFolder folder("model_config");
+  write_file(folder.path() / "config.json", "{}");
+  std::filesystem::resize_file(folder.path() / "config.json", 100'000'001);
+  EXPECT_THAT([&] { load_model_config(folder.path()); },
+              testing::ThrowsMessage<commvq::Error>(HasSubstr("the limit is 100000000")));
 }
 
 }  // namespace

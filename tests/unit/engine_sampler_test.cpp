@@ -103,6 +103,26 @@ TEST(Sampler, LogitsFarApartDoNotOverflow) {
   for (int i = 0; i < 10; ++i) EXPECT_EQ(sampler.pick(logits), 1);
 }
 
+// NaN has no place in an order: sorting such logits could read past their end.
+TEST(Sampler, RefusesLogitsThatCannotBeOrdered) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const SamplerOptions& options :
+       {SamplerOptions{}, SamplerOptions{.temperature = 1.0},
+        SamplerOptions{.temperature = 1.0, .top_k = 2, .top_p = 0.5}}) {
+    Sampler sampler(options);
+    const auto refuses = [&](const std::vector<float>& logits, const char* part) {
+      EXPECT_THAT([&] { sampler.pick(logits); }, ThrowsMessage<commvq::Error>(HasSubstr(part)));
+    };
+    refuses({}, "no logits");
+    refuses({1, 2, kNan, 3}, "the logit of token 2 is NaN");
+    refuses(std::vector<float>(1000, kNan), "the logit of token 0 is NaN");
+    refuses({1, kInfinity}, "largest logit is inf");
+    refuses({-kInfinity, -kInfinity}, "largest logit is -inf");
+    EXPECT_EQ(sampler.pick(std::vector<float>{-kInfinity, 0, -kInfinity}), 1);
+  }
+}
+
 TEST(SamplerOptions, NamesTheFieldThatIsOutOfRange) {
   const auto refuses = [](auto change, const char* name, const char* value) {
     SamplerOptions options;

@@ -131,7 +131,7 @@ TEST(Tokenizer, RefusesTextThatIsNotUtf8) {
   const Tokenizer tokenizer(shipped());
   for (const char* text : {"\xff", "ab\xc3", "\xc0\x80", "\xed\xa0\x80", "\xf5\x80\x80\x80"})
     EXPECT_THAT([&] { tokenizer.encode(text); },
-                ThrowsMessage<commvq::Error>(HasSubstr("not UTF-8")));
+                ThrowsMessage<commvq::Error>(HasSubstr("UTF-8 error")));
 }
 
 TEST(Tokenizer, RefusesStepsThatItDoesNotCompute) {
@@ -195,6 +195,87 @@ TEST(Tokenizer, RefusesFilesThatLie) {
                 f["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(";
               }),
               HasSubstr("splitting pattern is wrong"));
+}
+
+// Whoever prints or walks such a tree runs out of stack.
+TEST(Tokenizer, RefusesDeepNesting) {
+  const TemporaryFolder folder("tokenizer");
+  const std::filesystem::path path = folder.path() / "tokenizer.json";
+  std::string sequence = "null";
+  for (int i = 0; i < 20000; ++i)
+    sequence = R"({"type":"Sequence","pretokenizers":[)" + sequence + "]}";
+  for (const std::string& text : {R"({"model":{"type":)" + std::string(100000, '['),
+                                  R"({"pre_tokenizer":)" + sequence + "}"}) {
+    write_file(path, text);
+    EXPECT_THAT([&] { Tokenizer{path}; },
+                ThrowsMessage<commvq::Error>(HasSubstr("nested deeper than 64")));
+  }
+}
+
+// An id of 2^24 - 1 would take half a gigabyte of tables, whatever the file's size.
+TEST(Tokenizer, IdsDoNotOutgrowTheFile) {
+  const auto bytes = std::filesystem::file_size(shipped());
+  EXPECT_THAT(error_after([](json& f) { f["model"]["vocab"]["a"] = 16777215; }),
+              AllOf(HasSubstr("16777215"), HasSubstr("bytes it must be in")));
+  EXPECT_THAT(error_after([](json& f) { f["added_tokens"][0]["id"] = ~std::uint64_t{0}; }),
+              HasSubstr("18446744073709551615"));
+  EXPECT_EQ(error_after([&](json& f) { f["model"]["vocab"]["a"] = bytes / 2; }), "(no error)");
+}
+
+TEST(Tokenizer, QuotesStrangeTokensShortAndPrintable) {
+  const std::string error =
+      error_after([](json& f) { f["model"]["vocab"]["\x1b[2J" + std::string(100000, 'x')] = 5; });
+  EXPECT_THAT(error, HasSubstr("not written in byte-level characters"));
+  EXPECT_EQ(error.find('\x1b'), std::string::npos);
+  EXPECT_LT(error.size(), 400u);
+}
+
+TEST(Tokenizer, ListsMustBeLists) {
+  EXPECT_THAT(error_after([](json& f) { f["model"]["merges"] = 5; }), HasSubstr("merges is 5"));
+  EXPECT_THAT(error_after([](json& f) { f["added_tokens"] = "none"; }),
+              HasSubstr("added_tokens is \"none\""));
+  EXPECT_THAT(error_after([](json& f) { f["pre_tokenizer"]["pretokenizers"] = json::object(); }),
+              HasSubstr("pretokenizers is {}"));
+}
+
+/// The shipped tokenizer with another splitting pattern.
+Tokenizer splitting_by(const std::string& pattern) {
+  return changed(
+      [&](json& f) { f["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern; });
+}
+
+// \C takes single bytes: what follows would begin within a character.
+TEST(Tokenizer, PatternsMustNotSplitCharacters) {
+  EXPECT_THAT([] { splitting_by(R"(\C)"); },
+              ThrowsMessage<commvq::Error>(HasSubstr("splitting pattern is wrong")));
+}
+
+TEST(Tokenizer, PatternsMustNotTakeForEver) {
+  const Tokenizer tokenizer = splitting_by("(a|aa)+[bc]");
+  EXPECT_THAT([&] { tokenizer.encode(std::string(200, 'a')); },
+              ThrowsMessage<commvq::Error>(HasSubstr("match limit")));
+}
+
+TEST(Tokenizer, TextThatIsNotSplitMustBeUtf8Too) {
+  const Tokenizer tokenizer = changed([](json& f) {
+    f["pre_tokenizer"] = {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}};
+  });
+  EXPECT_EQ(tokenizer.decode(tokenizer.encode("one\ntwo \xc3\xa9")), "one\ntwo \xc3\xa9");
+  EXPECT_THAT([&] { tokenizer.encode("ab\xc3"); },
+              ThrowsMessage<commvq::Error>(HasSubstr("UTF-8 error")));
+}
+
+// Searching for each of them anew after each of them would take half an hour.
+TEST(Tokenizer, ManyAddedTokensInALongText) {
+  constexpr int kAdded = 256, kOccurrences = 200000;
+  const Tokenizer tokenizer = changed([](json& f) {
+    for (int i = 0; i < kAdded; ++i)
+      f["added_tokens"].push_back(
+          {{"id", 9000 + i}, {"content", "<|reserved_" + std::to_string(i) + "|>"}});
+  });
+  std::string text;
+  for (int i = 0; i < kOccurrences; ++i) text += "<|reserved_7|>";
+  EXPECT_EQ(tokenizer.encode(text), std::vector<int>(kOccurrences, 9007));
 }
 
 TEST(Tokenizer, TruncatedFilesAreRefused) {

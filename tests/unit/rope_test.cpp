@@ -1,7 +1,9 @@
 #include "commvq/rope/rope.hpp"
 
 #include <cmath>
+#include <numbers>
 #include <string>
+#include <vector>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -11,6 +13,8 @@ namespace {
 
 using testing::AllOf;
 using testing::HasSubstr;
+using testing::Lt;
+using testing::SizeIs;
 using testing::ThrowsMessage;
 
 constexpr const char* kSmallModel =
@@ -106,7 +110,19 @@ TEST(ParseHfRope, NamesTheFieldThatIsWrong) {
   refuses(with(R"("rope_scaling": {"rope_type": "llama3", "factor": 8})"), "low_freq_factor");
   EXPECT_THAT([] { parse_hf_rope("[1, 2]"); }, ThrowsMessage<Error>(HasSubstr("JSON object")));
   EXPECT_THAT([] { parse_hf_rope("{\"head_dim\": "); },
-              ThrowsMessage<Error>(HasSubstr("JSON object")));
+              ThrowsMessage<Error>(HasSubstr("not valid JSON at byte 14")));
+}
+
+// Printing such a value for a message would end the program for want of stack.
+TEST(ParseHfRope, RefusesDeepNestingAndQuotesShort) {
+  const std::string deep = "{\"head_dim\": " + std::string(100000, '[');
+  EXPECT_THAT([&] { parse_hf_rope(deep); }, ThrowsMessage<Error>(HasSubstr("nested deeper")));
+  const std::string type = std::string(100000, 'x') + "\\u001b";
+  const auto long_type = [&] {
+    parse_hf_rope(R"({"head_dim": 8, "rope_scaling": {"type": ")" + type + "\"}}");
+  };
+  EXPECT_THAT(long_type,
+              ThrowsMessage<Error>(AllOf(HasSubstr("RoPE type \"xxx"), SizeIs(Lt(400u)))));
 }
 
 TEST(Rope, FrequenciesFallGeometricallyAndStopAtTheRotaryDimension) {
@@ -162,6 +178,68 @@ TEST(Rope, RefusesRowsThatAreNotWholeHeads) {
   std::vector<float> row(200);
   EXPECT_THAT([&] { Rope(config).apply(as_matrix(row, 1, 200), 0); },
               ThrowsMessage<Error>(AllOf(HasSubstr("200"), HasSubstr("128"))));
+}
+
+/// Position times frequency, reduced to one turn in long double.
+long double phase_of(Index position, long double frequency) {
+  return std::fmod(static_cast<long double>(position) * frequency,
+                   2 * std::numbers::pi_v<long double>);
+}
+
+/// Frequencies from their definition, in long double.
+long double frequency_of(const RopeConfig& config, int pair) {
+  const long double exponent = -2.0L * pair / config.pairs.rotary_dim;
+  long double frequency = std::pow(static_cast<long double>(config.theta), exponent);
+  if (config.scaling == RopeScaling::kNone) return frequency;
+  const long double stretched = frequency / config.factor;
+  if (config.scaling == RopeScaling::kLinear) return stretched;
+  const long double wavelength = 2 * std::numbers::pi_v<long double> / frequency;
+  const long double turns = config.original_max_position / wavelength;
+  const long double low = config.low_freq_factor, high = config.high_freq_factor;
+  if (turns < low) return stretched;
+  if (turns > high) return frequency;
+  const long double share = (turns - low) / (high - low);
+  return (1 - share) * stretched + share * frequency;
+}
+
+// Floats count single tokens up to 2^24 and single radians not much further.
+TEST(Rope, KeepsThePhaseAtEveryPosition) {
+  const std::vector<Index> positions = {1,
+                                        4095,
+                                        (1 << 20) - 1,
+                                        1 << 20,
+                                        (1 << 24) - 1,
+                                        (1 << 24) + 1,
+                                        (1 << 24) + 3,
+                                        (Index{1} << 31) + 1,
+                                        (Index{1} << 32) + 1};
+  for (const RopeScaling scaling : {RopeScaling::kNone, RopeScaling::kLinear, RopeScaling::kLlama3})
+    for (const double theta : {1e4, 5e5, 1e6}) {
+      RopeConfig config;
+      config.theta = theta;
+      config.scaling = scaling;
+      if (scaling != RopeScaling::kNone) config.factor = 8;
+      const Rope rope(config);
+      const int num_pairs = config.pairs.num_pairs();
+      std::vector<double> rotation(static_cast<std::size_t>(2 * num_pairs));
+      std::vector<float> float_rotation(rotation.size());
+      for (const Index position : positions) {
+        rope.rotation_at(position, rotation.data());
+        rope.rotation_at(position, float_rotation.data());
+        // Frequency and product round to 53 bits, so the angle's error grows with the position.
+        const double tolerance = 4e-16 * static_cast<double>(position) + 4e-16;
+        for (int pair = 0; pair < num_pairs; ++pair) {
+          const long double phase = phase_of(position, frequency_of(config, pair));
+          const auto at = static_cast<std::size_t>(pair);
+          const auto sine = static_cast<std::size_t>(pair + num_pairs);
+          ASSERT_NEAR(rotation[at], static_cast<double>(std::cos(phase)), tolerance)
+              << "pair " << pair << " at " << position;
+          ASSERT_NEAR(rotation[sine], static_cast<double>(std::sin(phase)), tolerance);
+          ASSERT_EQ(float_rotation[at], static_cast<float>(rotation[at]));
+          ASSERT_EQ(float_rotation[sine], static_cast<float>(rotation[sine]));
+        }
+      }
+    }
 }
 
 }  // namespace

@@ -252,6 +252,29 @@ TEST_F(SafetensorsTest, RefusesHeaderLengthsBeyondTheFileOrTheLimit) {
   }
 }
 
+// Sparse: the file takes a few blocks of the disk.
+TEST_F(SafetensorsTest, ReadsFilesBeyondFourGigabytes) {
+  constexpr std::uint64_t kLarge = 5'000'000'000;
+  const std::string header =
+      R"({"large":{"dtype":"U8","shape":[5000000000],"data_offsets":[0,5000000000]},)"
+      R"("last":{"dtype":"F32","shape":[2],"data_offsets":[5000000000,5000000008]}})";
+  const fs::path path = write_raw(header, 0);
+  fs::resize_file(path, 8 + header.size() + kLarge + 8);
+  const float values[] = {1.5f, -2.5f};
+  std::fstream stream(path, std::ios::binary | std::ios::in | std::ios::out);
+  stream.seekp(-8, std::ios::end).write(reinterpret_cast<const char*>(values), 8);
+  stream.close();
+  ASSERT_TRUE(stream.good());
+
+  const SafetensorsFile file(path);
+  EXPECT_EQ(file.at("large").data.size(), kLarge);
+  EXPECT_EQ(file.at("large").num_elements(), static_cast<Index>(kLarge));
+  EXPECT_EQ(file.at("large").data[kLarge - 1], 0);
+  EXPECT_THAT(file.at("last").to_floats(), ElementsAre(1.5f, -2.5f));
+  fs::resize_file(path, 8 + header.size() + kLarge + 7);
+  EXPECT_THAT(error_of([&] { SafetensorsFile{path}; }), HasSubstr("do not lie within"));
+}
+
 TEST_F(SafetensorsTest, RefusesWhatIsNoSafetensorsFile) {
   EXPECT_THAT(error_of([&] { SafetensorsFile{file("missing")}; }), HasSubstr("cannot be opened"));
   EXPECT_THAT(error_of([&] { SafetensorsFile{folder_}; }), HasSubstr("not a regular file"));

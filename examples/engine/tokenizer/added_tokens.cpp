@@ -2,18 +2,22 @@
 
 #include "commvq/core/error.hpp"
 
-#include <nlohmann/json.hpp>
+#include "engine/json_file.hpp"
 
 namespace engine {
 
-AddedTokens::AddedTokens(const Json& list, const Normalizer& normalizer) {
+using commvq::require;
+
+AddedTokens::AddedTokens(const Json& list, const Normalizer& normalizer, std::size_t file_bytes) {
+  require(list.is_null() || list.is_array(), "tokenizer.json: added_tokens is ", shown(list),
+          "; it must be a list");
   for (const Json& token : list) {
     const std::string content = text_of(token, "content");
-    commvq::require(!content.empty(), "tokenizer.json: an added token is empty");
+    require(!content.empty(), "tokenizer.json: an added token is empty");
     for (const char* option : {"single_word", "lstrip", "rstrip"})
-      commvq::require(!flag(token, option, false), "tokenizer.json: added token \"", content,
-                      "\" has ", option, ", which is not supported");
-    const int id = id_of(field(token, "id"));
+      require(!flag(token, option, false), "tokenizer.json: added token \"", printable(content),
+              "\" has ", option, ", which is not supported");
+    const int id = id_of(field(token, "id"), file_bytes);
     ids_[content] = id;
     if (flag(token, "normalized", false) && !normalizer.changes_nothing()) {
       normalized_[normalizer.apply(content)] = id;
@@ -23,15 +27,24 @@ AddedTokens::AddedTokens(const Json& list, const Normalizer& normalizer) {
   }
 }
 
-AddedTokens::Match AddedTokens::first_in(std::string_view text, bool normalized) const {
-  Match first;
-  for (const auto& [content, id] : normalized ? normalized_ : as_given_) {
-    const std::size_t at = text.find(content);
-    if (at == std::string_view::npos) continue;
-    if (first.id < 0 || at < first.begin || (at == first.begin && content.size() > first.size))
-      first = {at, content.size(), id};
+AddedTokens::Occurrences AddedTokens::in(std::string_view text, bool normalized) const {
+  Occurrences result;
+  result.text_ = text;
+  for (const auto& [content, id] : normalized ? normalized_ : as_given_)
+    result.tokens_.push_back({content, id, text.find(content)});
+  return result;
+}
+
+std::optional<AddedTokens::Match> AddedTokens::Occurrences::next(std::size_t done) {
+  std::optional<Match> nearest;
+  for (Token& token : tokens_) {
+    if (token.at < done) token.at = text_.find(token.content, done);
+    if (token.at == std::string_view::npos) continue;
+    if (!nearest || token.at < nearest->begin ||
+        (token.at == nearest->begin && token.content.size() > nearest->size))
+      nearest = {token.at, token.content.size(), token.id};
   }
-  return first;
+  return nearest;
 }
 
 }  // namespace engine

@@ -6,8 +6,7 @@
 
 #include "commvq/core/error.hpp"
 
-#include <nlohmann/json.hpp>
-
+#include "engine/json_file.hpp"
 #include "engine/tokenizer/byte_alphabet.hpp"
 #include "engine/tokenizer/utf8.hpp"
 
@@ -20,10 +19,10 @@ using commvq::require;
 std::pair<std::string, std::string> halves(const Json& merge) {
   if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string())
     return {merge[0].get<std::string>(), merge[1].get<std::string>()};
-  require(merge.is_string(), "tokenizer.json: a merge is ", merge.dump());
+  require(merge.is_string(), "tokenizer.json: a merge is ", shown(merge));
   const auto text = merge.get<std::string>();
   const std::size_t space = text.find(' ');
-  require(space != std::string::npos, "tokenizer.json: a merge is \"", text, "\"");
+  require(space != std::string::npos, "tokenizer.json: a merge is \"", printable(text), "\"");
   return {text.substr(0, space), text.substr(space + 1)};
 }
 
@@ -34,7 +33,7 @@ std::uint64_t pair_key(int left, int right) {
 /// Throws unless the field is absent, null or empty.
 void require_empty(const Json& model, const char* name) {
   require(is_absent(model, name) || model[name] == "", "tokenizer.json: ", name, " is ",
-          is_absent(model, name) ? "" : model[name].dump(), "; it is not supported");
+          is_absent(model, name) ? "" : shown(model[name]), "; it is not supported");
 }
 
 /// A row of symbols that shrinks as neighbours are merged.
@@ -51,12 +50,13 @@ struct Candidate {
 
 }  // namespace
 
-Bpe::Bpe(const Json& model, bool byte_level, const std::map<std::string, int>& added)
+Bpe::Bpe(const Json& model, bool byte_level, const std::map<std::string, int>& added,
+         std::size_t file_bytes)
     : byte_level_(byte_level) {
-  require(text_of(model, "type") == "BPE", "tokenizer.json: model type is ", model["type"].dump(),
+  require(text_of(model, "type") == "BPE", "tokenizer.json: model type is ", shown(model["type"]),
           "; only BPE is supported");
   require(is_absent(model, "dropout") || model["dropout"] == 0, "tokenizer.json: dropout is ",
-          is_absent(model, "dropout") ? "" : model["dropout"].dump(), "; it is not supported");
+          is_absent(model, "dropout") ? "" : shown(model["dropout"]), "; it is not supported");
   require_empty(model, "continuing_subword_prefix");
   require_empty(model, "end_of_word_suffix");
   const bool byte_fallback = flag(model, "byte_fallback", false);
@@ -64,7 +64,7 @@ Bpe::Bpe(const Json& model, bool byte_level, const std::map<std::string, int>& a
           "tokenizer.json: byte_fallback of a byte-level vocabulary is not supported");
   ignore_merges_ = flag(model, "ignore_merges", false);
   fuse_unknown_ = flag(model, "fuse_unk", false);
-  read_vocabulary(field(model, "vocab"), added);
+  read_vocabulary(field(model, "vocab"), added, file_bytes);
   if (!is_absent(model, "unk_token")) {
     const std::string unknown = text_of(model, "unk_token");
     const auto in_added = added.find(unknown);
@@ -74,7 +74,7 @@ Bpe::Bpe(const Json& model, bool byte_level, const std::map<std::string, int>& a
     unknown_ = in_added != added.end() ? in_added->second : in_vocabulary->second;
   }
   if (byte_level || byte_fallback) read_bytes(byte_fallback);
-  read_merges(field(model, "merges"));
+  read_merges(list(model, "merges"));
 }
 
 /// A token as pieces spell it.
@@ -82,10 +82,11 @@ std::string Bpe::key_of(const std::string& token) const {
   return byte_level_ ? bytes_of_printable(token) : token;
 }
 
-void Bpe::read_vocabulary(const Json& vocabulary, const std::map<std::string, int>& added) {
+void Bpe::read_vocabulary(const Json& vocabulary, const std::map<std::string, int>& added,
+                          std::size_t file_bytes) {
   require(vocabulary.is_object() && !vocabulary.empty(), "tokenizer.json: vocab is empty");
   for (const auto& [token, id] : vocabulary.items())
-    if (added.count(token) == 0) id_of_[key_of(token)] = id_of(id);
+    if (added.count(token) == 0) id_of_[key_of(token)] = id_of(id, file_bytes);
 }
 
 void Bpe::read_bytes(bool byte_fallback) {
@@ -108,7 +109,7 @@ void Bpe::read_merges(const Json& merges) {
     left = key_of(left);
     right = key_of(right);
     for (const std::string& part : {left, right, left + right})
-      require(id_of_.count(part) != 0, "tokenizer.json: merge ", merge.dump(),
+      require(id_of_.count(part) != 0, "tokenizer.json: merge ", shown(merge),
               " names a token that is not in vocab");
     merges_.try_emplace(pair_key(id_of_[left], id_of_[right]), Merge{rank++, id_of_[left + right]});
   }

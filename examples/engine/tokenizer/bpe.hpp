@@ -17,9 +17,10 @@ namespace engine {
 class Bpe {
  public:
   /// `model` is the field `model`; `added` are added tokens, which need not be written like the
-  /// others. Throws `commvq::Error` for other models and options and for files that contradict
-  /// themselves.
-  Bpe(const Json& model, bool byte_level, const std::map<std::string, int>& added);
+  /// others; ids must be below `file_bytes`. Throws `commvq::Error` for other models and options
+  /// and for files that contradict themselves.
+  Bpe(const Json& model, bool byte_level, const std::map<std::string, int>& added,
+      std::size_t file_bytes);
 
   /// Appends the tokens of one piece: neighbours are merged, lowest rank first and leftmost among
   /// equals, until no merge applies.
@@ -34,7 +35,8 @@ class Bpe {
     int result;
   };
 
-  void read_vocabulary(const Json& vocabulary, const std::map<std::string, int>& added);
+  void read_vocabulary(const Json& vocabulary, const std::map<std::string, int>& added,
+                       std::size_t file_bytes);
   void read_merges(const Json& merges);
   void read_bytes(bool byte_fallback);
   std::string key_of(const std::string& token) const;

@@ -4,6 +4,7 @@
 
 #include "commvq/core/error.hpp"
 
+#include "engine/json_file.hpp"
 #include "engine/tokenizer/utf8.hpp"
 
 namespace engine {
@@ -34,8 +35,8 @@ std::string bytes_of_printable(const std::string& token) {
     if (length == 2 && i + 1 < token.size())
       character = ((lead & 0x1fu) << 6) | (static_cast<unsigned char>(token[i + 1]) & 0x3fu);
     const auto found = byte_of.find(character);
-    commvq::require(length <= 2 && found != byte_of.end(), "tokenizer.json: token \"", token,
-                    "\" is not written in byte-level characters");
+    commvq::require(length <= 2 && found != byte_of.end(), "tokenizer.json: token \"",
+                    printable(token), "\" is not written in byte-level characters");
     bytes += found->second;
     i += length;
   }

@@ -4,8 +4,7 @@
 
 #include "commvq/core/error.hpp"
 
-#include <nlohmann/json.hpp>
-
+#include "engine/json_file.hpp"
 #include "engine/tokenizer/normalizer.hpp"
 
 namespace engine {
@@ -18,31 +17,34 @@ Decoder::Decoder(const Json& step) {
 
 void Decoder::set_space(const std::string& pattern, const std::string& content) {
   require(!pattern.empty() && content == " " && space_.empty(),
-          "tokenizer.json: the decoder replaces \"", pattern, "\" by \"", content,
-          "\"; only one character, by a space, is supported");
+          "tokenizer.json: the decoder replaces \"", printable(pattern), "\" by \"",
+          printable(content), "\"; only one character, by a space, is supported");
   space_ = pattern;
 }
 
 void Decoder::add(const Json& step) {
   const std::string type = text_of(step, "type");
   if (type == "Sequence") {
-    for (const Json& part : field(step, "decoders")) add(part);
+    for (const Json& part : list(step, "decoders")) add(part);
   } else if (type == "Replace") {
     set_space(text_of(field(step, "pattern"), "String"), text_of(step, "content"));
   } else if (type == "ByteFallback") {
     byte_fallback_ = true;
   } else if (type == "Strip") {
     require(text_of(step, "content") == " " && field(step, "stop") == 0,
-            "tokenizer.json: the decoder strips ", step.dump(),
+            "tokenizer.json: the decoder strips ", shown(step),
             "; only spaces in front are supported");
-    spaces_in_front_ = id_of(field(step, "start"));
+    const Json& start = field(step, "start");
+    require(start.is_number_integer() && start >= 0 && start <= 1, "tokenizer.json: the decoder ",
+            "strips ", shown(start), " spaces in front; it must be 0 or 1");
+    spaces_in_front_ = start.get<int>();
   } else if (type == "Metaspace") {
     set_space(text_of(step, "replacement"), " ");
     const bool never = is_absent(step, "prepend_scheme") ? !flag(step, "add_prefix_space", true)
                                                          : step["prepend_scheme"] == "never";
     spaces_in_front_ = never ? 0 : 1;
   } else {
-    require(type == "ByteLevel" || type == "Fuse", "tokenizer.json: decoder \"", type,
+    require(type == "ByteLevel" || type == "Fuse", "tokenizer.json: decoder \"", printable(type),
             "\" is not supported; known are Sequence, Replace, ByteFallback, Fuse, Strip, "
             "Metaspace and ByteLevel");
   }

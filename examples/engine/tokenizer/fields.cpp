@@ -1,10 +1,10 @@
 #include "engine/tokenizer/fields.hpp"
 
-#include <cstdint>
+#include <algorithm>
 
 #include "commvq/core/error.hpp"
 
-#include <nlohmann/json.hpp>
+#include "engine/json_file.hpp"
 
 namespace engine {
 
@@ -21,24 +21,30 @@ bool is_absent(const Json& object, const char* name) {
 
 std::string text_of(const Json& object, const char* name) {
   const Json& value = field(object, name);
-  require(value.is_string(), "tokenizer.json: ", name, " is ", value.dump(),
+  require(value.is_string(), "tokenizer.json: ", name, " is ", shown(value),
           "; it must be a string");
   return value.get<std::string>();
 }
 
 bool flag(const Json& object, const char* name, bool otherwise) {
   if (is_absent(object, name)) return otherwise;
-  require(object[name].is_boolean(), "tokenizer.json: ", name, " is ", object[name].dump(),
+  require(object[name].is_boolean(), "tokenizer.json: ", name, " is ", shown(object[name]),
           "; it must be true or false");
   return object[name].get<bool>();
 }
 
-int id_of(const Json& value) {
-  require(value.is_number_integer(), "tokenizer.json: a token id is ", value.dump());
-  const auto id = value.get<std::int64_t>();
-  require(id >= 0 && id < (1 << 24), "tokenizer.json: a token id is ", id,
-          "; it must be in [0, 16777215]");
-  return static_cast<int>(id);
+const Json& list(const Json& object, const char* name) {
+  const Json& value = field(object, name);
+  require(value.is_array(), "tokenizer.json: ", name, " is ", shown(value), "; it must be a list");
+  return value;
+}
+
+int id_of(const Json& value, std::size_t file_bytes) {
+  const std::size_t limit = std::min<std::size_t>(file_bytes, 1 << 24);
+  require(value.is_number_integer() && value >= 0 && value < limit,
+          "tokenizer.json: a token id is ", shown(value), "; in a file of ", file_bytes,
+          " bytes it must be in [0, ", limit - 1, "]");
+  return value.get<int>();
 }
 
 }  // namespace engine

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 #include <nlohmann/json_fwd.hpp>
@@ -16,7 +17,9 @@ bool is_absent(const Json& object, const char* name);
 std::string text_of(const Json& object, const char* name);
 /// `otherwise` where the field is absent or null.
 bool flag(const Json& object, const char* name, bool otherwise);
-/// A token id: a whole number in [0, 2^24).
-int id_of(const Json& value);
+/// A field that is a list.
+const Json& list(const Json& object, const char* name);
+/// A token id of a file of `file_bytes`: tables by id must not outgrow the file.
+int id_of(const Json& value, std::size_t file_bytes);
 
 }  // namespace engine

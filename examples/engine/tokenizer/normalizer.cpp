@@ -5,8 +5,9 @@
 
 #include "commvq/core/error.hpp"
 
-#include <nlohmann/json.hpp>
 #include <utf8proc.h>
+
+#include "engine/json_file.hpp"
 
 namespace engine {
 namespace {
@@ -43,7 +44,7 @@ Normalizer::Normalizer(const Json& step) {
 void Normalizer::add(const Json& step) {
   const std::string type = text_of(step, "type");
   if (type == "Sequence") {
-    for (const Json& part : field(step, "normalizers")) add(part);
+    for (const Json& part : list(step, "normalizers")) add(part);
   } else if (type == "NFC") {
     steps_.push_back({Kind::kNfc, {}, {}});
   } else if (type == "Prepend") {
@@ -53,7 +54,7 @@ void Normalizer::add(const Json& step) {
     commvq::require(!pattern.empty(), "tokenizer.json: a normalizer replaces empty text");
     steps_.push_back({Kind::kReplace, pattern, text_of(step, "content")});
   } else {
-    commvq::fail("tokenizer.json: normalizer \"", type,
+    commvq::fail("tokenizer.json: normalizer \"", printable(type),
                  "\" is not supported; known are Sequence, NFC, Prepend and Replace");
   }
 }

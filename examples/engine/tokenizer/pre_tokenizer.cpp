@@ -3,9 +3,9 @@
 
 #include "commvq/core/error.hpp"
 
-#include <nlohmann/json.hpp>
 #include <pcre2.h>
 
+#include "engine/json_file.hpp"
 #include "engine/tokenizer/normalizer.hpp"
 
 namespace engine {
@@ -16,6 +16,9 @@ using commvq::require;
 /// GPT-2's split, which ByteLevel applies where `use_regex` is true.
 constexpr const char* kGpt2Pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+
+/// Steps of one match, so that no pattern takes for ever; splitting patterns need a few a byte.
+constexpr std::uint32_t kMaxMatchSteps = 1'000'000;
 
 }  // namespace
 
@@ -32,11 +35,11 @@ PreTokenizer::PreTokenizer(const Json& step) {
 void PreTokenizer::add(const Json& step) {
   const std::string type = text_of(step, "type");
   if (type == "Sequence") {
-    for (const Json& part : field(step, "pretokenizers")) add(part);
+    for (const Json& part : list(step, "pretokenizers")) add(part);
   } else if (type == "Split") {
     require(pattern_ == nullptr, "tokenizer.json: more than one splitting step");
     require(text_of(step, "behavior") == "Isolated" && !flag(step, "invert", false),
-            "tokenizer.json: Split with behavior ", step["behavior"].dump(),
+            "tokenizer.json: Split with behavior ", shown(step["behavior"]),
             "; only Isolated, not inverted, is supported");
     compile(text_of(field(step, "pattern"), "Regex"));
   } else if (type == "ByteLevel") {
@@ -51,7 +54,7 @@ void PreTokenizer::add(const Json& step) {
   } else if (type == "Metaspace") {
     add_metaspace(step);
   } else {
-    commvq::fail("tokenizer.json: pre-tokenizer \"", type,
+    commvq::fail("tokenizer.json: pre-tokenizer \"", printable(type),
                  "\" is not supported; known are Sequence, Split, ByteLevel and Metaspace");
   }
 }
@@ -69,7 +72,7 @@ void PreTokenizer::add_metaspace(const Json& step) {
   }
   const std::string scheme = text_of(step, "prepend_scheme");
   require(scheme == "always" || scheme == "first" || scheme == "never",
-          "tokenizer.json: Metaspace has prepend_scheme \"", scheme,
+          "tokenizer.json: Metaspace has prepend_scheme \"", printable(scheme),
           "\"; known are always, first and never");
   prepend_ = scheme == "always"  ? Prepend::kAlways
              : scheme == "first" ? Prepend::kFirst
@@ -77,10 +80,12 @@ void PreTokenizer::add_metaspace(const Json& step) {
 }
 
 void PreTokenizer::compile(const std::string& pattern) {
+  // \C matches a single byte, which would split characters.
+  constexpr std::uint32_t kOptions = PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C;
   int code = 0;
   PCRE2_SIZE where = 0;
   pattern_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
-                               PCRE2_UTF | PCRE2_UCP, &code, &where, nullptr));
+                               kOptions, &code, &where, nullptr));
   if (pattern_ != nullptr) {
     pcre2_jit_compile(static_cast<pcre2_code*>(pattern_.get()), PCRE2_JIT_COMPLETE);
     return;
@@ -110,11 +115,14 @@ void PreTokenizer::split_by_pattern(std::string_view text,
   const auto* const pattern = static_cast<const pcre2_code*>(pattern_.get());
   const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(
       pcre2_match_data_create_from_pattern(pattern, nullptr), &pcre2_match_data_free);
+  const std::unique_ptr<pcre2_match_context, decltype(&pcre2_match_context_free)> limits(
+      pcre2_match_context_create(nullptr), &pcre2_match_context_free);
+  pcre2_set_match_limit(limits.get(), kMaxMatchSteps);
   const auto* const subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   std::size_t done = 0;
   while (done < text.size()) {
-    const int result =
-        pcre2_match(pattern, subject, text.size(), done, PCRE2_NO_UTF_CHECK, match.get(), nullptr);
+    const int result = pcre2_match(pattern, subject, text.size(), done, PCRE2_NO_UTF_CHECK,
+                                   match.get(), limits.get());
     if (result == PCRE2_ERROR_NOMATCH) break;
     if (result < 0) {
       PCRE2_UCHAR message[256];

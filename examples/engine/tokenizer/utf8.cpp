@@ -12,7 +12,7 @@ void require_utf8(std::string_view text) {
   for (utf8proc_ssize_t at = 0; at < size;) {
     utf8proc_int32_t character = 0;
     const utf8proc_ssize_t length = utf8proc_iterate(bytes + at, size - at, &character);
-    commvq::require(length > 0, "the text is not UTF-8: byte ", at, " belongs to no character");
+    commvq::require(length > 0, "UTF-8 error: byte ", at, " of the text belongs to no character");
     at += length;
   }
 }

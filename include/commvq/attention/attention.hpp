@@ -29,7 +29,8 @@ struct COMMVQ_API AttentionOptions {
 /// number of threads.
 ///
 /// Throws `Error` for shapes that do not fit, no queries, an empty cache, NaN or infinity in the
-/// queries, and for more queries than `cache.first_query_position()` allows.
+/// queries, for more queries than `cache.first_query_position()` allows, and where scores or sums
+/// overflow, which leaves the output written; a result is finite.
 COMMVQ_API void attend(const LayerCache& cache, MatrixView<const float> queries,
                        const AttentionOptions& options, MatrixView<float> output,
                        float* lse = nullptr);

@@ -38,7 +38,7 @@ class COMMVQ_API KeyTables {
   /// Rows of one group of a head, `[num_books()][codebook_size][num_columns()][2][kLanes]`, on
   /// cache lines.
   const std::int16_t* group(int head, int group_index) const {
-    return lines_.data()->lanes + (head * config().num_groups() + group_index) * group_size();
+    return lines_[first_line(head, group_index)].lanes;
   }
   /// Units of a head's pairs, `[num_pairs]`.
   const float* units(int head) const {
@@ -51,6 +51,10 @@ class COMMVQ_API KeyTables {
   };
 
   Index group_size() const { return Index{num_books()} * config().codebook_size * row_size(); }
+  std::size_t first_line(int head, int group_index) const {
+    const Index group = Index{head} * config().num_groups() + group_index;
+    return static_cast<std::size_t>(group * group_size() / kLanes);
+  }
   void fill(int head, int group_index);
 
   std::shared_ptr<const KeyCodec> codec_;  // also keeps its address from being used again

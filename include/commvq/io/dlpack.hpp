@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <type_traits>
@@ -18,12 +19,22 @@ namespace commvq {
 
 namespace dlpack_detail {
 
+/// The device's type as a number: another framework may know devices that this header does not,
+/// and no variable of the enumeration may hold what lies far outside it.
+inline int device_type_of(const DLTensor& tensor) {
+  int type = 0;
+  static_assert(sizeof type == sizeof tensor.device.device_type);
+  std::memcpy(&type, &tensor.device.device_type, sizeof type);
+  return type;
+}
+
 /// Throws `Error` unless the tensor holds float32 in memory that the host can read.
 inline void require_host_floats(const DLTensor& tensor) {
-  require(tensor.device.device_type == kDLCPU || tensor.device.device_type == kDLCUDAHost,
-          "the DLPack tensor is on a device of type ", static_cast<int>(tensor.device.device_type),
-          "; it must be in host memory (", static_cast<int>(kDLCPU), ", or ",
-          static_cast<int>(kDLCUDAHost), " if pinned): copy it there first");
+  const int device_type = device_type_of(tensor);
+  require(device_type == static_cast<int>(kDLCPU) || device_type == static_cast<int>(kDLCUDAHost),
+          "the DLPack tensor is on a device of type ", device_type, "; it must be in host memory (",
+          static_cast<int>(kDLCPU), ", or ", static_cast<int>(kDLCUDAHost),
+          " if pinned): copy it there first");
   require(tensor.dtype.code == kDLFloat && tensor.dtype.bits == 32 && tensor.dtype.lanes == 1,
           "the DLPack tensor has elements of type code ", int{tensor.dtype.code}, ", ",
           int{tensor.dtype.bits}, " bits and ", tensor.dtype.lanes,

@@ -21,7 +21,9 @@ template <class Scalar>
 class KeyEncoder {
  public:
   /// Precomputes per stage the inner products of book A with book B. Copies the codebook. Throws
-  /// `Error` for rows that do not fit the configuration and for weights that are not positive.
+  /// `Error` for rows that do not fit the configuration, for weights that are not in (0, 1e9], and
+  /// for rows so long that squares of residuals would overflow: the norms of the longest row of
+  /// every book of a group, with weights, may add up to 1e18.
   explicit KeyEncoder(KeyCodebook<Scalar> codebook);
 
   const KeyCodebook<Scalar>& codebook() const { return codebook_; }
@@ -31,7 +33,8 @@ class KeyEncoder {
   /// `beam_width` candidates kept after each stage; ties go to the smaller (candidate, A, B).
   /// `squared_error`, `[tokens]` or null, receives what remains. Over many keys a wider beam leaves
   /// a smaller error; a single key can come out worse. Parallel over tokens where the caller is not
-  /// in a parallel region. Throws `Error` for shapes that do not fit.
+  /// in a parallel region. Throws `Error` for shapes that do not fit and for keys that are not
+  /// finite or beyond 1e9.
   void encode(MatrixView<const Scalar> keys, int beam_width, MatrixView<std::uint16_t> codes,
               Scalar* squared_error = nullptr) const;
 
@@ -58,6 +61,12 @@ class KeyEncoder {
   /// some.
   static constexpr Index kBlockTokens = 64;
   static constexpr Index kSmallBlockTokens = 8;
+  // Within these limits no square overflows a float.
+  static constexpr double kMaxKey = 1e9;
+  static constexpr double kMaxWeight = 1e9;
+  static constexpr double kMaxNormSum = 1e18;
+
+  void check_norms() const;
 
   std::size_t stage_index(int group, int stage) const {
     return static_cast<std::size_t>(group) * codebook_.config.num_stages + stage;
@@ -95,8 +104,8 @@ KeyEncoder<Scalar>::KeyEncoder(KeyCodebook<Scalar> codebook) : codebook_(std::mo
     require(weights.size() == static_cast<std::size_t>(config.pairs.num_pairs()), "there are ",
             weights.size(), " pair weights; a head has ", config.pairs.num_pairs(), " pairs");
     for (std::size_t i = 0; i < weights.size(); ++i)
-      require(weights[i] > 0 && std::isfinite(weights[i]), "pair weight ", i, " is ", weights[i],
-              "; it must be positive and finite");
+      require(weights[i] > 0 && weights[i] <= kMaxWeight, "pair weight ", i, " is ", weights[i],
+              "; it must be positive and at most ", kMaxWeight);
     weighted_rows_ = codebook_.scaled_rows(weights);
   }
   squared_norms_.resize(stages * 2 * size);
@@ -110,6 +119,21 @@ KeyEncoder<Scalar>::KeyEncoder(KeyCodebook<Scalar> codebook) : codebook_(std::mo
       Eigen::Map<Matrix>(&cross_terms_[at * size * size], size, size).noalias() =
           Scalar(2) * both.topRows(size) * both.bottomRows(size).transpose();
     }
+  check_norms();
+}
+
+/// Throws unless a key of norm 1 less any rows has a square that can be computed.
+template <class Scalar>
+void KeyEncoder<Scalar>::check_norms() const {
+  const KeyCodecConfig& config = codebook_.config;
+  auto norms = squared_norms_.begin();
+  for (int group = 0; group < config.num_groups(); ++group) {
+    double sum = 0;
+    for (int book = 0; book < 2 * config.num_stages; ++book, norms += config.codebook_size)
+      sum += std::sqrt(double{*std::max_element(norms, norms + config.codebook_size)});
+    require(sum <= kMaxNormSum, "the longest rows of the books of group ", group,
+            " have norms that add up to ", sum, "; the limit is ", kMaxNormSum);
+  }
 }
 
 template <class Scalar>
@@ -122,6 +146,11 @@ void KeyEncoder<Scalar>::encode(MatrixView<const Scalar> keys, int beam_width,
           ", ", codes.cols, "]; these keys need [", keys.rows, ", ", config.num_codes(), "]");
   require(beam_width >= 1 && beam_width <= 1024, "beam_width is ", beam_width,
           "; it must be in [1, 1024]");
+  for (Index t = 0; t < keys.rows; ++t)
+    for (Index i = 0; i < keys.cols; ++i)
+      if (!(std::abs(keys(t, i)) <= kMaxKey))
+        fail("key ", t, ", planar channel ", i, " is ", keys(t, i),
+             "; keys must be divided by their norm first");
   const Index block_tokens = keys.rows > kBlockTokens ? kBlockTokens : kSmallBlockTokens;
   const Index num_blocks = (keys.rows + block_tokens - 1) / block_tokens;
   ParallelErrors errors;

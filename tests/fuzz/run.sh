@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Fuzzes with every harness beside this script and prints a table.
+#
+#   run.sh [SECONDS] [CORES]    seconds for each harness (60), processes at a time (all cores)
+#
+# With more cores than harnesses each harness gets several processes, which share what they find;
+# with fewer, harnesses take turns. corpus/ keeps what was learnt, merged at the end, for the next
+# run; findings/ keeps each input that broke a promise, logs/ what the harness said of it. Fails if
+# there are findings.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+seconds=${1:-60}
+cores=${2:-$(nproc)}
+mapfile -t harnesses < <(cd bin && ls -- *_fuzz | sed 's/_fuzz$//')
+count=${#harnesses[@]}
+export seconds OMP_NUM_THREADS=1
+# Inputs are written to files: in memory, where it can be.
+TMPDIR=$(mktemp -d "$([[ -w /dev/shm ]] && echo /dev/shm || echo /tmp)/commvq_fuzz.XXXXXX")
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
+export ASAN_OPTIONS=allocator_may_return_null=0:detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1
+rm -rf logs findings
+mkdir -p logs findings corpus
+
+# One process of a harness; a finding ends it, and it goes on for what is left of its time.
+fuzz() {
+  local name=$1 worker=$2 end=$((SECONDS + seconds)) left options=()
+  local dictionary=dictionaries/$name.dict
+  [[ -e $dictionary ]] || dictionary=dictionaries/json.dict
+  case $name in dlpack | c_api | tokenizer_text) ;; *) options=(-dict="$dictionary") ;; esac
+  mkdir -p "corpus/$name"
+  for _ in {1..200}; do
+    left=$((end - SECONDS))
+    ((left > 0)) || return 0
+    "bin/${name}_fuzz" "corpus/$name" "seeds/$name" "${options[@]}" -max_total_time="$left" \
+      -timeout=10 -rss_limit_mb=2048 -malloc_limit_mb=1024 -print_final_stats=1 \
+      -artifact_prefix="findings/$name-" >>"logs/$name-$worker" 2>&1 && return 0
+  done
+}
+export -f fuzz
+
+workers=$((cores / count > 0 ? cores / count : 1))
+spare=$((cores > count ? cores % count : 0))
+for i in "${!harnesses[@]}"; do
+  for ((worker = 0; worker < workers + (i < spare ? 1 : 0); ++worker)); do
+    printf '%s\0%s\0' "${harnesses[i]}" "$worker"
+  done
+done | xargs -0 -n 2 -P "$cores" bash -c 'fuzz "$@"' fuzz
+
+# Keeps of a corpus what adds coverage.
+merge() {
+  mkdir -p "corpus/$1.merged"
+  "bin/$1_fuzz" -merge=1 -timeout=10 "corpus/$1.merged" "corpus/$1" >/dev/null 2>&1 || return 0
+  rm -rf "corpus/$1"
+  mv "corpus/$1.merged" "corpus/$1"
+}
+export -f merge
+((seconds < 60)) || printf '%s\0' "${harnesses[@]}" | xargs -0 -n 1 -P "$cores" bash -c 'merge "$1"' merge
+
+total=0
+printf '%-16s %14s %8s %8s %8s\n' harness executions edges corpus findings
+for name in "${harnesses[@]}"; do
+  executions=$(cat logs/"$name"-* | awk '/^stat::number_of_executed_units/ {n += $2} END {print n + 0}')
+  edges=$(grep -oh 'cov: [0-9]*' logs/"$name"-* | sort -k2 -n | tail -1 | cut -d' ' -f2)
+  corpus=$(find "corpus/$name" -type f | wc -l)
+  findings=$(find findings -name "$name-*" | wc -l)
+  printf '%-16s %14s %8s %8s %8s\n' "$name" "$executions" "${edges:-0}" "$corpus" "$findings"
+  # A harness that did not run is no success.
+  ((executions > 0)) || { tail -n 20 logs/"$name"-*; total=$((total + 1)); }
+  total=$((total + findings))
+done
+grep -rh '^FINDING\|SUMMARY' logs | sort | uniq -c || true
+((total == 0))
