@@ -62,9 +62,9 @@ struct KeyLearnerReport {
 /// An untied codebook learns two books per stage by the same alternation. Then, if asked for, joint
 /// least squares of all books at fixed codes, alternating with re-encoding.
 ///
-/// The same seed, input and number of threads give the same codebook. Fewer tokens than centroids
-/// are allowed; an empty cluster keeps its centroid. Throws `Error` for no tokens, wrong shapes,
-/// weights that are not positive, or NaN and infinity.
+/// The same seed and input give the same codebook, with any number of threads. Fewer tokens than
+/// centroids are allowed; an empty cluster keeps its centroid. Throws `Error` for no tokens, wrong
+/// shapes, weights that are not positive, or NaN and infinity.
 COMMVQ_API KeyCodebook<float> learn_key_codebook(MatrixView<const float> keys,
                                                  const KeyLearnerOptions& options,
                                                  KeyLearnerReport* report = nullptr);
