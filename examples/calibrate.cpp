@@ -34,6 +34,8 @@ struct Options {
   int em_steps = 0;     ///< 0: the method's
   int refine = -1;      ///< -1: the method's
   int value_steps = 0;  ///< 0: the method's
+  int ranks = 1;        ///< devices that share the KV heads of every layer
+  int rank = 0;         ///< whose heads to learn
   std::uint64_t seed = 1;
 };
 
@@ -100,12 +102,28 @@ commvq::ValueTrainerOptions value_options(const Options& options, int channels) 
   return values;
 }
 
+/// Rank `rank`'s share of every row of `[rows][numbers.size() / rows]`.
+std::vector<float> share_of(const Options& options, const std::vector<float>& numbers, Index rows) {
+  const Index width = static_cast<Index>(numbers.size()) / rows, share = width / options.ranks;
+  std::vector<float> result;
+  for (Index r = 0; r < rows; ++r) {
+    const auto first = numbers.begin() + r * width + options.rank * share;
+    result.insert(result.end(), first, first + share);
+  }
+  return result;
+}
+
 commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& options,
                                const engine::ModelConfig& config, engine::LayerData data,
                                const commvq::ProgressCallback& progress, std::uint64_t seed) {
-  const Index channels = config.kv_size();
-  const auto rows = static_cast<Index>(data.keys.size()) / channels;
+  const Index channels = config.kv_size() / options.ranks;
+  const auto rows = static_cast<Index>(data.keys.size()) / config.kv_size();
   commvq::KeyLearnerOptions keys = key_options(options, config.rope.pairs, data.queries);
+  if (options.ranks > 1) {
+    if (!keys.pair_weights.empty()) keys.pair_weights = share_of(options, keys.pair_weights, 1);
+    data.keys = share_of(options, data.keys, rows);
+    data.values = share_of(options, data.values, rows);
+  }
   keys.seed = seed;
   keys.progress = [&](commvq::Progress step) {
     step.fraction *= 0.5;
@@ -128,18 +146,26 @@ int calibrate(const Options& options) {
   const engine::Learner learner =
       options.device == "cuda" ? engine::device_learner() : engine::host_learner();
   const engine::Model model(options.model);
+  const int num_kv_heads = model.config().num_kv_heads;
+  commvq::require(num_kv_heads % options.ranks == 0, "--ranks is ", options.ranks,
+                  "; it must divide the model's ", num_kv_heads, " KV heads");
+  commvq::require(options.rank < options.ranks, "--rank is ", options.rank, "; there are ",
+                  options.ranks, " ranks, the first of them 0");
   const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
   const auto windows = calibration_text(options, model, tokenizer);
   std::vector<engine::LayerData> layers = run_model(model, windows).layers;
 
   commvq::ModelCodecs codecs;
   codecs.rope = model.config().rope;
-  codecs.num_kv_heads = model.config().num_kv_heads;
+  codecs.num_kv_heads = num_kv_heads / options.ranks;
   codecs.model_digest = model.digest();
   codecs.provenance = "calibrate, method " + options.method + ", " +
                       std::to_string(windows.size() * windows[0].size()) + " tokens of " +
                       (options.self ? "its own text" : "given text") + ", seed " +
                       std::to_string(options.seed);
+  if (options.ranks > 1)
+    codecs.provenance +=
+        ", rank " + std::to_string(options.rank) + " of " + std::to_string(options.ranks);
   {
     engine::ProgressLine progress("Learning " + std::to_string(options.bits) + "-bit codecs");
     for (std::size_t i = 0; i < layers.size(); ++i)
@@ -153,11 +179,13 @@ int calibrate(const Options& options) {
           options.seed * 1000003 + i));
   }
   commvq::save_codecs(options.out, codecs);
-  const commvq::Cache cache = model.make_cache(codecs.layers);
-  const double bytes = cache.layer(0).bytes_per_token();
-  const double fp16 = 4.0 * model.config().kv_size();
-  std::printf("%s: %d layers, %.3f bytes a token and layer, 1/%.2f of FP16\n", options.out.c_str(),
-              cache.num_layers(), bytes, fp16 / bytes);
+  commvq::CacheConfig config;
+  config.rope = codecs.rope;
+  config.num_kv_heads = codecs.num_kv_heads;
+  const double bytes = commvq::LayerCache(config, codecs.layers[0]).bytes_per_token();
+  const double fp16 = 4.0 * double(config.num_channels());
+  std::printf("%s: %zu layers, %.3f bytes a token and layer, 1/%.2f of FP16\n", options.out.c_str(),
+              codecs.layers.size(), bytes, fp16 / bytes);
   return 0;
 }
 
@@ -212,6 +240,12 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--device", options.device, "Where codecs are learnt: cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  app.add_option("--ranks", options.ranks, "Devices that share the KV heads of every layer")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--rank", options.rank, "Learn for the heads of this one of them, from 0 on")
+      ->check(CLI::Range(0, 65535))
       ->capture_default_str();
   app.add_option("--seed", options.seed, "Seed of everything random")->capture_default_str();
   CLI11_PARSE(app, argc, argv);

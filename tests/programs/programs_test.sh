@@ -57,6 +57,19 @@ for checkpoint in "$checkpoints"/*/; do
   prints "of them coded" "$programs/generate" "$checkpoint" --codebooks "$work/tiny.safetensors" \
     --prompt "the cache" --max-tokens 40 --window 4
 done
+for rank in 0 1; do
+  prints "1/[0-9.]* of FP16" "$programs/calibrate" "$checkpoints/llama3" --self --context 64 \
+    --tokens 512 --em-steps 1 --value-steps 5 --ranks 2 --rank $rank --out "$work/rank.safetensors"
+done
+refuses "for 1 KV heads; the model has 2" "$programs/generate" "$checkpoints/llama3" \
+  --codebooks "$work/rank.safetensors" --prompt a
+refuses "must divide the model's 2 KV heads" "$programs/calibrate" "$checkpoints/llama3" --self \
+  --ranks 3 --out "$work/x"
+refuses "there are 2 ranks" "$programs/calibrate" "$checkpoints/llama3" --self --ranks 2 --rank 2 \
+  --out "$work/x"
+
+prints "1/14.73" "$programs/cache_memory"
+prints '"bytes_per_token": 131072' "$programs/cache_memory" --json
 prints "0 swaps" "$programs/paged_serving" --blocks 64
 prints "[1-9][0-9]* swaps to host memory, [1-9][0-9]* blocks evicted" "$programs/paged_serving" --blocks 14
 refuses "give --blocks" "$programs/paged_serving" --blocks 12
