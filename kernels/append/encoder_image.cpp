@@ -292,16 +292,7 @@ void EncoderImage::add_polish(const ValueCodec& codec) {
   values.polish_sweeps = config.polish_sweeps;
   values.unit_scale = static_cast<float>(scale_for(1));
   const std::vector<float>& rows = codec.weights().decoder;
-  std::vector<float> gram(static_cast<std::size_t>(bits * bits));
-  for (Index i = 0; i < bits; ++i)
-    for (Index j = 0; j <= i; ++j) {
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (Index c = 0; c < C; ++c)
-        sum += rows[static_cast<std::size_t>(i * C + c)] * rows[static_cast<std::size_t>(j * C + c)];
-      gram[static_cast<std::size_t>(i * bits + j)] = sum;
-      gram[static_cast<std::size_t>(j * bits + i)] = sum;
-    }
+  const std::vector<float> gram(codec.gram().data, codec.gram().data + bits * bits);
   values.rows = add_weights(rows, bits, C, values.unit_scale, ValuePrecision::kFp32);
   values.gram = add_weights(gram, bits, bits, 1, ValuePrecision::kFp32);
   add(values.gram_rows, gram);

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "common/sums.cuh"
+
 #include "encoder_view.hpp"
 #include "matrix_product.cuh"
 
@@ -43,13 +45,6 @@ __device__ __forceinline__ float read_token(const TokenRows& rows, Index token, 
   const float value = read_float(rows.data, rows.type, token * rows.num_channels + channel);
   if (!rows.rounds || rows.type == rows.exact_type) return value;
   return widen(rounded_bits(value, rows.exact_type), rows.exact_type);
-}
-
-template <class T>
-__device__ __forceinline__ T warp_sum(T value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
 }
 
 /// Norm of channels [first, first + count) in double, or NaN if one of them is not finite. Called

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/polish_memory.hpp"
+#include "common/sums.cuh"
 
 namespace commvq::cuda {
 
@@ -11,25 +12,12 @@ struct PolishShared {
   float* bits;      ///< 0 or 1
   double* sums;     ///< one a warp
 
-  __device__ PolishShared(unsigned char* shared, int num_bits)
-      : of_value(reinterpret_cast<float*>(shared + kPolishSumBytes)),
+  __device__ PolishShared(unsigned char* memory, int num_bits)
+      : of_value(reinterpret_cast<float*>(memory + kPolishSumBytes)),
         of_sum(of_value + num_bits),
         bits(of_sum + num_bits),
-        sums(reinterpret_cast<double*>(shared)) {}
+        sums(reinterpret_cast<double*>(memory)) {}
 };
-
-/// Sum over the block, in a fixed order. All threads call; `sums` is shared, one number a warp.
-template <int kThreads, class T>
-__device__ __forceinline__ T block_sum(T value, T* sums) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  __syncthreads();  // the sums of the call before have been read
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
-  __syncthreads();
-  T total = 0;
-  for (int warp = 0; warp < kThreads / 32; ++warp) total += sums[warp];
-  return total;
-}
 
 /// Flips single bits where that lowers the error, up to `sweeps` times over, as the host's
 /// value_polish::polish does. The block's threads see the same numbers and decide alike, so that

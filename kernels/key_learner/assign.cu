@@ -1,6 +1,7 @@
 #include <cfloat>
 
 #include "common/memory.cuh"
+#include "common/sums.cuh"
 #include "kernels.hpp"
 
 // The E step. A centre's score is -|x - Z_0[a] - Z_1[b]|^2 + |x|^2 =
@@ -19,10 +20,6 @@ constexpr float kLog2E = 1.44269504f;
 
 __device__ float warp_max(float x) {
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-  return x;
-}
-__device__ float warp_sum(float x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
 }
 

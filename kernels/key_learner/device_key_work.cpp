@@ -64,10 +64,14 @@ void DeviceKeyWork::check_kernels(const char* what) const {
   check(cudaStreamSynchronize(stream()), what);
 }
 
-HeadBooks DeviceKeyWork::upload(const KeyCodebook<float>& codebook) {
-  head_rows_.upload(codebook.rows.data(), static_cast<Index>(codebook.rows.size()), stream());
+HeadBooks DeviceKeyWork::head_books() const {
   return {config_.num_groups(), config_.num_stages, config_.codebook_size,
           2 * config_.group_pairs, head_rows_.data()};
+}
+
+HeadBooks DeviceKeyWork::upload(const KeyCodebook<float>& codebook) {
+  head_rows_.upload(codebook.rows.data(), static_cast<Index>(codebook.rows.size()), stream());
+  return head_books();
 }
 
 /// Rows, their squared norms and cross terms, one after the other.
@@ -186,9 +190,7 @@ double DeviceKeyWork::encode(const KeyCodebook<float>& codebook, int beam_width,
 void DeviceKeyWork::search(const KeyCodebook<float>& codebook, int beam_width, Index first,
                            Index count, BeamMemory& memory) {
   for (int group = 0; group < config_.num_groups(); ++group) {
-    const HeadBooks whole{config_.num_groups(), config_.num_stages, config_.codebook_size,
-                          2 * config_.group_pairs, head_rows_.data()};
-    key_learner::make_residuals(whole, group, 0, count,
+    key_learner::make_residuals(head_books(), group, 0, count,
                                 keys_.data() + first * config_.pairs.head_dim, nullptr,
                                 memory.residuals[0].data(), memory.errors[0].data(), stream());
     search_group(codebook, group, beam_width, first, count, memory);
@@ -237,9 +239,7 @@ Occurrences DeviceKeyWork::occurrences(int group) {
   DeviceArray<int> counts(rows * rows);
   DeviceArray<float> chunk_sums(key_learner::kSumChunks * rows * width);
   DeviceArray<double> sums(rows * width);
-  const HeadBooks whole{config_.num_groups(), config_.num_stages, config_.codebook_size,
-                        static_cast<int>(width), head_rows_.data()};
-  const bool fits = key_learner::count_occurrences(whole, group, num_keys_, keys_.data(),
+  const bool fits = key_learner::count_occurrences(head_books(), group, num_keys_, keys_.data(),
                                                    codes_.data(), counts.data(), chunk_sums.data(),
                                                    sums.data(), stream());
   require(fits, "books of ", config_.codebook_size, " x ", width,

@@ -44,6 +44,8 @@ class DeviceKeyWork final : public KeyWork {
 
   cudaStream_t stream() const { return blas_.stream(); }
   void check_kernels(const char* what) const;
+  /// The head's books as they were uploaded last.
+  key_learner::HeadBooks head_books() const;
   key_learner::HeadBooks upload(const KeyCodebook<float>& codebook);
   key_learner::StageBooks upload_stage(const float* rows, Index width);
   void multiply_by_books(const float* residuals, Index count, const key_learner::StageBooks& books,

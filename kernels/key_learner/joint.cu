@@ -1,3 +1,4 @@
+#include "common/sums.cuh"
 #include "kernels.hpp"
 
 namespace commvq::cuda::key_learner {
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
       sum += difference * difference;
     }
   }
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  sum = warp_sum(sum);
   if (lane == 0) errors[key] = sum;
 }
 

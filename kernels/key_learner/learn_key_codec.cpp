@@ -69,8 +69,8 @@ KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& 
     std::vector<std::future<void>> heads;
     for (int head = first; head < std::min(num_heads, first + kHeadsAtOnce); ++head)
       heads.push_back(std::async(std::launch::async, [&, head] {
-        KeyLearnerOptions of_head = key_learning::options_of_head(options, head, num_heads);
-        of_head.progress = progress.of_head(head);
+        const KeyLearnerOptions of_head =
+            key_learning::options_of_head(options, head, progress.of_head(head));
         const auto at = static_cast<std::size_t>(head);
         codebooks[at] = learn_head(keys, head, of_head, device,
                                    reports != nullptr ? &(*reports)[at] : nullptr);

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/polish.cuh"
+#include "common/sums.cuh"
 
 namespace commvq::cuda::value_trainer {
 

@@ -17,7 +17,7 @@ constexpr Index kEncodedTokens = 4096;
 
 /// Calls `use(offset, vector)` for every parameter.
 template <class At, class Weights, class Use>
-void for_each_parameter(const At& at, Weights& weights, Use use) {
+void for_each_parameter(At& at, Weights& weights, Use use) {
   use(at.norm_gain, weights.norm_gain);
   use(at.norm_bias, weights.norm_bias);
   use(at.hidden_weight, weights.hidden_weight);
@@ -29,19 +29,11 @@ void for_each_parameter(const At& at, Weights& weights, Use use) {
 
 }  // namespace
 
-DeviceValueWork::Parameters::Parameters(const ValueCodecConfig& config) : size(0) {
-  const auto take = [&](Index& offset, Index count) {
+DeviceValueWork::Parameters::Parameters(const ValueCodecWeights& weights) {
+  for_each_parameter(*this, weights, [&](Index& offset, const std::vector<float>& values) {
     offset = size;
-    size += (count + 3) / 4 * 4;
-  };
-  const Index C = config.num_channels, H = config.hidden_size, L = config.num_logits();
-  take(norm_gain, C);
-  take(norm_bias, C);
-  take(hidden_weight, H * C);
-  take(hidden_bias, H);
-  take(output_weight, L * H);
-  take(output_bias, L);
-  take(decoder, Index{config.num_code_bits()} * C);
+    size += (static_cast<Index>(values.size()) + 3) / 4 * 4;
+  });
 }
 
 DeviceValueWork::Activations::Activations(const ValueCodecConfig& config, Index tokens)
@@ -60,7 +52,8 @@ DeviceValueWork::Activations::Activations(const ValueCodecConfig& config, Index 
 DeviceValueWork::DeviceValueWork(MatrixView<const float> values, const ValueCodecConfig& config,
                                  const ValueCodecWeights& initial)
     : config_(config),
-      at_(config),
+      weights_(initial),
+      at_(initial),
       values_(values.rows * values.cols),
       parameters_(at_.size),
       gradients_(at_.size),
@@ -93,22 +86,10 @@ void DeviceValueWork::upload(const ValueCodecWeights& weights, DeviceArray<float
 
 ValueCodecWeights DeviceValueWork::weights() {
   const std::vector<float> image = parameters_.download(stream());
-  const Index C = config_.num_channels, H = config_.hidden_size, L = config_.num_logits();
-  ValueCodecWeights result;
-  const auto resize = [](std::vector<float>& values, Index size) {
-    values.resize(static_cast<std::size_t>(size));
-  };
-  resize(result.norm_gain, C);
-  resize(result.norm_bias, C);
-  resize(result.hidden_weight, H * C);
-  resize(result.hidden_bias, H);
-  resize(result.output_weight, L * H);
-  resize(result.output_bias, L);
-  resize(result.decoder, Index{config_.num_code_bits()} * C);
-  for_each_parameter(at_, result, [&](Index offset, std::vector<float>& values) {
+  for_each_parameter(at_, weights_, [&](Index offset, std::vector<float>& values) {
     std::copy_n(image.begin() + offset, values.size(), values.begin());
   });
-  return result;
+  return weights_;
 }
 
 void DeviceValueWork::forward(const DeviceArray<float>& parameters, Index tokens,

@@ -22,11 +22,12 @@ class DeviceValueWork final : public ValueWork {
   CodedValues encode(const ValueCodecWeights& weights, const std::vector<Index>& rows) override;
 
  private:
-  /// All parameters, one after the other in the order of `ValueCodecWeights`, each on 16 bytes.
+  /// Where each parameter begins, one after the other in the order of `ValueCodecWeights`, each on
+  /// 16 bytes.
   struct Parameters {
-    explicit Parameters(const ValueCodecConfig& config);
+    explicit Parameters(const ValueCodecWeights& weights);
     Index norm_gain, norm_bias, hidden_weight, hidden_bias, output_weight, output_bias, decoder;
-    Index size;
+    Index size = 0;  ///< of all
   };
   /// What a batch of values becomes on its way through the network.
   struct Activations {
@@ -46,6 +47,7 @@ class DeviceValueWork final : public ValueWork {
   void polish(const float* decoder, const float* gram, Index tokens, Activations& batch);
 
   ValueCodecConfig config_;
+  ValueCodecWeights weights_;  // as they were when last asked for
   Parameters at_;
   Blas blas_;
   DeviceArray<float> values_;  // [tokens][C]

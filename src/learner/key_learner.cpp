@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <random>
+#include <string>
 #include <utility>
 
 #include "learner/host_key_work.hpp"
@@ -15,6 +16,16 @@ KeyCodebook<float> learn(const KeySample& sample, const KeyLearnerOptions& optio
                          std::mt19937_64& random, KeyLearnerReport* report) {
   HostKeyWork work(sample, options.codec, options.batch_tokens);
   return key_learning::learn(work, options, random, report);
+}
+
+/// Progress of one head as a share of all, which are learnt one after the other.
+ProgressCallback progress_of_head(const ProgressCallback& progress, int head, int num_heads) {
+  if (!progress) return {};
+  return [=](Progress step) {
+    step.phase += ", head " + std::to_string(head + 1) + "/" + std::to_string(num_heads);
+    step.fraction = (head + step.fraction) / num_heads;
+    progress(step);
+  };
 }
 
 }  // namespace
@@ -67,7 +78,8 @@ KeyCodec learn_key_codec(MatrixView<const float> keys, const KeyLearnerOptions& 
   std::vector<KeyCodebook<float>> codebooks;
   if (reports != nullptr) reports->assign(static_cast<std::size_t>(num_heads), {});
   for (int head = 0; head < num_heads; ++head) {
-    const KeyLearnerOptions of_head = key_learning::options_of_head(options, head, num_heads);
+    const KeyLearnerOptions of_head = key_learning::options_of_head(
+        options, head, progress_of_head(options.progress, head, num_heads));
     std::mt19937_64 random(of_head.seed);
     const KeySample sample(keys, head, of_head, random);
     codebooks.push_back(

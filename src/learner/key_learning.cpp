@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "learner/key_refinement.hpp"
 #include "learner/key_sample.hpp"
@@ -164,18 +165,14 @@ int check_layer(MatrixView<const float> keys, const KeyLearnerOptions& options) 
   return num_heads;
 }
 
-KeyLearnerOptions options_of_head(const KeyLearnerOptions& options, int head, int num_heads) {
+KeyLearnerOptions options_of_head(const KeyLearnerOptions& options, int head,
+                                  ProgressCallback progress) {
   const int num_pairs = options.codec.pairs.num_pairs();
   KeyLearnerOptions result = options;
   result.seed = options.seed + static_cast<std::uint64_t>(head);
   if (const auto weights = options.pair_weights.begin(); !options.pair_weights.empty())
     result.pair_weights.assign(weights + head * num_pairs, weights + (head + 1) * num_pairs);
-  if (options.progress)
-    result.progress = [progress = options.progress, head, num_heads](Progress step) {
-      step.phase += ", head " + std::to_string(head + 1) + "/" + std::to_string(num_heads);
-      step.fraction = (head + step.fraction) / num_heads;
-      progress(step);
-    };
+  result.progress = std::move(progress);
   return result;
 }
 

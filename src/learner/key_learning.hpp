@@ -23,9 +23,9 @@ COMMVQ_API void check_head(MatrixView<const float> keys, const KeyLearnerOptions
 /// be learnt from. Returns the number of heads.
 COMMVQ_API int check_layer(MatrixView<const float> keys, const KeyLearnerOptions& options);
 
-/// What one head of a layer is learnt with: a seed and weights of its own, and progress as a share
-/// of all heads' when they are learnt one after the other.
+/// What one head of a layer is learnt with: a seed and weights of its own, and whatever progress it
+/// is given.
 COMMVQ_API KeyLearnerOptions options_of_head(const KeyLearnerOptions& options, int head,
-                                             int num_heads);
+                                             ProgressCallback progress);
 
 }  // namespace commvq::key_learning

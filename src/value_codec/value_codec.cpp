@@ -203,8 +203,7 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
 
   const ConstMatrixMap<float> E(weights_.decoder.data(), config_.num_code_bits(),
                                 config_.num_channels);
-  const ConstMatrixMap<float> gram(gram_.data(), gram_.empty() ? 0 : E.rows(),
-                                   gram_.empty() ? 0 : E.rows());
+  const ConstMatrixMap<float> gram(gram_.data(), this->gram().rows, this->gram().cols);
   const Index num_blocks = (values.rows + kBlockTokens - 1) / kBlockTokens;
   Index first_bad = kNone;
   ParallelErrors errors;

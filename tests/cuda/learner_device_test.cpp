@@ -10,6 +10,7 @@
 #include "key_learner/device_key_work.hpp"
 #include "learner/host_key_work.hpp"
 #include "learner/host_value_work.hpp"
+#include "reference/key_shape.hpp"
 #include "reference/random_cache.hpp"
 #include "value_trainer/device_value_work.hpp"
 
@@ -18,21 +19,13 @@ namespace {
 
 using testing::HasSubstr;
 using testing::ThrowsMessage;
+using testing_support::KeyShape;
 using testing_support::normal_floats;
 using testing_support::Rng;
 
-struct KeyShape {
-  int head_dim, group_pairs, codebook_size, num_stages;
-  bool tied;
-};
-
 KeyLearnerOptions options_of(const KeyShape& shape) {
   KeyLearnerOptions options;
-  options.codec.pairs = {shape.head_dim, shape.head_dim, RopeLayout::kHalfSplit};
-  options.codec.group_pairs = shape.group_pairs;
-  options.codec.codebook_size = shape.codebook_size;
-  options.codec.num_stages = shape.num_stages;
-  options.codec.tied = shape.tied;
+  options.codec = shape.config();
   options.max_steps = 5;
   options.refinement.rounds = 2;
   options.refinement.beam_width = 4;

@@ -1,6 +1,7 @@
 #include <random>
 
 #include "commvq/learner/key_learner.hpp"
+#include "reference/key_shape.hpp"
 #include "reference/random_cache.hpp"
 
 #include <gtest/gtest.h>
@@ -8,10 +9,7 @@
 namespace commvq {
 namespace {
 
-struct Shape {
-  int head_dim, group_pairs, codebook_size, num_stages;
-  bool tied;
-};
+using Shape = testing_support::KeyShape;
 
 class KeyRefinementProperty : public testing::TestWithParam<std::tuple<Shape, int>> {};
 
@@ -21,11 +19,7 @@ TEST_P(KeyRefinementProperty, ObjectiveNeverRises) {
   const Index tokens = 400;
   const std::vector<float> keys = testing_support::normal_floats(rng, tokens * shape.head_dim, 0.1);
   KeyLearnerOptions options;
-  options.codec.pairs = {shape.head_dim, shape.head_dim, RopeLayout::kHalfSplit};
-  options.codec.group_pairs = shape.group_pairs;
-  options.codec.codebook_size = shape.codebook_size;
-  options.codec.num_stages = shape.num_stages;
-  options.codec.tied = shape.tied;
+  options.codec = shape.config();
   options.max_steps = 6;
   options.refinement.rounds = 4;
   options.refinement.beam_width = 4;

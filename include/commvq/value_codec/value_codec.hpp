@@ -84,6 +84,12 @@ class COMMVQ_API ValueCodec {
     return {weights_.decoder.data(), config_.num_code_bits(), config_.num_channels};
   }
 
+  /// E E^T, `[num_code_bits][num_code_bits]`, with which codes are polished; empty without polish.
+  MatrixView<const float> gram() const {
+    const Index bits = gram_.empty() ? 0 : config_.num_code_bits();
+    return {gram_.data(), bits, bits};
+  }
+
   /// Bytes of the packed binary code of one token.
   int code_bytes() const { return config_.num_code_bits() / 8; }
   /// Bits of one token: the binary code and the bf16 scale.
