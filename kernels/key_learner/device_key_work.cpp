@@ -214,7 +214,8 @@ void DeviceKeyWork::search_group(const KeyCodebook<float>& codebook, int group, 
         memory.products.data(), new_width, memory.choices.data() + stage * stride,
         memory.residuals[to].data(), memory.errors[to].data(), stream());
     require(fits, "a beam of ", width, " over books of ", config_.codebook_size,
-            " needs more shared memory than the device has: use a smaller beam or learn on the host");
+            " needs more shared memory than the device has: use a smaller beam or learn on the ",
+            "host");
     // The next stage's books take the place of these.
     check_kernels("searching for codes");
     width = new_width;

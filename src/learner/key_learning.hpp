@@ -16,7 +16,8 @@ namespace commvq::key_learning {
 COMMVQ_API KeyCodebook<float> learn(KeyWork& keys, const KeyLearnerOptions& options,
                                     std::mt19937_64& random, KeyLearnerReport* report);
 
-/// Throws `Error` for options or keys of one head, `[tokens][head_dim]`, that cannot be learnt from.
+/// Throws `Error` for options or keys of one head, `[tokens][head_dim]`, that cannot be learnt
+/// from.
 COMMVQ_API void check_head(MatrixView<const float> keys, const KeyLearnerOptions& options);
 
 /// Throws `Error` for options or keys of a layer, `[tokens][num_kv_heads * head_dim]`, that cannot
