@@ -2,14 +2,17 @@
 #include <algorithm>
 #include <cstdio>
 #include <random>
+#include <sstream>
 
 #include "commvq/commvq.hpp"
 
 #include <CLI/CLI.hpp>
 
 #include "engine/calibration_data.hpp"
+#include "engine/codec_parts.hpp"
 #include "engine/console.hpp"
 #include "engine/generate.hpp"
+#include "engine/hash.hpp"
 #include "engine/learner.hpp"
 #include "engine/text_file.hpp"
 #include "engine/tokenizer.hpp"
@@ -20,6 +23,7 @@ using engine::Index;
 
 struct Options {
   std::string model, text, out;
+  std::string layers;  ///< "A:B"; empty: all
   bool self = false;
   int bits = 1;
   int context = 1024;
@@ -55,12 +59,6 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
   engine::ProgressLine progress("Writing " + std::to_string(count * length) + " tokens");
   return engine::write_text(model, std::move(texts), length, options.seed,
                             [&](int written) { progress.update(double(written) / length); });
-}
-
-engine::CalibrationData run_model(const engine::Model& model,
-                                  const std::vector<std::vector<int>>& contexts) {
-  engine::ProgressLine progress("Running the model");
-  return engine::collect(model, contexts, [&](double share) { progress.update(share); });
 }
 
 commvq::KeyLearnerOptions key_options(const Options& options, const commvq::PairLayout& pairs,
@@ -124,40 +122,91 @@ commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& op
               learner.train_value_codec({all_values.data(), rows, channels}, values))};
 }
 
-int calibrate(const Options& options) {
-  const engine::Learner learner =
-      options.device == "cuda" ? engine::device_learner() : engine::host_learner();
-  const engine::Model model(options.model);
-  const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
-  const auto windows = calibration_text(options, model, tokenizer);
-  std::vector<engine::LayerData> layers = run_model(model, windows).layers;
+/// Everything that decides what is learnt but the model, as words "name=value".
+std::string provenance_of(const Options& options, const std::vector<std::vector<int>>& contexts) {
+  engine::Hash text;
+  for (const std::vector<int>& context : contexts) text.add_numbers(std::span(context));
+  std::ostringstream words;
+  words << "calibrate method=" << options.method << " bits=" << options.bits
+        << " tokens=" << contexts.size() * contexts[0].size() << " context=" << options.context
+        << " source=" << (options.self ? "self" : "file") << " text=" << text.text()
+        << " key_tokens=" << options.key_tokens << " stages=" << options.stages
+        << " codebook_size=" << options.codebook_size << " group_pairs=" << options.group_pairs
+        << " em_steps=" << options.em_steps << " refine=" << options.refine
+        << " value_steps=" << options.value_steps << " device=" << options.device
+        << " seed=" << options.seed;
+  return words.str();
+}
 
+/// What the codebook file will hold, still without codecs.
+commvq::ModelCodecs empty_codecs(const Options& options, const engine::Model& model,
+                                 const std::vector<std::vector<int>>& contexts) {
   commvq::ModelCodecs codecs;
   codecs.rope = model.config().rope;
   codecs.num_kv_heads = model.config().num_kv_heads;
   codecs.model_digest = model.digest();
-  codecs.provenance = "calibrate, method " + options.method + ", " +
-                      std::to_string(windows.size() * windows[0].size()) + " tokens of " +
-                      (options.self ? "its own text" : "given text") + ", seed " +
-                      std::to_string(options.seed);
+  codecs.provenance = provenance_of(options, contexts);
+  codecs.layers.resize(static_cast<std::size_t>(model.config().num_layers));
+  return codecs;
+}
+
+/// Learns the layers `missing`, in ascending order, and keeps each in `parts` once it is there.
+void learn_layers(const Options& options, const engine::Learner& learner,
+                  const engine::Model& model, const std::vector<std::vector<int>>& contexts,
+                  const std::vector<int>& missing, const engine::PartsFolder& parts,
+                  std::vector<commvq::LayerCodec>& layers) {
+  engine::CalibrationData data;
   {
-    engine::ProgressLine progress("Learning " + std::to_string(options.bits) + "-bit codecs");
-    for (std::size_t i = 0; i < layers.size(); ++i)
-      codecs.layers.push_back(learn_layer(
-          learner, options, model.config(), std::move(layers[i]),
-          [&](const commvq::Progress& step) {
-            progress.update((double(i) + step.fraction) / double(layers.size()),
-                            "layer " + std::to_string(i + 1) + "/" + std::to_string(layers.size()) +
-                                ", " + step.phase);
-          },
-          options.seed * 1000003 + i));
+    engine::ProgressLine progress("Running the model");
+    data = engine::collect(
+        model, contexts, [&](double share) { progress.update(share); },
+        [&](int layer) { return std::binary_search(missing.begin(), missing.end(), layer); });
   }
+  engine::ProgressLine progress("Learning " + std::to_string(options.bits) + "-bit codecs");
+  for (std::size_t i = 0; i < missing.size(); ++i) {
+    const auto at = static_cast<std::size_t>(missing[i]);
+    const std::string title =
+        "layer " + std::to_string(at + 1) + "/" + std::to_string(layers.size()) + ", ";
+    layers[at] = learn_layer(
+        learner, options, model.config(), std::move(data.layers[at]),
+        [&](const commvq::Progress& step) {
+          progress.update((double(i) + step.fraction) / double(missing.size()),
+                          title + step.phase);
+        },
+        options.seed * 1000003 + at);
+    parts.save(missing[i], layers[at]);
+  }
+}
+
+int calibrate(const Options& options) {
+  const engine::Learner learner =
+      options.device == "cuda" ? engine::device_learner() : engine::host_learner();
+  const engine::Model model(options.model);
+  const int num_layers = model.config().num_layers;
+  const engine::LayerRange range = options.layers.empty()
+                                       ? engine::LayerRange{0, num_layers}
+                                       : engine::LayerRange::parse(options.layers, num_layers);
+  const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
+  const auto contexts = calibration_text(options, model, tokenizer);
+  commvq::ModelCodecs codecs = empty_codecs(options, model, contexts);
+  const engine::PartsFolder parts(options.out, codecs);
+  std::vector<int> missing;
+  for (int layer = range.begin; layer < range.end; ++layer)
+    if (const auto kept = parts.load(layer))
+      codecs.layers[static_cast<std::size_t>(layer)] = *kept;
+    else
+      missing.push_back(layer);
+  const std::size_t num_kept = static_cast<std::size_t>(range.end - range.begin) - missing.size();
+  if (num_kept > 0) std::printf("%zu layers kept from an earlier run\n", num_kept);
+  if (!missing.empty())
+    learn_layers(options, learner, model, contexts, missing, parts, codecs.layers);
   commvq::save_codecs(options.out, codecs);
+  parts.remove();
   const commvq::Cache cache = model.make_cache(codecs.layers);
-  const double bytes = cache.layer(0).bytes_per_token();
+  const double bytes = cache.layer(range.begin).bytes_per_token();
   const double fp16 = 4.0 * model.config().kv_size();
-  std::printf("%s: %d layers, %.3f bytes a token and layer, 1/%.2f of FP16\n", options.out.c_str(),
-              cache.num_layers(), bytes, fp16 / bytes);
+  std::printf("%s: %d of %d layers, %.3f bytes a token and layer, 1/%.2f of FP16\n",
+              options.out.c_str(), range.end - range.begin, num_layers, bytes, fp16 / bytes);
   return 0;
 }
 
@@ -173,7 +222,13 @@ int main(int argc, char** argv) {
   app.add_option("--bits", options.bits, "Bits per number")
       ->check(CLI::IsMember({1, 2}))
       ->capture_default_str();
-  app.add_option("--out", options.out, "Codebook file to write")->required();
+  app.add_option("--out", options.out,
+                 "Codebook file to write; finished layers wait in OUT.parts, from which an "
+                 "interrupted run goes on")
+      ->required();
+  app.add_option("--layers", options.layers,
+                 "A:B: only layers A up to B, B left out, counted from 0; merge_codebooks joins "
+                 "such files");
   app.add_option("--tokens", options.tokens, "Tokens to calibrate on, spread over the text")
       ->check(CLI::Range(64, 1 << 24))
       ->capture_default_str();

@@ -27,7 +27,8 @@ std::vector<std::vector<int>> spread_contexts(const std::vector<int>& text, int 
 }
 
 CalibrationData collect(const Model& model, const std::vector<std::vector<int>>& contexts,
-                        const std::function<void(double)>& progress) {
+                        const std::function<void(double)>& progress,
+                        const std::function<bool(int layer)>& wanted) {
   const ModelConfig& config = model.config();
   const commvq::QueryStatistics no_queries(config.rope.pairs, config.num_kv_heads);
   const auto num_layers = static_cast<std::size_t>(config.num_layers);
@@ -35,9 +36,10 @@ CalibrationData collect(const Model& model, const std::vector<std::vector<int>>&
   data.context = static_cast<Index>(contexts[0].size());
   const auto size = contexts.size() * contexts[0].size() * static_cast<std::size_t>(config.kv_size());
   data.layers.assign(num_layers, {{}, {}, no_queries});
-  for (LayerData& layer : data.layers) {
-    layer.keys.resize(size);
-    layer.values.resize(size);
+  for (std::size_t layer = 0; layer < num_layers; ++layer) {
+    if (wanted && !wanted(static_cast<int>(layer))) continue;
+    data.layers[layer].keys.resize(size);
+    data.layers[layer].values.resize(size);
   }
   // Added up in the contexts' order in the end, whatever order they are done in.
   std::vector<std::vector<commvq::QueryStatistics>> queries(
@@ -51,6 +53,7 @@ CalibrationData collect(const Model& model, const std::vector<std::vector<int>>&
     model.prefill(contexts[at], cache, Logits::kNone,
                   [&](int index, auto of_queries, auto keys, auto values) {
                     const auto layer = static_cast<std::size_t>(index);
+                    if (data.layers[layer].keys.empty()) return;
                     queries[at][layer].add(of_queries);
                     copy_rows(keys, first[layer], data.layers[layer].keys);
                     copy_rows(values, first[layer], data.layers[layer].values);
