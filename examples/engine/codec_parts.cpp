@@ -26,11 +26,13 @@ std::map<std::string, std::string> words_of(const std::string& provenance) {
 /// "seed=1 and seed=2, ..." of two provenances.
 std::string difference(const std::string& one, const std::string& other) {
   auto these = words_of(one), those = words_of(other);
-  for (const auto& [name, word] : those) these.try_emplace(name, "no " + name);
+  for (const auto& [name, word] : those) these.try_emplace(name, name + " absent");
   std::string text;
   for (const auto& [name, word] : these) {
-    const std::string& counterpart = those.try_emplace(name, "no " + name).first->second;
-    if (word != counterpart) text += (text.empty() ? "" : ", ") + word + " and " + counterpart;
+    const std::string& counterpart = those.try_emplace(name, name + " absent").first->second;
+    if (word == counterpart) continue;
+    if (!text.empty()) text += ", ";
+    text += word + " and " + counterpart;
   }
   return text;
 }
