@@ -170,8 +170,7 @@ void learn_layers(const Options& options, const engine::Learner& learner,
     layers[at] = learn_layer(
         learner, options, model.config(), std::move(data.layers[at]),
         [&](const commvq::Progress& step) {
-          progress.update((double(i) + step.fraction) / double(missing.size()),
-                          title + step.phase);
+          progress.update((double(i) + step.fraction) / double(missing.size()), title + step.phase);
         },
         options.seed * 1000003 + at);
     parts.save(missing[i], layers[at]);

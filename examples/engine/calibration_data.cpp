@@ -34,7 +34,8 @@ CalibrationData collect(const Model& model, const std::vector<std::vector<int>>&
   const auto num_layers = static_cast<std::size_t>(config.num_layers);
   CalibrationData data;
   data.context = static_cast<Index>(contexts[0].size());
-  const auto size = contexts.size() * contexts[0].size() * static_cast<std::size_t>(config.kv_size());
+  const auto size =
+      contexts.size() * contexts[0].size() * static_cast<std::size_t>(config.kv_size());
   data.layers.assign(num_layers, {{}, {}, no_queries});
   for (std::size_t layer = 0; layer < num_layers; ++layer) {
     if (wanted && !wanted(static_cast<int>(layer))) continue;
@@ -42,8 +43,8 @@ CalibrationData collect(const Model& model, const std::vector<std::vector<int>>&
     data.layers[layer].values.resize(size);
   }
   // Added up in the contexts' order in the end, whatever order they are done in.
-  std::vector<std::vector<commvq::QueryStatistics>> queries(
-      contexts.size(), std::vector(num_layers, no_queries));
+  std::vector<std::vector<commvq::QueryStatistics>> queries(contexts.size(),
+                                                            std::vector(num_layers, no_queries));
   std::mutex mutex;
   Index num_done = 0;
   for_each_task(static_cast<Index>(contexts.size()), [&](Index context) {

@@ -29,8 +29,8 @@ std::vector<std::vector<int>> spread_contexts(const std::vector<int>& text, int 
                                               int tokens);
 
 /// Runs the model over contexts of equal length, exactly, side by side, and keeps what the layers
-/// computed: all, or those that `wanted` says; the others stay empty. `progress`, if given, receives
-/// the share that is done, one call at a time.
+/// computed: all, or those that `wanted` says; the others stay empty. `progress`, if given,
+/// receives the share that is done, one call at a time.
 CalibrationData collect(const Model& model, const std::vector<std::vector<int>>& contexts,
                         const std::function<void(double)>& progress = {},
                         const std::function<bool(int layer)>& wanted = {});

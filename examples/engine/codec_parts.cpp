@@ -63,8 +63,8 @@ void require_same_calibration(const CodecPart& one, const CodecPart& other) {
   commvq::require(a.rope == b.rope && a.num_kv_heads == b.num_kv_heads, both,
                   " are for different RoPE or numbers of KV heads (", a.num_kv_heads, " and ",
                   b.num_kv_heads, ")");
-  commvq::require(a.provenance == b.provenance, both, " come from different calibrations: ",
-                  difference(a.provenance, b.provenance));
+  commvq::require(a.provenance == b.provenance, both,
+                  " come from different calibrations: ", difference(a.provenance, b.provenance));
 }
 
 commvq::ModelCodecs merge_parts(const std::vector<CodecPart>& parts) {

@@ -23,8 +23,9 @@ struct CodecPart {
   commvq::ModelCodecs codecs;
 };
 
-/// Throws `commvq::Error` naming what differs, unless both parts belong to one calibration: the same
-/// model, shape and provenance. Of provenances of words "name=value" it names those that differ.
+/// Throws `commvq::Error` naming what differs, unless both parts belong to one calibration: the
+/// same model, shape and provenance. Of provenances of words "name=value" it names those that
+/// differ.
 void require_same_calibration(const CodecPart& one, const CodecPart& other);
 
 /// One file's codecs from parts that hold each layer once between them. Throws `commvq::Error` for
@@ -32,8 +33,8 @@ void require_same_calibration(const CodecPart& one, const CodecPart& other);
 commvq::ModelCodecs merge_parts(const std::vector<CodecPart>& parts);
 
 /// The folder OUT.parts, where the finished layers of a calibration that writes OUT wait for the
-/// others, so that an interrupted run can go on. Each is a codebook file that lacks the other layers
-/// and appears at once, complete.
+/// others, so that an interrupted run can go on. Each is a codebook file that lacks the other
+/// layers and appears at once, complete.
 class PartsFolder {
  public:
   /// `whole` is what OUT will hold, of all layers, without codecs.

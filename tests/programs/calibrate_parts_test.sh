@@ -6,6 +6,7 @@ programs=$1 model=$2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 text=$work/text
+export OMP_WAIT_POLICY=passive  # two processes share the cores
 
 fail() {
   echo "FAILED: $*" >&2
@@ -21,7 +22,7 @@ refuses() {
 }
 calibrate() {
   "$programs/calibrate" "$model" --text "$text" --tokens 256 --context 128 --method paper \
-    --em-steps 2 --value-steps 20 "$@"
+    --em-steps 1 --value-steps 4 "$@"
 }
 merge() { "$programs/merge_codebooks" "$@"; }
 
@@ -63,7 +64,7 @@ refuses "belong to different models" merge "$work/part-0" "$work/other-model" --
 
 # One that is killed once a layer is there.
 "$programs/calibrate" "$model" --text "$text" --tokens 256 --context 128 --method paper \
-  --em-steps 2 --value-steps 20 --out "$work/killed" &
+  --em-steps 1 --value-steps 4 --out "$work/killed" &
 run=$!
 while [[ ! -e $work/killed.parts/layer-0.safetensors ]] && kill -0 "$run"; do sleep 0.02; done
 kill -KILL "$run" || fail "the run ended before it could be killed"
