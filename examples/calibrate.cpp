@@ -38,6 +38,8 @@ struct Options {
   int em_steps = 0;     ///< 0: the method's
   int refine = -1;      ///< -1: the method's
   int value_steps = 0;  ///< 0: the method's
+  int ranks = 1;        ///< devices that share the KV heads of every layer
+  int rank = 0;         ///< whose heads to learn
   std::uint64_t seed = 1;
 };
 
@@ -45,14 +47,14 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
                                                const engine::Tokenizer& tokenizer) {
   if (!options.self) {
     const auto text = tokenizer.encode(engine::read_text_file(options.text));
-    return engine::spread_contexts(text, options.context, options.tokens);
+    return engine::spread_contexts(text, options.context, options.tokens, tokenizer.prefix());
   }
   // Many short texts side by side: writing is sequential within each.
   const int length = std::min(options.context, 512);
   const int count = std::max(1, options.tokens / length);
   // A random token after the first makes the texts differ more than the model itself would.
   std::mt19937_64 random(options.seed);
-  const int first = std::max(0, tokenizer.added_token("<|endoftext|>"));
+  const int first = model.config().first_token;
   const auto vocab = static_cast<std::uint64_t>(model.config().vocab_size);
   std::vector<std::vector<int>> texts;
   for (int i = 0; i < count; ++i) texts.push_back({first, static_cast<int>(random() % vocab)});
@@ -98,12 +100,28 @@ commvq::ValueTrainerOptions value_options(const Options& options, int channels) 
   return values;
 }
 
+/// Rank `rank`'s share of every row of `[rows][numbers.size() / rows]`.
+std::vector<float> share_of(const Options& options, const std::vector<float>& numbers, Index rows) {
+  const Index width = static_cast<Index>(numbers.size()) / rows, share = width / options.ranks;
+  std::vector<float> result;
+  for (Index r = 0; r < rows; ++r) {
+    const auto first = numbers.begin() + r * width + options.rank * share;
+    result.insert(result.end(), first, first + share);
+  }
+  return result;
+}
+
 commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& options,
                                const engine::ModelConfig& config, engine::LayerData data,
                                const commvq::ProgressCallback& progress, std::uint64_t seed) {
-  const Index channels = config.kv_size();
-  const auto rows = static_cast<Index>(data.keys.size()) / channels;
+  const Index channels = config.kv_size() / options.ranks;
+  const auto rows = static_cast<Index>(data.keys.size()) / config.kv_size();
   commvq::KeyLearnerOptions keys = key_options(options, config.rope.pairs, data.queries);
+  if (options.ranks > 1) {
+    if (!keys.pair_weights.empty()) keys.pair_weights = share_of(options, keys.pair_weights, 1);
+    data.keys = share_of(options, data.keys, rows);
+    data.values = share_of(options, data.values, rows);
+  }
   keys.seed = seed;
   keys.progress = [&](commvq::Progress step) {
     step.fraction *= 0.5;
@@ -135,6 +153,7 @@ std::string provenance_of(const Options& options, const std::vector<std::vector<
         << " em_steps=" << options.em_steps << " refine=" << options.refine
         << " value_steps=" << options.value_steps << " device=" << options.device
         << " seed=" << options.seed;
+  if (options.ranks > 1) words << " ranks=" << options.ranks << " rank=" << options.rank;
   return words.str();
 }
 
@@ -143,7 +162,7 @@ commvq::ModelCodecs empty_codecs(const Options& options, const engine::Model& mo
                                  const std::vector<std::vector<int>>& contexts) {
   commvq::ModelCodecs codecs;
   codecs.rope = model.config().rope;
-  codecs.num_kv_heads = model.config().num_kv_heads;
+  codecs.num_kv_heads = model.config().num_kv_heads / options.ranks;
   codecs.model_digest = model.digest();
   codecs.provenance = provenance_of(options, contexts);
   codecs.layers.resize(static_cast<std::size_t>(model.config().num_layers));
@@ -181,7 +200,11 @@ int calibrate(const Options& options) {
   const engine::Learner learner =
       options.device == "cuda" ? engine::device_learner() : engine::host_learner();
   const engine::Model model(options.model);
-  const int num_layers = model.config().num_layers;
+  const int num_layers = model.config().num_layers, num_kv_heads = model.config().num_kv_heads;
+  commvq::require(num_kv_heads % options.ranks == 0, "--ranks is ", options.ranks,
+                  "; it must divide the model's ", num_kv_heads, " KV heads");
+  commvq::require(options.rank < options.ranks, "--rank is ", options.rank, "; there are ",
+                  options.ranks, " ranks, the first of them 0");
   const engine::LayerRange range = options.layers.empty()
                                        ? engine::LayerRange{0, num_layers}
                                        : engine::LayerRange::parse(options.layers, num_layers);
@@ -201,9 +224,12 @@ int calibrate(const Options& options) {
     learn_layers(options, learner, model, contexts, missing, parts, codecs.layers);
   commvq::save_codecs(options.out, codecs);
   parts.remove();
-  const commvq::Cache cache = model.make_cache(codecs.layers);
-  const double bytes = cache.layer(range.begin).bytes_per_token();
-  const double fp16 = 4.0 * model.config().kv_size();
+  commvq::CacheConfig config;
+  config.rope = codecs.rope;
+  config.num_kv_heads = codecs.num_kv_heads;
+  const auto first = static_cast<std::size_t>(range.begin);
+  const double bytes = commvq::LayerCache(config, codecs.layers[first]).bytes_per_token();
+  const double fp16 = 4.0 * double(config.num_channels());
   std::printf("%s: %d of %d layers, %.3f bytes a token and layer, 1/%.2f of FP16\n",
               options.out.c_str(), range.end - range.begin, num_layers, bytes, fp16 / bytes);
   return 0;
@@ -214,7 +240,8 @@ int calibrate(const Options& options) {
 int main(int argc, char** argv) {
   Options options;
   CLI::App app("Learns the codebooks that compress a model's KV cache.");
-  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama model")->required();
+  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama, Mistral or Qwen model")
+      ->required();
   auto* text = app.add_option("--text", options.text, "Text file to calibrate on");
   app.add_flag("--self", options.self, "Let the model write its own text; no data is needed")
       ->excludes(text);
@@ -265,6 +292,12 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--device", options.device, "Where codecs are learnt: cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  app.add_option("--ranks", options.ranks, "Devices that share the KV heads of every layer")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--rank", options.rank, "Learn for the heads of this one of them, from 0 on")
+      ->check(CLI::Range(0, 65535))
       ->capture_default_str();
   app.add_option("--seed", options.seed, "Seed of everything random")->capture_default_str();
   CLI11_PARSE(app, argc, argv);

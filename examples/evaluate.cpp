@@ -103,7 +103,7 @@ engine::CalibrationData calibration_of(const Options& options, const engine::Mod
                   "; peers must not learn from the text they are evaluated on");
   const auto contexts =
       engine::spread_contexts(tokenizer.encode(engine::read_text_file(options.calibration)),
-                              options.context, options.calibration_tokens);
+                              options.context, options.calibration_tokens, tokenizer.prefix());
   engine::ProgressLine progress("Running the model on the calibration text");
   return engine::collect(model, contexts, [&](double share) { progress.update(share); });
 }
@@ -145,7 +145,7 @@ std::vector<int> text_of(const Options& options, const engine::Model& model,
   if (!options.self) return tokenizer.encode(engine::read_text_file(options.text));
   const int count = std::max(options.windows, 1);
   engine::ProgressLine progress("Writing " + std::to_string(count * options.context) + " tokens");
-  const std::vector<int> first = {std::max(0, tokenizer.added_token("<|endoftext|>"))};
+  const std::vector<int> first = {model.config().first_token};
   const auto texts = engine::write_text(
       model, std::vector(static_cast<std::size_t>(count), first), options.context, options.seed,
       [&](int written) { progress.update(double(written) / options.context); });
@@ -278,7 +278,8 @@ int evaluate(const Options& options) {
   const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
   std::vector<Row> rows = make_rows(options, model, tokenizer);
   const std::vector<int> text = text_of(options, model, tokenizer);
-  const auto windows = engine::windows_of(text, options.context, options.windows);
+  const auto windows =
+      engine::windows_of(text, options.context, options.windows, tokenizer.prefix());
   const std::string key = key_of_exact(options, model, text);
   if (!options.exact.empty())
     if (auto results = engine::load_results(options.exact, key)) {
@@ -301,7 +302,8 @@ int evaluate(const Options& options) {
 int main(int argc, char** argv) {
   Options options;
   CLI::App app("Measures the quality of compressed KV caches against the exact one.");
-  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama model")->required();
+  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama, Mistral or Qwen model")
+      ->required();
   auto* text = app.add_option("--text", options.text, "Text file to evaluate on");
   app.add_flag("--self", options.self, "Let the model write the text")->excludes(text);
   app.add_option("--codebooks", options.codebooks, "Codebook files that calibrate wrote");

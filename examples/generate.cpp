@@ -1,6 +1,7 @@
 // Continues a prompt with an exact or a compressed KV cache and says what the cache costs.
 #include "engine/generate.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 
@@ -50,7 +51,9 @@ int generate(const Options& options) {
                        model.digest());
     codecs = std::move(file.layers);
   }
-  const std::vector<int> prompt = tokenizer.encode(options.prompt);
+  std::vector<int> prompt = tokenizer.prefix();
+  const std::vector<int> text = tokenizer.encode(options.prompt);
+  prompt.insert(prompt.end(), text.begin(), text.end());
   commvq::Cache cache = model.make_cache(codecs, options.window, options.sinks);
   std::unique_ptr<engine::SequenceCache> device_cache;
   if (options.device == "cuda") {
@@ -65,11 +68,11 @@ int generate(const Options& options) {
   engine::StreamingDecoder decoder(tokenizer);
 
   std::printf("%s", options.prompt.c_str());
-  const int stop = tokenizer.added_token("<|endoftext|>");
+  const std::vector<int>& stop = model.config().stop_tokens;
   const auto start = std::chrono::steady_clock::now();
   const auto tokens =
       engine::generate(model, handle, prompt, options.max_tokens, sampler, stop, [&](int token) {
-        if (token == stop) return true;
+        if (std::find(stop.begin(), stop.end(), token) != stop.end()) return true;
         std::printf("%s", decoder.add(token).c_str());
         std::fflush(stdout);
         return true;
@@ -90,7 +93,8 @@ int generate(const Options& options) {
 int main(int argc, char** argv) {
   Options options;
   CLI::App app("Continues a prompt with an exact or a compressed KV cache.");
-  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama model")->required();
+  app.add_option("MODEL", options.model, "Folder of a Hugging Face Llama, Mistral or Qwen model")
+      ->required();
   app.add_option("--codebooks", options.codebooks, "Codebook file that calibrate wrote");
   app.add_option("--prompt", options.prompt, "Text to continue")->required();
   app.add_option("--cache", options.cache, "exact (FP16) or commvq")

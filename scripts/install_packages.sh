@@ -4,7 +4,7 @@
 set -euo pipefail
 
 packages=(g++ cmake ninja-build pkg-config libeigen3-dev nlohmann-json3-dev libxxhash-dev
-  libcli11-dev libpcre2-dev libgtest-dev libgmock-dev libbenchmark-dev "$@")
+  libcli11-dev libpcre2-dev libutf8proc-dev libgtest-dev libgmock-dev libbenchmark-dev "$@")
 
 missing=()
 for package in "${packages[@]}"; do

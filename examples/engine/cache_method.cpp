@@ -13,8 +13,9 @@ class HostCache final : public SequenceCache {
   explicit HostCache(commvq::Cache cache) : cache_(std::move(cache)) {}
 
   void append_and_attend(int layer, MatrixView<const float> queries, MatrixView<const float> keys,
-                         MatrixView<const float> values, MatrixView<float> attended) override {
-    CacheHandle(cache_).append_and_attend(layer, queries, keys, values, attended);
+                         MatrixView<const float> values, Index sliding_window,
+                         MatrixView<float> attended) override {
+    CacheHandle(cache_).append_and_attend(layer, queries, keys, values, sliding_window, attended);
   }
   Index length() const override { return cache_.length(); }
   Index allocated_bytes() const override { return cache_.allocated_bytes(); }

@@ -17,8 +17,8 @@ void copy_rows(MatrixView<const float> rows, Index first, std::vector<float>& to
 }  // namespace
 
 std::vector<std::vector<int>> spread_contexts(const std::vector<int>& text, int context,
-                                              int tokens) {
-  const auto all = windows_of(text, context, 0);
+                                              int tokens, const std::vector<int>& prefix) {
+  const auto all = windows_of(text, context, 0, prefix);
   const auto count =
       std::clamp<std::size_t>(static_cast<std::size_t>(tokens / context), 1, all.size());
   std::vector<std::vector<int>> contexts;

@@ -23,10 +23,10 @@ struct CalibrationData {
 };
 
 /// About `tokens` tokens of `text` in contexts of `context`, at least one, spread over the text:
-/// its beginning may be all of one kind. Throws `commvq::Error` if the text has not enough tokens
-/// for one.
-std::vector<std::vector<int>> spread_contexts(const std::vector<int>& text, int context,
-                                              int tokens);
+/// its beginning may be all of one kind. Each begins with `prefix`. Throws `commvq::Error` if the
+/// text has not enough tokens for one.
+std::vector<std::vector<int>> spread_contexts(const std::vector<int>& text, int context, int tokens,
+                                              const std::vector<int>& prefix = {});
 
 /// Runs the model over contexts of equal length, exactly, side by side, and keeps what the layers
 /// computed: all, or those that `wanted` says; the others stay empty. `progress`, if given,

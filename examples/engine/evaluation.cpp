@@ -28,17 +28,20 @@ constexpr const char* kNames[] = {"Alice", "Boris",  "Clara", "Dmitri", "Elena",
 }  // namespace
 
 std::vector<std::vector<int>> windows_of(const std::vector<int>& tokens, int context,
-                                         int max_windows) {
-  commvq::require(context >= 2, "the context is ", context, " tokens; it must be at least 2");
-  const auto size = static_cast<std::size_t>(context);
+                                         int max_windows, const std::vector<int>& prefix) {
+  const auto least = static_cast<int>(prefix.size()) + 2;
+  commvq::require(context >= least, "the context is ", context, " tokens; it must be at least ",
+                  least);
+  const std::size_t size = static_cast<std::size_t>(context) - prefix.size();
   commvq::require(tokens.size() >= size, "the text has ", tokens.size(),
-                  " tokens; one context needs ", context);
+                  " tokens; one context needs ", size);
   std::size_t count = tokens.size() / size;
   if (max_windows > 0) count = std::min(count, static_cast<std::size_t>(max_windows));
-  std::vector<std::vector<int>> windows;
-  for (std::size_t i = 0; i < count; ++i)
-    windows.emplace_back(tokens.begin() + static_cast<std::ptrdiff_t>(i * size),
-                         tokens.begin() + static_cast<std::ptrdiff_t>((i + 1) * size));
+  std::vector<std::vector<int>> windows(count, prefix);
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto begin = tokens.begin() + static_cast<std::ptrdiff_t>(i * size);
+    windows[i].insert(windows[i].end(), begin, begin + static_cast<std::ptrdiff_t>(size));
+  }
   return windows;
 }
 

@@ -10,10 +10,11 @@
 
 namespace engine {
 
-/// Non-overlapping windows of `context` tokens, at most `max_windows` (0: all); a shorter rest is
-/// left out. Throws `commvq::Error` if the text has not enough tokens for one.
+/// Windows of `context` tokens, at most `max_windows` (0: all): each `prefix` (what a model expects
+/// before a text), then tokens of the text, which do not overlap; a shorter rest is left out.
+/// Throws `commvq::Error` if the text has not enough tokens for one.
 std::vector<std::vector<int>> windows_of(const std::vector<int>& tokens, int context,
-                                         int max_windows);
+                                         int max_windows, const std::vector<int>& prefix = {});
 
 /// What a model said of one window: for each token but the first, the negative log-likelihood and
 /// the token it held most probable.

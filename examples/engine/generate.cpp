@@ -1,11 +1,13 @@
 #include "engine/generate.hpp"
 
+#include <algorithm>
+
 #include "commvq/core/error.hpp"
 
 namespace engine {
 
 std::vector<int> generate(const Model& model, CacheHandle cache, std::span<const int> prompt,
-                          int max_tokens, Sampler& sampler, int stop_token,
+                          int max_tokens, Sampler& sampler, std::span<const int> stop_tokens,
                           const TokenCallback& on_token) {
   commvq::require(!prompt.empty(), "the prompt has no tokens");
   std::vector<int> result;
@@ -15,8 +17,8 @@ std::vector<int> generate(const Model& model, CacheHandle cache, std::span<const
     const int token = sampler.pick(logits);
     result.push_back(token);
     const bool goes_on = !on_token || on_token(token);
-    if (!goes_on || token == stop_token || static_cast<int>(result.size()) >= max_tokens)
-      return result;
+    const bool ends = std::find(stop_tokens.begin(), stop_tokens.end(), token) != stop_tokens.end();
+    if (!goes_on || ends || static_cast<int>(result.size()) >= max_tokens) return result;
     const Segment segment{{&token, 1}, cache};
     logits = model.forward({&segment, 1}, Logits::kLastOfSegment);
   }
@@ -28,8 +30,8 @@ std::vector<std::vector<int>> write_text(const Model& model, std::vector<std::ve
   commvq::require(!texts.empty(), "there are no texts to go on with");
   const std::size_t begun = texts[0].size();
   for (const auto& text : texts)
-    commvq::require(!text.empty() && text.size() == begun, "texts begin with ", text.size(), " and ",
-                    begun, " tokens; all must begin with as many, at least 1");
+    commvq::require(!text.empty() && text.size() == begun, "texts begin with ", text.size(),
+                    " and ", begun, " tokens; all must begin with as many, at least 1");
   std::vector<commvq::Cache> caches(texts.size(), model.make_cache({}));
   std::vector<Sampler> samplers;
   for (std::size_t i = 0; i < texts.size(); ++i)

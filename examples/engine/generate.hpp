@@ -15,10 +15,10 @@ using TokenCallback = std::function<bool(int token)>;
 
 /// Runs `prompt` through the model and appends up to `max_tokens` tokens. `cache` must be empty or
 /// hold what comes before the prompt; it ends up with everything but the last new token. Stops
-/// early after `stop_token` (-1: never), which is part of the result. Throws `commvq::Error` for an
+/// early after one of `stop_tokens`, which is part of the result. Throws `commvq::Error` for an
 /// empty prompt.
 std::vector<int> generate(const Model& model, CacheHandle cache, std::span<const int> prompt,
-                          int max_tokens, Sampler& sampler, int stop_token = -1,
+                          int max_tokens, Sampler& sampler, std::span<const int> stop_tokens = {},
                           const TokenCallback& on_token = {});
 
 /// Text that the model writes by itself: goes on with every one of `texts` (which begin with the

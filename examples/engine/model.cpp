@@ -8,8 +8,6 @@
 
 #include <Eigen/Core>
 
-#include "engine/hash.hpp"
-
 namespace engine {
 namespace {
 
@@ -20,11 +18,13 @@ MatrixView<const float> view(const Matrix& m) {
   return {m.data(), m.rows(), m.cols()};
 }
 
-/// x W^T with `weight` stored `[out][in]`.
-Matrix linear(const Matrix& x, const std::vector<float>& weight) {
+/// x W^T + bias with `weight` stored `[out][in]`; an empty bias is none.
+Matrix linear(const Matrix& x, const std::vector<float>& weight,
+              const std::vector<float>& bias = {}) {
   const Index in = x.cols(), out = static_cast<Index>(weight.size()) / in;
   Matrix result(x.rows(), out);
   result.noalias() = x * ConstMatrixMap(weight.data(), out, in).transpose();
+  if (!bias.empty()) result.rowwise() += Eigen::Map<const Eigen::RowVectorXf>(bias.data(), out);
   return result;
 }
 
@@ -38,9 +38,24 @@ Matrix rms_norm(const Matrix& x, const std::vector<float>& weight, float eps) {
   return result;
 }
 
+/// RMSNorm of every head of every row, in place.
+void norm_heads(Matrix& heads, const std::vector<float>& weight, float eps) {
+  const auto head_dim = static_cast<Index>(weight.size());
+  Eigen::Map<Matrix> rows(heads.data(), heads.size() / head_dim, head_dim);
+  rows = rms_norm(rows, weight, eps);
+}
+
+/// The gated network that follows attention.
+Matrix feed_forward(const Matrix& x, const LayerWeights& layer) {
+  Matrix gate = linear(x, layer.gate);
+  gate.array() = gate.array() / (1.0f + (-gate.array()).exp());
+  return linear(gate.cwiseProduct(linear(x, layer.up)), layer.down);
+}
+
 /// Appends to each segment's cache and attends, side by side where there are several sequences.
-void attend_segments(std::span<const Segment> segments, int layer, MatrixView<const float> q,
-                     MatrixView<const float> k, MatrixView<const float> v, Matrix& attended) {
+void attend_segments(std::span<const Segment> segments, int layer, Index sliding_window,
+                     MatrixView<const float> q, MatrixView<const float> k,
+                     MatrixView<const float> v, Matrix& attended) {
   std::vector<Index> begins = {0};
   for (const Segment& segment : segments)
     begins.push_back(begins.back() + static_cast<Index>(segment.tokens.size()));
@@ -49,47 +64,25 @@ void attend_segments(std::span<const Segment> segments, int layer, MatrixView<co
   for (std::size_t s = 0; s < segments.size(); ++s)
     errors.guard([&] {
       const Index first = begins[s], count = begins[s + 1] - begins[s];
-      segments[s].cache.append_and_attend(
-          layer, q.middle_rows(first, count), k.middle_rows(first, count),
-          v.middle_rows(first, count), {attended.row(first).data(), count, attended.cols()});
+      segments[s].cache.append_and_attend(layer, q.middle_rows(first, count),
+                                          k.middle_rows(first, count), v.middle_rows(first, count),
+                                          sliding_window,
+                                          {attended.row(first).data(), count, attended.cols()});
     });
   errors.rethrow();
 }
 
 }  // namespace
 
-Model::Model(const std::filesystem::path& folder) : config_(load_model_config(folder)) {
-  const commvq::Checkpoint checkpoint(folder);
-  const Index hidden = config_.hidden_size, inner = config_.intermediate_size;
-  const Index vocab = config_.vocab_size, q = config_.q_size(), kv = config_.kv_size();
-  Hash hash;
-  hash.add(config_.text);
-
-  embeddings_ = checkpoint.at("model.embed_tokens.weight").to_floats({vocab, hidden});
-  if (!config_.tied_embeddings) head_ = checkpoint.at("lm_head.weight").to_floats({vocab, hidden});
-  final_norm_ = checkpoint.at("model.norm.weight").to_floats({hidden});
-  for (int i = 0; i < config_.num_layers; ++i) {
-    const std::string prefix = "model.layers." + std::to_string(i) + ".";
-    const auto load = [&](const char* name, std::vector<Index> shape) {
-      return checkpoint.at(prefix + name + ".weight").to_floats(shape);
-    };
-    for (const char* name : {"self_attn.k_proj.weight", "self_attn.v_proj.weight"})
-      hash.add(checkpoint.at(prefix + name).data);
-    layers_.push_back(
-        {load("input_layernorm", {hidden}), load("post_attention_layernorm", {hidden}),
-         load("self_attn.q_proj", {q, hidden}), load("self_attn.k_proj", {kv, hidden}),
-         load("self_attn.v_proj", {kv, hidden}), load("self_attn.o_proj", {hidden, q}),
-         load("mlp.gate_proj", {inner, hidden}), load("mlp.up_proj", {inner, hidden}),
-         load("mlp.down_proj", {hidden, inner})});
-  }
-  digest_ = hash.text();
-}
+Model::Model(const std::filesystem::path& folder)
+    : config_(load_model_config(folder)),
+      weights_(load_weights(commvq::Checkpoint(folder), config_)) {}
 
 commvq::Cache Model::make_cache(std::vector<commvq::LayerCodec> codecs, Index window, Index sinks,
                                 commvq::FloatType exact_type) const {
-  if (codecs.empty()) codecs.resize(layers_.size());
-  commvq::require(codecs.size() == layers_.size(), "codecs for ", codecs.size(),
-                  " layers; the model has ", layers_.size());
+  if (codecs.empty()) codecs.resize(weights_.layers.size());
+  commvq::require(codecs.size() == weights_.layers.size(), "codecs for ", codecs.size(),
+                  " layers; the model has ", weights_.layers.size());
   commvq::CacheConfig cache;
   cache.rope = config_.rope;
   cache.num_kv_heads = config_.num_kv_heads;
@@ -111,24 +104,27 @@ std::vector<float> Model::forward(std::span<const Segment> segments, Logits logi
     for (const int token : segment.tokens) {
       commvq::require(token >= 0 && token < config_.vocab_size, "token ", token,
                       " is not in the vocabulary of ", config_.vocab_size);
-      x.row(row++) = ConstMatrixMap(embeddings_.data(), config_.vocab_size, x.cols()).row(token);
+      x.row(row++) =
+          ConstMatrixMap(weights_.embeddings.data(), config_.vocab_size, x.cols()).row(token);
     }
     last_rows.push_back(row - 1);
   }
 
   Matrix attended(num_tokens, config_.q_size());
   for (int i = 0; i < config_.num_layers; ++i) {
-    const Layer& layer = layers_[static_cast<std::size_t>(i)];
+    const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(i)];
     const Matrix normed = rms_norm(x, layer.attention_norm, config_.rms_norm_eps);
-    const Matrix q = linear(normed, layer.q), k = linear(normed, layer.k);
-    const Matrix v = linear(normed, layer.v);
+    Matrix q = linear(normed, layer.q, layer.q_bias), k = linear(normed, layer.k, layer.k_bias);
+    const Matrix v = linear(normed, layer.v, layer.v_bias);
+    if (config_.qk_norm) {
+      norm_heads(q, layer.q_norm, config_.rms_norm_eps);
+      norm_heads(k, layer.k_norm, config_.rms_norm_eps);
+    }
     if (observer) observer(i, view(q), view(k), view(v));
-    attend_segments(segments, i, view(q), view(k), view(v), attended);
+    attend_segments(segments, i, config_.sliding_windows[static_cast<std::size_t>(i)], view(q),
+                    view(k), view(v), attended);
     x += linear(attended, layer.o);
-    const Matrix mlp_input = rms_norm(x, layer.mlp_norm, config_.rms_norm_eps);
-    Matrix gate = linear(mlp_input, layer.gate);
-    gate.array() = gate.array() / (1.0f + (-gate.array()).exp());
-    x += linear(gate.cwiseProduct(linear(mlp_input, layer.up)), layer.down);
+    x += feed_forward(rms_norm(x, layer.mlp_norm, config_.rms_norm_eps), layer);
   }
 
   if (logits == Logits::kNone) return {};
@@ -138,8 +134,8 @@ std::vector<float> Model::forward(std::span<const Segment> segments, Logits logi
     for (Index i = 0; i < chosen.rows(); ++i)
       chosen.row(i) = x.row(last_rows[static_cast<std::size_t>(i)]);
   }
-  const Matrix result = linear(rms_norm(chosen, final_norm_, config_.rms_norm_eps),
-                               config_.tied_embeddings ? embeddings_ : head_);
+  const Matrix result = linear(rms_norm(chosen, weights_.final_norm, config_.rms_norm_eps),
+                               config_.tied_embeddings ? weights_.embeddings : weights_.head);
   return {result.data(), result.data() + result.size()};
 }
 

@@ -10,6 +10,7 @@
 #include "commvq/cache/cache.hpp"
 
 #include "engine/model_config.hpp"
+#include "engine/model_weights.hpp"
 #include "engine/sequence_cache.hpp"
 
 namespace engine {
@@ -20,8 +21,8 @@ struct Segment {
   CacheHandle cache;
 };
 
-/// What one layer computed for the tokens of a `forward`, before RoPE: queries
-/// `[tokens][num_q_heads * head_dim]`, keys and values `[tokens][num_kv_heads * head_dim]`.
+/// What one layer computed for the tokens of a `forward`, before RoPE and after biases and norms:
+/// queries `[tokens][num_q_heads * head_dim]`, keys and values `[tokens][num_kv_heads * head_dim]`.
 using LayerObserver =
     std::function<void(int layer, MatrixView<const float> queries, MatrixView<const float> keys,
                        MatrixView<const float> values)>;
@@ -29,17 +30,17 @@ using LayerObserver =
 /// Whose logits `forward` computes.
 enum class Logits { kNone, kLastOfSegment, kAll };
 
-/// A Llama model in FP32 on the CPU.
+/// A Llama, Mistral or Qwen model in FP32 on the CPU.
 class Model {
  public:
   /// Loads a Hugging Face folder: config.json and safetensors weights (BF16, F16 or F32). Throws
-  /// `commvq::Error` for what is missing, misshapen or not a Llama.
+  /// `commvq::Error` for what is missing, misshapen or of another family.
   explicit Model(const std::filesystem::path& folder);
 
   const ModelConfig& config() const { return config_; }
   /// Hash of the configuration and of the key and value projections: names the model in a codebook
   /// file.
-  const std::string& digest() const { return digest_; }
+  const std::string& digest() const { return weights_.digest; }
 
   /// A cache for one sequence: with `codecs` (one a layer), or exact where it is empty.
   commvq::Cache make_cache(std::vector<commvq::LayerCodec> codecs, Index window = 128,
@@ -60,18 +61,8 @@ class Model {
   static constexpr Index kChunkTokens = 256;
 
  private:
-  struct Layer {
-    std::vector<float> attention_norm, mlp_norm;
-    std::vector<float> q, k, v, o;      ///< [out][in]
-    std::vector<float> gate, up, down;  ///< [out][in]
-  };
-
   ModelConfig config_;
-  std::string digest_;
-  std::vector<float> embeddings_;  ///< [vocab_size][hidden_size]
-  std::vector<float> head_;        ///< [vocab_size][hidden_size]; empty where tied
-  std::vector<float> final_norm_;
-  std::vector<Layer> layers_;
+  ModelWeights weights_;
 };
 
 }  // namespace engine

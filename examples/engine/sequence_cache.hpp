@@ -13,10 +13,10 @@ class SequenceCache {
   virtual ~SequenceCache() = default;
   /// Adds new tokens of one layer and attends with their queries: queries and `attended` are
   /// `[tokens][num_q_heads * head_dim]`, keys and values `[tokens][num_kv_heads * head_dim]`, all
-  /// before RoPE.
+  /// before RoPE. A query sees the newest `sliding_window` tokens, itself included; 0: all.
   virtual void append_and_attend(int layer, MatrixView<const float> queries,
                                  MatrixView<const float> keys, MatrixView<const float> values,
-                                 MatrixView<float> attended) = 0;
+                                 Index sliding_window, MatrixView<float> attended) = 0;
   /// Tokens that every layer holds.
   virtual Index length() const = 0;
   /// Bytes of pages and exact copies of all layers.
@@ -33,7 +33,8 @@ class CacheHandle {
   CacheHandle(SequenceCache& cache) : other_(&cache) {}
 
   void append_and_attend(int layer, MatrixView<const float> queries, MatrixView<const float> keys,
-                         MatrixView<const float> values, MatrixView<float> attended) const;
+                         MatrixView<const float> values, Index sliding_window,
+                         MatrixView<float> attended) const;
 
  private:
   commvq::Cache* host_ = nullptr;

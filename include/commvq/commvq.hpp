@@ -12,6 +12,7 @@
 #include "commvq/io/codebook_file.hpp"
 #include "commvq/io/saved_cache.hpp"
 #include "commvq/io/safetensors.hpp"
+#include "commvq/io/shard.hpp"
 #include "commvq/key_codec/key_codec.hpp"
 #include "commvq/learner/key_learner.hpp"
 #include "commvq/learner/query_statistics.hpp"

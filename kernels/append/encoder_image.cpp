@@ -63,6 +63,9 @@ EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layo
           "the value codec (", values.num_channels, " channels, ", values.num_code_bits(),
           " bits) differs from the page layout's: ", layout.num_kv_heads * layout.head_dim, ", ",
           layout.num_code_bits);
+  require(!codec.values->is_scaled(),
+          "the value codec has channel scales, which the device encoder does not apply: encode on "
+          "the host");
   require(layout.norms_per_token == 1 || layout.norms_per_token == layout.num_kv_heads,
           "norms_per_token is ", layout.norms_per_token,
           "; it must be 1 or num_kv_heads = ", layout.num_kv_heads);

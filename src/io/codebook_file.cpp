@@ -240,6 +240,9 @@ void add_values(SafetensorsWriter& writer, const std::string& prefix, const Valu
                [&](const char* name, const std::vector<Index>& shape, const auto& weight) {
                  writer.add(prefix + "values." + name, shape, weight);
                });
+  if (values.is_scaled())
+    writer.add(prefix + "values.channel_scales", {values.config().num_channels},
+               values.weights().channel_scales);
 }
 
 std::shared_ptr<const ValueCodec> read_values(const SafetensorsFile& file,
@@ -250,6 +253,8 @@ std::shared_ptr<const ValueCodec> read_values(const SafetensorsFile& file,
                [&](const char* name, const std::vector<Index>& shape, auto& weight) {
                  weight = file.at(prefix + "values." + name).to_floats(shape);
                });
+  if (const std::string name = prefix + "values.channel_scales"; file.contains(name))
+    weights.channel_scales = file.at(name).to_floats({config.num_channels});
   return std::make_shared<ValueCodec>(config, std::move(weights));
 }
 

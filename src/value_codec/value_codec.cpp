@@ -117,6 +117,16 @@ void choose_codes(const ValueCodecConfig& config, const ValueCodecWeights& weigh
   }
 }
 
+/// Every row of `[rows][scales.size()]` divided by the scales, without gaps.
+std::vector<float> divided(MatrixView<const float> rows, const std::vector<float>& scales) {
+  std::vector<float> result(static_cast<std::size_t>(rows.rows * rows.cols));
+  for (Index r = 0; r < rows.rows; ++r)
+    for (Index c = 0; c < rows.cols; ++c)
+      result[static_cast<std::size_t>(r * rows.cols + c)] =
+          rows(r, c) / scales[static_cast<std::size_t>(c)];
+  return result;
+}
+
 /// Writes |v| / |u| of every token of a block, u in `block.normed`, as bf16 to `scales`. Returns
 /// the first token whose scale no bf16 can hold, or the number of tokens.
 Index find_scales(const Block& block, std::uint16_t* scales) {
@@ -141,6 +151,7 @@ Digest digest_of(const ValueCodecConfig& config, const ValueCodecWeights& weight
        {&weights.norm_gain, &weights.norm_bias, &weights.hidden_weight, &weights.hidden_bias,
         &weights.output_weight, &weights.output_bias, &weights.decoder})
     hasher.add(std::span<const float>(*weight));
+  if (!weights.channel_scales.empty()) hasher.add(std::span<const float>(weights.channel_scales));
   return hasher.digest();
 }
 
@@ -185,10 +196,18 @@ ValueCodec::ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights
   check_weight(weights_.output_weight, "output_weight", L, H);
   check_weight(weights_.output_bias, "output_bias", 1, L);
   check_weight(weights_.decoder, "decoder", config_.num_code_bits(), C);
+  if (is_scaled()) {
+    check_weight(weights_.channel_scales, "channel_scales", 1, C);
+    const auto least =
+        std::min_element(weights_.channel_scales.begin(), weights_.channel_scales.end());
+    require(*least > 0, "value codec: channel_scales holds ", *least, " for channel ",
+            least - weights_.channel_scales.begin(), "; scales must be positive");
+    unscaled_decoder_ = divided(decoder(), weights_.channel_scales);
+  }
   digest_ = digest_of(config_, weights_);
   if (config_.polish_sweeps == 0) return;
-  const Matrix<float> gram =
-      value_polish::gram_of({weights_.decoder.data(), config_.num_code_bits(), C});
+  const std::vector<float>& E = is_scaled() ? unscaled_decoder_ : weights_.decoder;
+  const Matrix<float> gram = value_polish::gram_of({E.data(), config_.num_code_bits(), C});
   gram_.assign(gram.data(), gram.data() + gram.size());
 }
 
@@ -200,9 +219,14 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
           codes.cols, "]; they must be [", values.rows, ", ", code_bytes(), "]");
   check_scales(codes, scales);
   check_finite(values);
+  std::vector<float> unscaled;
+  if (is_scaled()) {
+    unscaled = divided(values, weights_.channel_scales);
+    values = {unscaled.data(), values.rows, values.cols};
+  }
 
-  const ConstMatrixMap<float> E(weights_.decoder.data(), config_.num_code_bits(),
-                                config_.num_channels);
+  const std::vector<float>& decoder = is_scaled() ? unscaled_decoder_ : weights_.decoder;
+  const ConstMatrixMap<float> E(decoder.data(), config_.num_code_bits(), config_.num_channels);
   const ConstMatrixMap<float> gram(gram_.data(), this->gram().rows, this->gram().cols);
   const Index num_blocks = (values.rows + kBlockTokens - 1) / kBlockTokens;
   Index first_bad = kNone;

@@ -38,6 +38,22 @@ subdirectory() {
   cmake --install "$WORK/subdirectory" --prefix "$WORK/shared" >/dev/null
 }
 
+# The component programs, alone in a tree.
+programs() {
+  local folder output
+  fresh "$WORK/programs"
+  cmake --install "$BUILD" --prefix "$WORK/programs" --component programs >/dev/null
+  [[ ! -e $WORK/programs/include ]] || fail "the component programs installs headers"
+  folder=$WORK/programs/libexec/commvq
+  output=$("$folder/cache_memory" --layers 1 --kv-heads 2)
+  says '^exact +1024.000 bytes' "$output" cache_memory
+  for program in calibrate evaluate generate paged_serving; do
+    says "$program|Usage" "$("$folder/$program" --help)" "$program --help"
+  done
+  output=$("$SOURCE/tests/tools/run_with_numpy.sh" "$folder/import_commvq.py" --help || true)
+  says 'usage|skipped' "$output" import_commvq.py
+}
+
 core_with_pkg_config() {
   fresh "$WORK/core_with_pkg_config"
   export PKG_CONFIG_PATH=$WORK/installed/$LIBDIR/pkgconfig

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The programs from end to end on the small model, briefly calibrated, and what they say of bad
-# input. programs_test.sh FOLDER_OF_PROGRAMS MODEL
+# The programs from end to end on the small model and on tiny checkpoints of every family, briefly
+# calibrated, and what they say of bad input.
+# programs_test.sh FOLDER_OF_PROGRAMS MODEL FOLDER_OF_CHECKPOINTS
 set -euo pipefail
-programs=$1 model=$2
+programs=$1 model=$2 checkpoints=$3
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -49,6 +50,29 @@ for kept in absent present; do
   sed -n '/^exact/,$p' "$work/output" >"$work/$kept"
 done
 cmp "$work/absent" "$work/present" || fail "evaluate --exact"
+
+for checkpoint in "$checkpoints"/*/; do
+  prints "1/[0-9.]* of FP16" "$programs/calibrate" "$checkpoint" --self --context 64 --tokens 512 \
+    --em-steps 1 --value-steps 5 --out "$work/tiny.safetensors"
+  prints "of them coded" "$programs/generate" "$checkpoint" --codebooks "$work/tiny.safetensors" \
+    --prompt "the cache" --max-tokens 40 --window 4
+done
+for rank in 0 1; do
+  prints "1/[0-9.]* of FP16" "$programs/calibrate" "$checkpoints/llama3" --self --context 64 \
+    --tokens 512 --em-steps 1 --value-steps 5 --ranks 2 --rank $rank --out "$work/rank.safetensors"
+done
+refuses "for 1 KV heads; the model has 2" "$programs/generate" "$checkpoints/llama3" \
+  --codebooks "$work/rank.safetensors" --prompt a
+refuses "must divide the model's 2 KV heads" "$programs/calibrate" "$checkpoints/llama3" --self \
+  --ranks 3 --out "$work/x"
+refuses "there are 2 ranks" "$programs/calibrate" "$checkpoints/llama3" --self --ranks 2 --rank 2 \
+  --out "$work/x"
+
+prints "1/14.73" "$programs/cache_memory"
+prints '"bytes_per_token": 131072' "$programs/cache_memory" --json
+prints "0 swaps" "$programs/paged_serving" --blocks 64
+prints "[1-9][0-9]* swaps to host memory, [1-9][0-9]* blocks evicted" "$programs/paged_serving" --blocks 14
+refuses "give --blocks" "$programs/paged_serving" --blocks 12
 
 refuses "cannot open" "$programs/generate" "$work/nowhere" --prompt a --cache exact
 refuses "needs --codebooks" "$programs/generate" "$model" --prompt a

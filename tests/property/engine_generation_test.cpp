@@ -171,7 +171,12 @@ TEST_F(Generation, CodebooksOfAnotherModelAreRefused) {
   EXPECT_EQ(error_for("4096", "4096"), "(no error)");
   EXPECT_THAT(error_for("4096", "8192"), HasSubstr(model_->digest()));
   EXPECT_THAT(error_for("10000.0", "20000.0"), HasSubstr("20000"));
-  EXPECT_THAT(error_for("layers\": 6", "layers\": 5"), HasSubstr("5"));
+  EXPECT_THAT(
+      [&] {
+        codecs.require_model(model_->config().rope, model_->config().num_kv_heads, 5,
+                             model_->digest());
+      },
+      ThrowsMessage<commvq::Error>(HasSubstr("5")));
 }
 
 TEST_F(Generation, StopsWhereItIsTold) {
@@ -185,12 +190,12 @@ TEST_F(Generation, StopsWhereItIsTold) {
   const auto first = std::find(written.begin(), written.end(), stop);
   Sampler greedy{SamplerOptions{}};
   cache.clear();
-  EXPECT_EQ(generate(*model_, cache, prompt, 30, greedy, stop),
+  EXPECT_EQ(generate(*model_, cache, prompt, 30, greedy, {{stop}}),
             std::vector<int>(written.begin(), first + 1));
   cache.clear();
   int calls = 0;
   const auto five =
-      generate(*model_, cache, prompt, 30, greedy, -1, [&](int) { return ++calls < 5; });
+      generate(*model_, cache, prompt, 30, greedy, {}, [&](int) { return ++calls < 5; });
   EXPECT_EQ(five, std::vector<int>(written.begin(), written.begin() + 5));
   EXPECT_TRUE(generate(*model_, cache, prompt, 0, greedy).empty());
   EXPECT_THAT([&] { generate(*model_, cache, {}, 1, greedy); },

@@ -15,6 +15,11 @@ inline std::filesystem::path small_model() {
   return std::filesystem::path(COMMVQ_EXAMPLE_DATA) / "lm-7m";
 }
 
+/// Files that scripts in tests/data wrote.
+inline std::filesystem::path test_data() {
+  return COMMVQ_TEST_DATA;
+}
+
 /// Larger models and texts that may lie beside the source tree; tests skip where they do not.
 inline std::filesystem::path shared_data() {
   return std::filesystem::path(COMMVQ_EXAMPLE_DATA).parent_path().parent_path().parent_path() /

@@ -67,6 +67,10 @@ std::shared_ptr<const ValueCodec> random_values(int bits, std::mt19937_64& rando
   weights.output_weight = random_floats(3 * L, random);
   weights.output_bias = random_floats(L, random);
   weights.decoder = random_floats(static_cast<std::size_t>(config.num_code_bits()) * C, random);
+  if (bits == 2) {
+    weights.channel_scales = random_floats(C, random);
+    for (float& scale : weights.channel_scales) scale += 2.0f;
+  }
   return std::make_shared<const ValueCodec>(config, weights);
 }
 
@@ -116,6 +120,7 @@ void expect_equal(const ModelCodecs& a, const ModelCodecs& b) {
       EXPECT_EQ(x.output_weight, y.output_weight);
       EXPECT_EQ(x.output_bias, y.output_bias);
       EXPECT_EQ(x.decoder, y.decoder);
+      EXPECT_EQ(x.channel_scales, y.channel_scales);
     }
   }
 }
@@ -185,7 +190,9 @@ TEST_F(CodebookFileTest, StoresTheDocumentedTensors) {
   EXPECT_THAT(file.at("layers.2.values.output_weight").shape, ElementsAre(64, 3));
   EXPECT_FALSE(file.contains("layers.0.keys.pair_weights"));
   EXPECT_THAT(file.at("layers.1.keys.pair_weights").shape, ElementsAre(kHeads, 4));
-  EXPECT_EQ(file.tensors().size(), 3u + 2u * 7u);
+  EXPECT_FALSE(file.contains("layers.0.values.channel_scales"));
+  EXPECT_THAT(file.at("layers.2.values.channel_scales").shape, ElementsAre(16));
+  EXPECT_EQ(file.tensors().size(), 3u + 2u * 7u + 1u);
 }
 
 TEST_F(CodebookFileTest, UneditedCopyLoads) {

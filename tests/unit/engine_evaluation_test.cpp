@@ -32,9 +32,12 @@ TEST(WindowsOf, CutsWholeWindowsAndLeavesTheRest) {
   EXPECT_EQ(windows_of(counting(10), 3, 0),
             (std::vector<std::vector<int>>{{0, 1, 2}, {3, 4, 5}, {6, 7, 8}}));
   EXPECT_EQ(windows_of(counting(10), 5, 1), (std::vector<std::vector<int>>{{0, 1, 2, 3, 4}}));
+  EXPECT_EQ(windows_of(counting(10), 5, 0, {7}),
+            (std::vector<std::vector<int>>{{7, 0, 1, 2, 3}, {7, 4, 5, 6, 7}}));
   EXPECT_THAT([] { windows_of(counting(10), 11, 0); },
               ThrowsMessage<commvq::Error>(AllOf(HasSubstr("10 tokens"), HasSubstr("11"))));
   EXPECT_THROW(windows_of(counting(10), 1, 0), commvq::Error);
+  EXPECT_THROW(windows_of(counting(10), 2, 0, {7}), commvq::Error);
 }
 
 TEST(Predict, IsTheNegativeLogLikelihoodOfEachNextToken) {

@@ -305,7 +305,8 @@ TEST(PeerCache, ReadsTheWindowAndTheSinksExactlyAndTheRestAsCodes) {
         return commvq::as_matrix(numbers, tokens, width).middle_rows(first, count);
       };
       cache.append_and_attend(0, rows(queries, 64), rows(std::as_const(keys), 32),
-                              rows(std::as_const(values), 32), rows(attended, 64));
+                              rows(std::as_const(values), 32), /*sliding_window=*/0,
+                              rows(attended, 64));
       first += count;
       EXPECT_EQ(cache.length(), first);
     }

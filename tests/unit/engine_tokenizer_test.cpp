@@ -15,6 +15,7 @@ namespace {
 using commvq::testing_support::read_file;
 using commvq::testing_support::small_model;
 using commvq::testing_support::TemporaryFolder;
+using commvq::testing_support::test_data;
 using commvq::testing_support::write_file;
 using nlohmann::json;
 using testing::AllOf;
@@ -71,8 +72,7 @@ std::string random_text(std::mt19937_64& random, int characters) {
 
 // The table was written by the tokenizers package; see tests/data/make_tokenizer_cases.py.
 TEST(Tokenizer, GivesTheIdsOfTheTokenizersPackage) {
-  const auto path = std::filesystem::path(COMMVQ_EXAMPLE_DATA) / "../../tests/data";
-  const json table = json::parse(read_file(path / "tokenizer_cases.json"));
+  const json table = json::parse(read_file(test_data() / "tokenizer_cases.json"));
   ASSERT_EQ(table.size(), 5u);
   for (const json& variant : table) {
     SCOPED_TRACE(variant["name"].get<std::string>());
@@ -139,15 +139,31 @@ TEST(Tokenizer, RefusesStepsThatItDoesNotCompute) {
   EXPECT_THAT(error_after([](json& f) { f["model"]["type"] = "Unigram"; }),
               AllOf(HasSubstr("Unigram"), HasSubstr("only BPE")));
   EXPECT_THAT(error_after([](json& f) {
-                f["normalizer"] = {{"type", "NFC"}};
+                f["normalizer"] = {{"type", "Lowercase"}};
               }),
-              HasSubstr("normalizer"));
+              HasSubstr("normalizer \"Lowercase\" is not supported"));
   EXPECT_THAT(error_after([](json& f) { f["model"]["byte_fallback"] = true; }),
-              HasSubstr("byte_fallback"));
+              HasSubstr("byte_fallback of a byte-level vocabulary"));
+  EXPECT_THAT(error_after([](json& f) { f["model"]["dropout"] = 0.1; }),
+              HasSubstr("dropout is 0.1"));
+  EXPECT_THAT(error_after([](json& f) { f["model"]["end_of_word_suffix"] = "</w>"; }),
+              HasSubstr("end_of_word_suffix is \"</w>\""));
   EXPECT_THAT(error_after([](json& f) {
-                f["pre_tokenizer"] = {{"type", "Metaspace"}};
+                f["pre_tokenizer"] = {{"type", "Whitespace"}};
               }),
-              HasSubstr("\"Metaspace\" is not supported"));
+              HasSubstr("pre-tokenizer \"Whitespace\" is not supported"));
+  EXPECT_THAT(error_after([](json& f) {
+                f["decoder"] = {{"type", "WordPiece"}};
+              }),
+              HasSubstr("decoder \"WordPiece\" is not supported"));
+  EXPECT_THAT(error_after([](json& f) {
+                f["post_processor"] = {{"type", "BertProcessing"}};
+              }),
+              HasSubstr("post-processor \"BertProcessing\" is not supported"));
+  EXPECT_THAT(error_after([](json& f) { f["added_tokens"][0]["lstrip"] = true; }),
+              AllOf(HasSubstr("<|endoftext|>"), HasSubstr("lstrip")));
+  EXPECT_THAT(error_after([](json& f) { f["model"]["unk_token"] = "<none>"; }),
+              HasSubstr("unk_token \"<none>\" is not in vocab"));
   EXPECT_THAT(
       error_after([](json& f) { f["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Removed"; }),
       HasSubstr("\"Removed\""));

@@ -154,6 +154,49 @@ TEST_P(ValueCodecTest, ShapesAreChecked) {
       ThrowsMessage<Error>(HasSubstr("40")));
 }
 
+TEST_P(ValueCodecTest, ChannelScalesCodeDividedValues) {
+  // Powers of two, so that division is exact and codes and scales must be equal.
+  std::vector<float> scales(kChannels);
+  for (float& scale : scales) scale = std::ldexp(1.0f, static_cast<int>(rng_() % 7) - 3);
+  ValueCodecWeights weights = codec_->weights();
+  weights.channel_scales = scales;
+  for (std::size_t i = 0; i < weights.decoder.size(); ++i)
+    weights.decoder[i] *= scales[i % scales.size()];
+  for (const int sweeps : {0, 3}) {
+    ValueCodecConfig config = codec_->config();
+    config.polish_sweeps = sweeps;
+    const auto plain = std::make_shared<ValueCodec>(config, codec_->weights());
+    const std::vector<float> values = values_;
+    codec_ = plain;
+    encode();
+    decode();
+    const auto codes = codes_;
+    const auto value_scales = scales_;
+    const auto decoded = decoded_;
+    for (std::size_t i = 0; i < values_.size(); ++i) values_[i] *= scales[i % scales.size()];
+    codec_ = std::make_shared<ValueCodec>(config, weights);
+    ASSERT_TRUE(codec_->is_scaled());
+    encode();
+    decode();
+    EXPECT_EQ(codes_, codes);
+    EXPECT_EQ(scales_, value_scales);
+    for (std::size_t i = 0; i < decoded.size(); ++i)
+      ASSERT_NEAR(decoded_[i], decoded[i] * scales[i % scales.size()], 1e-4 * 16) << i;
+    values_ = values;
+    codec_ = plain;
+  }
+}
+
+TEST_P(ValueCodecTest, ChannelScalesMustBePositive) {
+  ValueCodecWeights weights = codec_->weights();
+  weights.channel_scales.assign(kChannels, 1.0f);
+  weights.channel_scales[5] = 0.0f;
+  EXPECT_THAT([&] { ValueCodec(codec_->config(), weights); },
+              ThrowsMessage<Error>(AllOf(HasSubstr("channel_scales"), HasSubstr("channel 5"))));
+  weights.channel_scales.pop_back();
+  EXPECT_THROW(ValueCodec(codec_->config(), weights), Error);
+}
+
 TEST_P(ValueCodecTest, WeightsAreChecked) {
   ValueCodecWeights weights = codec_->weights();
   weights.decoder.pop_back();

@@ -174,7 +174,8 @@ class DeviceCache : public SequenceCache {
   }
 
   void append_and_attend(int layer, MatrixView<const float> queries, MatrixView<const float> keys,
-                         MatrixView<const float> values, MatrixView<float> attended) override {
+                         MatrixView<const float> values, Index sliding_window,
+                         MatrixView<float> attended) override {
     DeviceLayer& device = layers_.at(static_cast<std::size_t>(layer));
     commvq::require(device.length() + keys.rows <= max_tokens_, device.length(), " tokens and ",
                     keys.rows, " more; the device cache was made for ", max_tokens_);
@@ -182,7 +183,8 @@ class DeviceCache : public SequenceCache {
     for (Index first = 0; first < queries.rows; first += kMaxQueries) {
       const Index count = std::min<Index>(kMaxQueries, queries.rows - first);
       device.append(keys.middle_rows(first, count), values.middle_rows(first, count));
-      attend(device, queries.middle_rows(first, count), attended.middle_rows(first, count));
+      attend(device, queries.middle_rows(first, count), sliding_window,
+             attended.middle_rows(first, count));
     }
   }
 
@@ -202,7 +204,7 @@ class DeviceCache : public SequenceCache {
     return {1, num_queries, num_q_heads_, max_tokens_};
   }
 
-  void attend(const DeviceLayer& layer, MatrixView<const float> queries,
+  void attend(const DeviceLayer& layer, MatrixView<const float> queries, Index sliding_window,
               MatrixView<float> attended) {
     std::vector<std::uint8_t> rows = to_fp16(queries);
     queries_.upload(0, rows.data(), rows.size());
@@ -219,6 +221,7 @@ class DeviceCache : public SequenceCache {
     call.exact = layer.exact();
     call.exact_slots = numbers_.as<std::int32_t>() + 1;
     call.window = window_;
+    call.sliding_window = static_cast<int>(sliding_window);
     call.limits = limits(static_cast<int>(queries.rows));
     call.workspace = workspace_->as<void>();
     call.workspace_bytes = workspace_->size();

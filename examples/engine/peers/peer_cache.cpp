@@ -136,7 +136,9 @@ void PeerCache::append(const PeerLayer& peer, MatrixView<const float> keys,
 
 void PeerCache::append_and_attend(int layer_index, MatrixView<const float> queries,
                                   MatrixView<const float> keys, MatrixView<const float> values,
-                                  MatrixView<float> attended) {
+                                  Index sliding_window, MatrixView<float> attended) {
+  commvq::require(sliding_window == 0, "a sliding window of ", sliding_window,
+                  " tokens: other methods' caches attend over all tokens only");
   commvq::require(keys.cols == num_channels_ && values.cols == num_channels_,
                   "keys and values have ", keys.cols, " and ", values.cols,
                   " channels; the cache has ", num_channels_);

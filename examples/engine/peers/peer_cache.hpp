@@ -33,7 +33,8 @@ class PeerCache final : public SequenceCache {
   PeerCache(const ModelConfig& config, std::vector<PeerLayer> layers, Index window, Index sinks);
 
   void append_and_attend(int layer, MatrixView<const float> queries, MatrixView<const float> keys,
-                         MatrixView<const float> values, MatrixView<float> attended) override;
+                         MatrixView<const float> values, Index sliding_window,
+                         MatrixView<float> attended) override;
   Index length() const override;
   /// Bytes that this object takes, which says nothing of the peer's storage: see `bits_per_token`.
   Index allocated_bytes() const override;

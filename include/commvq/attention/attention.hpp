@@ -6,6 +6,7 @@
 
 namespace commvq {
 
+/// How scores become weights.
 struct COMMVQ_API AttentionOptions {
   float scale = 0.0f;        ///< of the scores; 0 stands for 1 / sqrt(head_dim)
   Index sliding_window = 0;  ///< a query sees the newest so many tokens, itself included; 0: all

@@ -16,6 +16,7 @@ struct KeyRefinement {
   double ridge = 1e-3;  ///< proximal ridge, relative to the mean diagonal of the normal matrix
 };
 
+/// Which key codec is learnt, and how.
 struct COMMVQ_API KeyLearnerOptions {
   KeyCodecConfig codec;
   int max_steps = 100;              ///< EM steps per stage

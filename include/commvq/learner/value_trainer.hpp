@@ -16,6 +16,7 @@ struct ValueRefinement {
   double ridge = 1e-3;     ///< proximal ridge, relative to the mean diagonal of the normal matrix
 };
 
+/// Which value codec is trained, and how.
 struct COMMVQ_API ValueTrainerOptions {
   ValueCodecConfig codec;
   int steps = 2000;             ///< Adam steps
@@ -36,6 +37,7 @@ struct COMMVQ_API ValueTrainerOptions {
   static ValueTrainerOptions commvq(const ValueCodecConfig& codec);
 };
 
+/// What a training ended with.
 struct ValueTrainerReport {
   /// Relative squared error |v - decoded|^2 / |v|^2, mean over the batch, after each step.
   std::vector<double> objectives;

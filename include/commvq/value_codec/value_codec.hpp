@@ -53,13 +53,14 @@ struct COMMVQ_API ValueCodecConfig {
 /// the same: s is smaller, and attention averages the errors of values away but not their
 /// shrinking.
 struct ValueCodecWeights {
-  std::vector<float> norm_gain;      ///< [C]
-  std::vector<float> norm_bias;      ///< [C]
-  std::vector<float> hidden_weight;  ///< [H][C]
-  std::vector<float> hidden_bias;    ///< [H]
-  std::vector<float> output_weight;  ///< [num_logits][H]
-  std::vector<float> output_bias;    ///< [num_logits]
-  std::vector<float> decoder;        ///< [num_code_bits][C], E of the paper
+  std::vector<float> norm_gain;       ///< [C]
+  std::vector<float> norm_bias;       ///< [C]
+  std::vector<float> hidden_weight;   ///< [H][C]
+  std::vector<float> hidden_bias;     ///< [H]
+  std::vector<float> output_weight;   ///< [num_logits][H]
+  std::vector<float> output_bias;     ///< [num_logits]
+  std::vector<float> decoder;         ///< [num_code_bits][C], E of the paper
+  std::vector<float> channel_scales = {};  ///< [C], positive, or empty for all ones
 };
 
 /// Epsilon of the encoder's LayerNorm. Values are scaled to unit norm before they reach it, so that
@@ -72,11 +73,13 @@ inline constexpr std::uint8_t kValuePatterns[4] = {0b01, 0b10, 0b11, 0b00};
 /// Values of one layer, all KV heads together. Immutable after construction.
 class COMMVQ_API ValueCodec {
  public:
-  /// Throws `Error` if a weight has the wrong size or is not finite.
+  /// Throws `Error` if a weight has the wrong size or is not finite, or a channel scale not
+  /// positive.
   ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights);
 
   const ValueCodecConfig& config() const { return config_; }
   const ValueCodecWeights& weights() const { return weights_; }
+  bool is_scaled() const { return !weights_.channel_scales.empty(); }
   /// Of the configuration and all weights: codecs with equal digests give equal codes.
   const Digest& digest() const { return digest_; }
   /// E, `[num_code_bits][num_channels]`.
@@ -84,7 +87,8 @@ class COMMVQ_API ValueCodec {
     return {weights_.decoder.data(), config_.num_code_bits(), config_.num_channels};
   }
 
-  /// E E^T, `[num_code_bits][num_code_bits]`, with which codes are polished; empty without polish.
+  /// E E^T of the encoder's E (each channel divided by its scale), `[num_code_bits][num_code_bits]`,
+  /// with which codes are polished; empty without polish.
   MatrixView<const float> gram() const {
     const Index bits = gram_.empty() ? 0 : config_.num_code_bits();
     return {gram_.data(), bits, bits};
@@ -110,7 +114,8 @@ class COMMVQ_API ValueCodec {
   ValueCodecConfig config_;
   ValueCodecWeights weights_;
   Digest digest_;
-  std::vector<float> gram_;  // E E^T, [num_code_bits][num_code_bits]; empty without polish
+  std::vector<float> unscaled_decoder_;  // decoder / channel_scales; empty without scales
+  std::vector<float> gram_;              // see gram()
 };
 
 }  // namespace commvq
