@@ -107,7 +107,8 @@ std::shared_ptr<std::uint8_t> random_pages(Rng& rng, const cuda::DevicePageLayou
       std::uint8_t* const data = pages.data() + page * layout.page_bytes;
       for (int head = 0; head < layout.norms_per_token; ++head)
         std::memcpy(data + layout.key_norm(head, slot), &norm, 2);
-      std::memcpy(data + layout.value_scale(slot), &scale, 2);
+      for (int block = 0; block < layout.value_blocks; ++block)
+        std::memcpy(data + layout.value_scale(block, slot), &scale, 2);
     }
   auto memory = device_memory<std::uint8_t>(static_cast<std::size_t>(count * layout.page_bytes));
   for (Index first = 0; first < count; first += kinds)

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kTokenThreads)
   std::uint16_t scale_bits = bf16_of(static_cast<float>(scale));
   const bool finite = (scale_bits & 0x7f80) != 0x7f80;
   if (!finite) scale_bits = kNanBf16;
-  if (lane == 0) *reinterpret_cast<std::uint16_t*>(page + layout.value_scale(slot)) = scale_bits;
+  if (lane == 0) *reinterpret_cast<std::uint16_t*>(page + layout.value_scale(0, slot)) = scale_bits;
 
   // A 64-bit word holds bit `slot` of four codes. Only this warp changes those bits, others change
   // others: exclusive-or with what differs sets them without touching the rest.

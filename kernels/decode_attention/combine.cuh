@@ -15,9 +15,9 @@ using Config = CombineConfig;
 
 constexpr int kMaxDim = 256;
 
-/// Chunks of a token's code bits.
+/// Chunks of a head's code bits.
 __host__ __device__ inline int num_chunks(const Problem& p) {
-  return (p.page.num_code_bits + Config::kChunkBits - 1) / Config::kChunkBits;
+  return (p.head_code_bits + Config::kChunkBits - 1) / Config::kChunkBits;
 }
 
 /// Parts whose blocks are some of a sequence's: `[first, last]`.
@@ -115,6 +115,7 @@ struct DecoderColumn {
   static constexpr int kAtOnce = 16;
   const float* column;  ///< of the thread's first bit
   Index stride;         ///< to its next bit
+  int row_size;         ///< channels of the decoder's rows
   int lanes;            ///< threads of a channel
   int lane;
   int channel;
@@ -123,12 +124,14 @@ struct DecoderColumn {
       : lanes(Config::kThreads / p.head_dim),
         lane(threadIdx.x / p.head_dim),
         channel(threadIdx.x % p.head_dim) {
-    const int channels = p.num_kv_heads * p.head_dim;
-    column = decoder + Index{first_bit + lane} * channels + head * p.head_dim + channel;
-    stride = Index{lanes} * channels;
+    row_size = p.bits_stride > 0 ? p.head_dim : p.num_kv_heads * p.head_dim;
+    const int first_channel = p.bits_stride > 0 ? 0 : head * p.head_dim;
+    column = decoder + Index{head * p.bits_stride + first_bit + lane} * row_size + first_channel +
+             channel;
+    stride = Index{lanes} * row_size;
   }
-  __device__ void next_chunk(const Problem& p) {
-    column += Index{Config::kChunkBits} * p.num_kv_heads * p.head_dim;
+  __device__ void next_chunk() {
+    column += Index{Config::kChunkBits} * row_size;
   }
   __device__ void load(int first, float (&entries)[kAtOnce]) const {
 #pragma unroll
@@ -208,7 +211,7 @@ __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, in
 /// The share of the chunks of this thread block in the output of its rows. `entries` are the first
 /// of the first chunk, to which `decoder` points.
 __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts, int seq,
-                                              int first_row, int rows, DecoderColumn& decoder,
+                                              int head, int first_row, int rows, DecoderColumn& decoder,
                                               float (&entries)[DecoderColumn::kAtOnce],
                                               float* factors, Shared& shared) {
   const int chunks = num_chunks(p), num_parts = parts.last - parts.first + 1;
@@ -220,13 +223,13 @@ __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts,
   float outputs[Config::kRows] = {};
 #pragma unroll 1
   for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
-    const int chunk_bit = chunk * Config::kChunkBits + bit;
+    const int chunk_bit = head * p.bits_stride + chunk * Config::kChunkBits + bit;
     PartSums some;
     if (row < rows) some.load(p, parts, seq, first_row + row, chunk_bit, 0);
     if (chunk == first_chunk) {
       weigh_parts(p, parts, seq, first_row, rows, factors, shared);
     } else {
-      decoder.next_chunk(p);
+      decoder.next_chunk();
       decoder.load(0, entries);
     }
     __syncthreads();
@@ -266,7 +269,7 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder, floa
   const bool valid = fits(p, total) && p.seq_lens[seq] >= p.num_query_tokens;
 
   if (valid) {
-    decode_chunks(p, parts_of(p, total, seq), seq, first_row, rows, column, entries, factors,
+    decode_chunks(p, parts_of(p, total, seq), seq, head, first_row, rows, column, entries, factors,
                   shared);
     __threadfence();
     __syncthreads();

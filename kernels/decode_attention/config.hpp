@@ -35,6 +35,15 @@ struct ValueSumsConfig {
   static constexpr int kRows = 32;
 };
 
+/// Tuning values of the kernel for binary codes.
+struct BinaryAttentionConfig {
+  static constexpr int kThreads = 512;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kTileTokens = 256;  ///< that share queries at the nodes
+  static constexpr int kRows = 4;          ///< query heads at once
+  static constexpr int kEightsAtOnce = 2;  ///< eights of pairs decoded at once
+};
+
 /// Tuning values of the kernel that merges parts and applies the value decoder.
 struct CombineConfig {
   static constexpr int kThreads = 512;

@@ -46,7 +46,8 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
             layout.value_codes_offset,
             layout.key_norms_offset,
             layout.value_scales_offset,
-            layout.norms_per_token > 1 ? 2 * layout.page_size : 0};
+            layout.norms_per_token > 1 ? 2 * layout.page_size : 0,
+            layout.value_blocks > 1 ? 2 * layout.page_size : 0};
   p.batch = limits.batch;
   p.num_query_tokens = limits.num_query_tokens;
   p.num_kv_heads = view.layout.num_kv_heads;
@@ -58,7 +59,9 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   // A sequence may begin and end within a block.
   p.max_workspace_blocks =
       (limits.total_tokens + kBlockTokens - 1) / kBlockTokens + Index{2} * limits.batch;
-  const int row_blocks = divide_up(p.rows_per_head, KeyScoresConfig::kMaxRows);
+  const bool binary = view.binary.high_eights > 0;
+  const int row_blocks = divide_up(
+      p.rows_per_head, binary ? BinaryAttentionConfig::kRows : KeyScoresConfig::kMaxRows);
   p.num_key_parts = std::max(1, view.num_multiprocessors / (p.num_kv_heads * row_blocks));
   p.num_exact_blocks =
       std::max(0, view.num_multiprocessors - p.num_kv_heads * p.num_key_parts * row_blocks);
@@ -66,11 +69,16 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
       std::clamp(view.num_multiprocessors / (p.num_kv_heads * p.batch * p.num_query_tokens), 1,
                  ExactConfig::kMaxPieces);
   const KeySlice& slice = view.slices[0];
-  const int books = view.layout.planes[slice.plane].num_books * slice.num_planes;
+  // What takes the place of books takes about the time of four.
+  const int books =
+      binary ? 4 : view.layout.planes[slice.plane].num_books * slice.num_planes;
   p.exact_cost = std::max(1, ExactConfig::kCostInRows / (books + ExactConfig::kCodedCostInRows));
+  p.head_code_bits = p.page.num_code_bits / layout.value_blocks;
+  p.bits_stride = layout.value_blocks > 1 ? p.head_code_bits : 0;
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
+  if (binary) p.num_value_parts = p.num_key_parts;
   // A block for each chunk where there are few rows; with many, as many as run at once.
   const int row_groups =
       p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
@@ -98,14 +106,15 @@ class Workspace {
 };
 
 /// Places the intermediate results; returns the bytes they take.
-std::size_t place(Problem& p, int num_slices, void* memory) {
+std::size_t place(Problem& p, const CodebooksView& view, void* memory) {
   Workspace workspace(memory);
-  const Index blocks = p.max_workspace_blocks;
+  // Attention over binary codes passes nothing from block to block.
+  const Index blocks = view.binary.high_eights > 0 ? 0 : p.max_workspace_blocks;
   const Index parts = Index{p.num_value_parts} + p.batch;
   const Index batch_rows = Index{p.batch} * p.num_rows;
   p.weights = workspace.take<std::uint32_t>(blocks * p.row_stride * 16);
   p.block_sums = workspace.take<RowSum>(blocks * p.row_stride);
-  p.raw_scores = workspace.take<float>(num_slices > 1 ? blocks * p.row_stride * kBlockTokens : 0);
+  p.raw_scores = workspace.take<float>(view.num_slices > 1 ? blocks * p.row_stride * kBlockTokens : 0);
   p.value_sums = workspace.take<float>(parts * p.row_stride * p.page.num_code_bits);
   p.part_sums = workspace.take<RowSum>(parts * p.row_stride);
   p.exact_outputs = workspace.take<float>(batch_rows * p.num_exact_pieces * p.head_dim);
@@ -210,7 +219,7 @@ Status check_call(const DeviceCodebooks& codebooks, const DecodeAttention& call)
 
 Problem problem_of(const DeviceCodebooks& codebooks, const DecodeAttention& call) {
   Problem p = problem_of(codebooks.view(), call.limits);
-  place(p, codebooks.view().num_slices, call.workspace);
+  place(p, codebooks.view(), call.workspace);
   p.queries = call.queries;
   p.output = call.output;
   p.lse = call.lse;
@@ -277,6 +286,13 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
   return cudaSuccess;
 }
 
+cudaError_t attend_binary(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
+  const dim3 grid(p.num_kv_heads * p.num_key_parts + p.num_exact_blocks,
+                  divide_up(p.rows_per_head, BinaryAttentionConfig::kRows));
+  return launch_binary_attention(
+      {p, view.binary, codes_of(view.layout, view.layout.planes[0])}, grid, stream);
+}
+
 cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(
       value_sums_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, value_sums::kSharedBytes);
@@ -301,15 +317,21 @@ cudaError_t combine_parts(const CodebooksView& view, const Problem& p, cudaStrea
 std::size_t decode_workspace_size(const DeviceCodebooks& codebooks, const DecodeLimits& limits) {
   if (!check_limits(codebooks.view(), limits).ok()) return 0;
   Problem p = problem_of(codebooks.view(), limits);
-  return place(p, codebooks.view().num_slices, nullptr);
+  return place(p, codebooks.view(), nullptr);
 }
 
 Status decode_attention(const DeviceCodebooks& codebooks, const DecodeAttention& call) noexcept {
   if (Status status = check_call(codebooks, call); !status.ok()) return status;
   const Problem p = problem_of(codebooks, call);
-  cudaError_t error = score_keys(codebooks.view(), p, call.stream);
-  if (error == cudaSuccess) error = sum_values(p, call.stream);
-  if (error == cudaSuccess) error = combine_parts(codebooks.view(), p, call.stream);
+  const CodebooksView& view = codebooks.view();
+  cudaError_t error = cudaSuccess;
+  if (view.binary.high_eights > 0) {
+    error = attend_binary(view, p, call.stream);
+  } else {
+    error = score_keys(view, p, call.stream);
+    if (error == cudaSuccess) error = sum_values(p, call.stream);
+  }
+  if (error == cudaSuccess) error = combine_parts(view, p, call.stream);
   if (error != cudaSuccess)
     return {StatusCode::kCudaError, "launching decode attention: %s", cudaGetErrorString(error)};
   return {};

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "decode_attention/binary_attention.cuh"
 #include "decode_attention/code_reader.cuh"
 #include "decode_attention/key_scores.cuh"
 
@@ -36,5 +37,9 @@ using WideCodes10 = FixedCodes<7, 10>;
 using WideCodes8 = FixedCodes<7, 8>;
 extern COMMVQ_KEY_SCORES(64, WideCodes10);
 extern COMMVQ_KEY_SCORES(64, WideCodes8);
+
+/// Launches attention over binary codes, and beside it over the exact tokens.
+cudaError_t launch_binary_attention(const binary_attention::Arguments& arguments, dim3 grid,
+                                    cudaStream_t stream);
 
 }  // namespace commvq::cuda

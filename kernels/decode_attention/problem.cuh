@@ -28,6 +28,7 @@ struct PageShape {
   int key_norms;
   int value_scales;
   int norm_stride;  ///< bytes from one head's norms to the next one's; 0: all heads share them
+  int scale_stride;  ///< likewise of value scales
 };
 
 /// One call, as all its kernels see it. Rows are (query token, query head of a KV head); a row of
@@ -65,6 +66,8 @@ struct Problem {
   int exact_cost;          ///< coded tokens that are scored in the time that one exact token takes
   int num_exact_blocks;    ///< thread blocks of the first key kernel that do exact tokens alone
   int num_value_parts;     ///< likewise for adding up values
+  int head_code_bits;      ///< bits of values that a head's output depends on
+  int bits_stride;         ///< from one head's to the next one's: 0 where all heads share them
   int num_combine_blocks;  ///< among which the combination of some rows shares out the code bits
 
   // Workspace.

@@ -12,6 +12,7 @@
 #include "commvq/rope/rope.hpp"
 
 #include "common/device_memory.hpp"
+#include "prepare/binary_keys.hpp"
 
 namespace commvq::cuda {
 namespace {
@@ -87,6 +88,63 @@ SliceOffsets add_slice(const KeyCodec& codec, const Rope& rope, const DevicePage
           image.add(token_turns_of(rope, slice))};
 }
 
+/// Adds all slices of the codec to the view and the image.
+std::vector<SliceOffsets> add_slices(const KeyCodec& keys, const Rope& rope, CodebooksView& view,
+                                     Image& image) {
+  const int g = keys.config().group_pairs;
+  const int width = slice_width(keys.config());
+  const int row_bits = key_row_bits(view.layout, keys.config());
+  const int planes = planes_of_slice(view.layout, row_bits);
+  std::vector<SliceOffsets> offsets;
+  for (int plane = 0; plane < view.layout.num_planes; plane += planes)
+    for (int first = 0; first < g; first += width) {
+      require(view.num_slices < CodebooksView::kMaxSlices, "the key codec needs more than ",
+              CodebooksView::kMaxSlices, " slices on the device; use larger groups");
+      KeySlice& slice = view.slices[view.num_slices++];
+      slice.plane = plane;
+      slice.num_planes = planes;
+      slice.row_bits = row_bits;
+      slice.first_pair = view.layout.planes[plane].group * g + first;
+      slice.num_pairs = std::min(width, g - first);
+      slice.width = width;
+      offsets.push_back(add_slice(keys, rope, view.layout, slice, image));
+    }
+  return offsets;
+}
+
+void point_to(const std::uint8_t* base, const SliceOffsets& at, KeySlice& slice) {
+  slice.rows = reinterpret_cast<const std::int8_t*>(base + at.rows);
+  slice.units = reinterpret_cast<const float*>(base + at.units);
+  slice.zero_points = reinterpret_cast<const std::uint32_t*>(base + at.zero_points);
+  slice.unit_ratios = slice.num_planes > 1
+                          ? reinterpret_cast<const std::uint32_t*>(base + at.unit_ratios)
+                          : nullptr;
+  slice.token_turns = reinterpret_cast<const std::uint32_t*>(base + at.token_turns);
+}
+
+/// Offsets of the arrays of binary keys in the image.
+struct BinaryOffsets {
+  Index high_entries, low_entries, turns, node_weights, high_factors, low_factors;
+};
+
+BinaryOffsets add_binary(const KeyCodec& keys, const Rope& rope, CodebooksView& view,
+                         Image& image) {
+  const BinaryKeyImage binary(keys, rope, view.layout);
+  view.binary = binary.keys;
+  return {image.add(binary.high_entries), image.add(binary.low_entries),
+          image.add(binary.turns),        image.add(binary.node_weights),
+          image.add(binary.high_factors), image.add(binary.low_factors)};
+}
+
+void point_to(const std::uint8_t* base, const BinaryOffsets& at, BinaryKeys& keys) {
+  keys.high_entries = reinterpret_cast<const std::uint32_t*>(base + at.high_entries);
+  keys.low_entries = reinterpret_cast<const std::uint32_t*>(base + at.low_entries);
+  keys.turns = reinterpret_cast<const std::uint32_t*>(base + at.turns);
+  keys.node_weights = reinterpret_cast<const float*>(base + at.node_weights);
+  keys.high_factors = reinterpret_cast<const float*>(base + at.high_factors);
+  keys.low_factors = reinterpret_cast<const float*>(base + at.low_factors);
+}
+
 /// Angle of one position of every pair as a 64-bit fraction of a turn.
 std::vector<std::uint64_t> turns_of(const Rope& rope) {
   std::vector<std::uint64_t> turns;
@@ -132,39 +190,24 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
   view.num_multiprocessors = attribute_of_current_device(cudaDevAttrMultiProcessorCount);
 
   Image image;
-  const int g = keys.config().group_pairs;
-  const int width = slice_width(keys.config());
-  const int row_bits = key_row_bits(view.layout, keys.config());
-  const int planes = planes_of_slice(view.layout, row_bits);
-  std::vector<SliceOffsets> offsets;
-  for (int plane = 0; plane < view.layout.num_planes; plane += planes)
-    for (int first = 0; first < g; first += width) {
-      require(view.num_slices < CodebooksView::kMaxSlices, "the key codec needs more than ",
-              CodebooksView::kMaxSlices, " slices on the device; use larger groups");
-      KeySlice& slice = view.slices[view.num_slices++];
-      slice.plane = plane;
-      slice.num_planes = planes;
-      slice.row_bits = row_bits;
-      slice.first_pair = view.layout.planes[plane].group * g + first;
-      slice.num_pairs = std::min(width, g - first);
-      slice.width = width;
-      offsets.push_back(add_slice(keys, Rope(rope), view.layout, slice, image));
-    }
+  std::vector<SliceOffsets> slices;
+  BinaryOffsets binary{};
+  if (are_binary(view.layout)) {
+    binary = add_binary(keys, Rope(rope), view, image);
+  } else {
+    require(view.layout.value_blocks == 1, "the value codec has num_blocks ",
+            view.layout.value_blocks, "; with these key codes the device needs 1");
+    slices = add_slices(keys, Rope(rope), view, image);
+  }
   const Index turns = image.add(turns_of(Rope(rope)));
   const Index channels = image.add(channels_of(rope.pairs));
   const Index decoder = image.add(codec.values->weights().decoder);
 
   result.memory_ = copy_to_device(image.bytes(), "codebooks");
   const auto* const base = static_cast<const std::uint8_t*>(result.memory_.get());
-  for (int i = 0; i < view.num_slices; ++i) {
-    const SliceOffsets& at = offsets[static_cast<std::size_t>(i)];
-    view.slices[i].rows = reinterpret_cast<const std::int8_t*>(base + at.rows);
-    view.slices[i].units = reinterpret_cast<const float*>(base + at.units);
-    view.slices[i].zero_points = reinterpret_cast<const std::uint32_t*>(base + at.zero_points);
-    view.slices[i].unit_ratios =
-        planes > 1 ? reinterpret_cast<const std::uint32_t*>(base + at.unit_ratios) : nullptr;
-    view.slices[i].token_turns = reinterpret_cast<const std::uint32_t*>(base + at.token_turns);
-  }
+  for (int i = 0; i < view.num_slices; ++i)
+    point_to(base, slices[static_cast<std::size_t>(i)], view.slices[i]);
+  if (view.binary.high_eights > 0) point_to(base, binary, view.binary);
   view.turns = reinterpret_cast<const std::uint64_t*>(base + turns);
   view.channels = reinterpret_cast<const std::uint16_t*>(base + channels);
   view.decoder = reinterpret_cast<const float*>(base + decoder);

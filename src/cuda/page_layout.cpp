@@ -54,6 +54,7 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
       num_groups(keys.num_groups()),
       num_books(2 * keys.num_stages),
       num_code_bits(values.num_code_bits()),
+      value_blocks(values.num_blocks),
       norms_per_token(keys.num_norms(num_kv_heads)) {
   require(page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128,
           "page_size is ", page_size, "; the device supports 16, 32, 64 and 128");
@@ -99,12 +100,12 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
   key_norms_offset = at;
   at = align(at + Index{norms_per_token} * page_size * 2);
   value_scales_offset = at;
-  page_bytes = align(at + Index{page_size} * 2);
+  page_bytes = align(at + Index{value_blocks} * page_size * 2);
 }
 
 void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
                const std::uint16_t* key_codes, const std::uint16_t* key_norms,
-               const std::uint8_t* value_code, std::uint16_t value_scale) {
+               const std::uint8_t* value_code, const std::uint16_t* value_scales) {
   for (int head = 0; head < layout.num_kv_heads; ++head)
     for (int p = 0; p < layout.num_planes; ++p) {
       const KeyPlane& plane = layout.planes[p];
@@ -120,12 +121,13 @@ void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
   for (Index bit = 0; bit < layout.num_code_bits; ++bit)
     put_bits(page, (layout.value_codes(slot) + 2 * bit) * 8 + slot % 16, 1,
              get_bits(value_code, bit, 1));
-  put_bits(page, Index{8} * layout.value_scale(slot), 16, value_scale);
+  for (int i = 0; i < layout.value_blocks; ++i)
+    put_bits(page, Index{8} * layout.value_scale(i, slot), 16, value_scales[i]);
 }
 
 void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slot,
                std::uint16_t* key_codes, std::uint16_t* key_norms, std::uint8_t* value_code,
-               std::uint16_t* value_scale) {
+               std::uint16_t* value_scales) {
   for (int head = 0; head < layout.num_kv_heads; ++head)
     for (int p = 0; p < layout.num_planes; ++p) {
       const KeyPlane& plane = layout.planes[p];
@@ -143,8 +145,9 @@ void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slo
   for (Index bit = 0; bit < layout.num_code_bits; ++bit)
     put_bits(value_code, bit, 1,
              get_bits(page, (layout.value_codes(slot) + 2 * bit) * 8 + slot % 16, 1));
-  *value_scale =
-      static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.value_scale(slot), 16));
+  for (int i = 0; i < layout.value_blocks; ++i)
+    value_scales[i] =
+        static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.value_scale(i, slot), 16));
 }
 
 }  // namespace commvq::cuda

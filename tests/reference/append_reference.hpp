@@ -204,7 +204,7 @@ struct AppendCase {
       if (slot_mapping[static_cast<std::size_t>(t)] < 0) continue;
       const CodedToken coded = token_in(pages, t);
       cuda::put_token(layout, page_of(expected, t), slot_of(t), coded.key_codes.data(),
-                      coded.key_norms.data(), coded.value_code.data(), coded.value_scale);
+                      coded.key_norms.data(), coded.value_code.data(), &coded.value_scale);
       if (!is_finite(key(t)) || !is_finite(value(t))) continue;
       ++num_coded;
       std::vector<std::uint16_t> norms(coded.key_norms.size());

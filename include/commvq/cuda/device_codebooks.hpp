@@ -36,6 +36,27 @@ struct KeySlice {
   static constexpr int kTurnTokens = 512;
 };
 
+/// Binary keys, by books of two rows, as the decode kernel that looks nothing up reads them: pairs
+/// that turn fast are decoded, the others' scores interpolated between four places of a tile.
+struct BinaryKeys {
+  static constexpr int kPairs = 64;
+  static constexpr int kTileTokens = 256;
+  static constexpr int kNodes = 4;
+
+  int high_eights = 0;  ///< eights of pairs that are decoded: 3, 5 or 8; 0: another kernel's codec
+  int lane_words = 0;   ///< words of codes that a lane reads of a token: 1 or 2
+  int nodes[kNodes] = {};  ///< places in a tile
+  /// device, fp16 operands: [num_kv_heads][8 lane_words][high_eights][32 lanes] of 16 bytes
+  const std::uint32_t* high_entries = nullptr;
+  /// likewise [num_kv_heads][8 lane_words][8 - high_eights][32 lanes]
+  const std::uint32_t* low_entries = nullptr;
+  /// device, pairs of fp16, [8 blocks][high_eights][2][32 lanes] of 16 bytes: RoPE by a token's place
+  const std::uint32_t* turns = nullptr;
+  const float* node_weights = nullptr;  ///< device, [kTileTokens][kNodes]
+  const float* high_factors = nullptr;  ///< device, [num_kv_heads]: of products with decoded keys
+  const float* low_factors = nullptr;   ///< device, [num_kv_heads]: of products at the nodes
+};
+
 /// What the decode kernels read of a layer's codecs. Plain data; the memory belongs to the
 /// `DeviceCodebooks` it came from.
 struct CodebooksView {
@@ -44,9 +65,11 @@ struct CodebooksView {
   DevicePageLayout layout;
   int num_slices = 0;
   KeySlice slices[kMaxSlices] = {};
+  BinaryKeys binary;                        ///< instead of slices, where high_eights > 0
   const std::uint64_t* turns = nullptr;     ///< device, [num_pairs]: RoPE, in 2^-64 turns a token
   const std::uint16_t* channels = nullptr;  ///< device, [2 * num_pairs]: channel of planar index
-  const float* decoder = nullptr;           ///< device, [num_code_bits][num_kv_heads * head_dim]
+  /// device, [num_code_bits][num_kv_heads * head_dim / value_blocks]
+  const float* decoder = nullptr;
   int num_multiprocessors = 0;              ///< of the device that holds them
 };
 

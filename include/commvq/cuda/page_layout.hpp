@@ -37,7 +37,7 @@ struct KeyPlane {
 ///     value codes   [page_size / 16][num_code_bits] 16-bit words; bit j is token j of the 16
 ///     key tails     per plane [num_kv_heads] bit streams [page_size][tail_bits]
 ///     key norms     [norms_per_token][page_size] bf16
-///     value scales  [page_size] bf16
+///     value scales  [value_blocks][page_size] bf16
 ///
 /// A token's codes of a plane are one little-endian bit string, code k at bits
 /// [k * code_bits, (k + 1) * code_bits): the first num_words * 32 bits are its words, the rest its
@@ -55,6 +55,7 @@ struct COMMVQ_API DevicePageLayout {
   int num_groups = 0;
   int num_books = 0;        ///< of one group: 2 * num_stages
   int num_code_bits = 0;    ///< of one token's values
+  int value_blocks = 1;     ///< of the value codec: each has its own bits, in order, and scale
   int norms_per_token = 1;  ///< 1: over all heads; num_kv_heads: one a head
   int num_planes = 0;
   KeyPlane planes[kMaxPlanes] = {};
@@ -89,7 +90,9 @@ struct COMMVQ_API DevicePageLayout {
   COMMVQ_HOST_DEVICE int key_norm(int head, int slot) const {
     return key_norms_offset + 2 * ((norms_per_token == 1 ? 0 : head) * page_size + slot);
   }
-  COMMVQ_HOST_DEVICE int value_scale(int slot) const { return value_scales_offset + 2 * slot; }
+  COMMVQ_HOST_DEVICE int value_scale(int block, int slot) const {
+    return value_scales_offset + 2 * (block * page_size + slot);
+  }
 };
 
 /// Shared memory that one plane's rows may take on a device of this compute capability
@@ -98,13 +101,14 @@ COMMVQ_API Index key_plane_bytes(int compute_capability);
 
 /// Writes token `slot` of a page in host memory: what `append` writes on the device.
 /// `key_codes` is `[num_kv_heads][num_groups][num_stages][2]`, `key_norms` `[norms_per_token]`
-/// bf16, `value_code` the packed bits as `ValueCodec::encode` writes them.
+/// bf16, `value_code` the packed bits as `ValueCodec::encode` writes them, `value_scales`
+/// `[value_blocks]` bf16.
 COMMVQ_API void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
                           const std::uint16_t* key_codes, const std::uint16_t* key_norms,
-                          const std::uint8_t* value_code, std::uint16_t value_scale);
+                          const std::uint8_t* value_code, const std::uint16_t* value_scales);
 /// The inverse.
 COMMVQ_API void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slot,
                           std::uint16_t* key_codes, std::uint16_t* key_norms,
-                          std::uint8_t* value_code, std::uint16_t* value_scale);
+                          std::uint8_t* value_code, std::uint16_t* value_scales);
 
 }  // namespace commvq::cuda
