@@ -11,8 +11,9 @@ ValueCodec train_value_codec(MatrixView<const float> values, const ValueTrainerO
                              ValueTrainerReport* report) {
   return value_learning::train(
       values, options,
-      [&](const ValueCodecWeights& initial) {
-        return std::make_unique<DeviceValueWork>(values, options.codec, initial);
+      [](MatrixView<const float> of_block, const ValueCodecConfig& config,
+         const ValueCodecWeights& initial) {
+        return std::make_unique<DeviceValueWork>(of_block, config, initial);
       },
       report);
 }

@@ -82,10 +82,14 @@ void finish(const Problem& problem, std::vector<Partial>& partials, std::size_t 
   for (Index part = 1; part < num_parts; ++part)
     total.merge(partials[first_partial + static_cast<std::size_t>(part)], rows);
   if (problem.cache.page_layout().values_coded()) {
-    const MatrixView<const float> decoder = problem.cache.codec().values->decoder();
-    attention::add_decoded(decoder.data + Index{head} * problem.head_dim, decoder.row_stride,
-                           decoder.rows, problem.head_dim, total.codes.data(), problem.code_width,
-                           rows, total.values.data(), problem.value_width);
+    const PageLayout& layout = problem.cache.page_layout();
+    const int block = layout.value_block(head), code_bits = layout.block_code_bits();
+    const auto decoder =
+        problem.cache.codec().values->decoder().middle_rows(Index{block} * code_bits, code_bits);
+    const Index first_channel = Index{head} * problem.head_dim - block * decoder.cols;
+    attention::add_decoded(decoder.data + first_channel, decoder.row_stride, decoder.rows,
+                           problem.head_dim, total.codes.data(), problem.code_width, rows,
+                           total.values.data(), problem.value_width);
   }
   for (int r = 0; r < rows; ++r) {
     const Index query = first_query + r / problem.group;
@@ -149,7 +153,8 @@ void attend(const LayerCache& cache, MatrixView<const float> queries,
       HeadAttention& worker = workers[static_cast<std::size_t>(omp_get_thread_num())];
 #pragma omp for schedule(dynamic)
       for (Index item = 0; item < num_pairs * schedule.num_parts; ++item) {
-        // Heads side by side: value codes, which they share, then stay in the second cache level.
+        // Heads side by side: value codes, which heads of a block share, then stay in the second
+        // cache level.
         const Index pair = item % num_pairs;
         const Index part = item / num_pairs;
         const Index first_query = first_query_of(pair);

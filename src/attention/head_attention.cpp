@@ -69,7 +69,7 @@ Problem::Problem(const LayerCache& cache_, MatrixView<const float> queries_,
       padded_pairs(padded(head_dim / 2)),
       key_width(2 * padded_pairs),
       value_width(padded(head_dim)),
-      code_width(padded(cache.page_layout().value_code_bits, kCodeLanes)),
+      code_width(padded(cache.page_layout().block_code_bits(), kCodeLanes)),
       offset_rotations(static_cast<std::size_t>(kSubtile * key_width)),
       subtile_step(static_cast<std::size_t>(head_dim)) {
   if (options.scale == 0.0f)
@@ -375,23 +375,26 @@ bool HeadAttention::weigh_row(Segment segment, const Tile& tile, int row) {
 
 void HeadAttention::gather_coded_values(const Tile& tile) {
   const PageLayout& layout = cache_.page_layout();
+  const int block = layout.value_block(head_), code_bits = layout.block_code_bits();
   float scales[kTile] = {};
   for (int t = 0; t < tile.count; ++t)
-    scales[t] = bf16_at(tile.page + layout.value_scales() + 2 * (tile.slot + t));
+    scales[t] = bf16_at(tile.page + layout.value_scale(tile.slot + t, block));
   for (int r = 0; r < rows_; ++r)
     for (int t = 0; t < kTile; t += kLanes) {
       float* const weights = scores_.data() + Index{r} * kTile + t;
       simd::store(weights, simd::load(weights) * simd::load(scales + t));
     }
   const int num_bytes = (tile.count + 7) / 8;
-  const std::uint8_t* bytes = tile.page + layout.value_bits(tile.slot);
-  if (layout.value_code_bits != problem_.code_width) {
+  const std::uint8_t* bytes = tile.page + layout.value_bits(tile.slot) + block * code_bits;
+  Index byte_stride = layout.value_code_bits;
+  if (code_bits != problem_.code_width) {
     for (Index i = 0; i < num_bytes; ++i)
-      std::memcpy(bits_.data() + i * problem_.code_width, bytes + i * layout.value_code_bits,
-                  static_cast<std::size_t>(layout.value_code_bits));
+      std::memcpy(bits_.data() + i * problem_.code_width, bytes + i * byte_stride,
+                  static_cast<std::size_t>(code_bits));
     bytes = bits_.data();
+    byte_stride = problem_.code_width;
   }
-  add_code_bits(bytes, num_bytes, problem_.code_width, scores_.data(), rows_,
+  add_code_bits(bytes, byte_stride, num_bytes, problem_.code_width, scores_.data(), rows_,
                 partial_->codes.data(), problem_.code_width);
 }
 

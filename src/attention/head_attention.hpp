@@ -22,7 +22,7 @@ struct Problem {
   int padded_pairs;  ///< num_pairs and ...
   int key_width;     ///< ... planar heads, padded to whole vectors: 2 * padded_pairs
   int value_width;   ///< head_dim padded
-  int code_width;    ///< value code bits padded; 0 if values are exact
+  int code_width;    ///< value code bits of a block padded; 0 if values are exact
   simd::LineVector<float>
       offset_rotations;              ///< `[kSubtile][key_width]`: rotations by 0, 1, ... tokens
   std::vector<double> subtile_step;  ///< `[2 * num_pairs]`: rotation by kSubtile tokens

@@ -318,8 +318,8 @@ void score_turning_subtile(const float* queries, int rows, const std::int16_t* k
                                      scores + r * kTile);
 }
 
-void add_code_bits(const std::uint8_t* bytes, int num_bytes, Index num_code_bits,
-                   const float* weights, int rows, float* sums, Index stride) {
+void add_code_bits(const std::uint8_t* bytes, Index byte_stride, int num_bytes,
+                   Index num_code_bits, const float* weights, int rows, float* sums, Index stride) {
   constexpr int kRowsAtATime = 4;  // whose tables stay in the first cache level
   WeightTables tables[kRowsAtATime];
   for (int first = 0; first < rows; first += kRowsAtATime) {
@@ -328,11 +328,11 @@ void add_code_bits(const std::uint8_t* bytes, int num_bytes, Index num_code_bits
     float* const to = sums + first * stride;
     for (Index i = 0; i < num_code_bits; i += kCodeLanes) {
       if (num_bytes == kTile / 8) {
-        add_code_lanes<kTile / 8>(bytes + i, num_code_bits, 0, tables, count, to + i, stride);
+        add_code_lanes<kTile / 8>(bytes + i, byte_stride, 0, tables, count, to + i, stride);
         continue;
       }
       for (int byte = 0; byte < num_bytes; ++byte)
-        add_code_lanes<1>(bytes + i, num_code_bits, byte, tables, count, to + i, stride);
+        add_code_lanes<1>(bytes + i, byte_stride, byte, tables, count, to + i, stride);
     }
   }
 }

@@ -70,9 +70,14 @@ void validate_codec(const CacheConfig& config, const LayerCodec& codec) {
             keys.config().pairs.head_dim, " and ", config.rope.pairs.head_dim, ", rotary_dim ",
             keys.config().pairs.rotary_dim, " and ", config.rope.pairs.rotary_dim);
   }
-  if (codec.values)
-    require(codec.values->config().num_channels == config.num_channels(), "the value codec has ",
-            codec.values->config().num_channels, " channels and the cache ", config.num_channels());
+  if (codec.values) {
+    const ValueCodecConfig& values = codec.values->config();
+    require(values.num_channels == config.num_channels(), "the value codec has ",
+            values.num_channels, " channels and the cache ", config.num_channels());
+    require(config.num_kv_heads % values.num_blocks == 0, "the value codec has num_blocks ",
+            values.num_blocks, ", which does not divide the cache's ", config.num_kv_heads,
+            " KV heads: a block holds whole heads");
+  }
 }
 
 const CacheConfig& validated(const CacheConfig& config, const LayerCodec& codec) {
@@ -92,7 +97,7 @@ void code_tokens(const PageLayout& layout, const LayerCodec& codec, Index first_
   std::vector<std::uint8_t> value_codes(
       static_cast<std::size_t>(count * (layout.value_code_bits / 8)));
   std::vector<std::uint16_t> norms(static_cast<std::size_t>(count * layout.num_key_norms));
-  std::vector<std::uint16_t> scales(static_cast<std::size_t>(count));
+  std::vector<std::uint16_t> scales(static_cast<std::size_t>(count * layout.num_value_scales));
   const auto key_rows = as_matrix(key_codes, count, Index{layout.num_kv_heads} * layout.key_codes);
   const auto value_rows = as_matrix(value_codes, count, layout.value_code_bits / 8);
   if (codec.keys) codec.keys->encode(keys, key_rows, norms.data());
@@ -101,7 +106,6 @@ void code_tokens(const PageLayout& layout, const LayerCodec& codec, Index first_
   for (Index i = 0; i < count; ++i) {
     Page& page = page_of(first_token + i);
     const Index slot = (first_token + i) % layout.page_size;
-    const auto at = static_cast<std::size_t>(i);
     if (codec.keys) {
       layout.put_key(page, slot, key_rows.row(i), norms.data() + i * layout.num_key_norms);
     } else {
@@ -109,7 +113,7 @@ void code_tokens(const PageLayout& layout, const LayerCodec& codec, Index first_
                    page.data() + layout.exact_keys(slot));
     }
     if (codec.values) {
-      layout.put_value(page, slot, value_rows.row(i), scales[at]);
+      layout.put_value(page, slot, value_rows.row(i), scales.data() + i * layout.num_value_scales);
     } else {
       round_floats(values.row(i), layout.num_channels, layout.exact_type,
                    page.data() + layout.exact_values(slot));
@@ -133,9 +137,9 @@ void decode_token(const PageLayout& layout, const LayerCodec& codec, const Page&
   }
   if (codec.values) {
     std::vector<std::uint8_t> code(static_cast<std::size_t>(layout.value_code_bits / 8));
-    std::uint16_t scale = 0;
-    layout.get_value(page, slot, code.data(), scale);
-    codec.values->decode({code.data(), 1, static_cast<Index>(code.size())}, &scale,
+    std::vector<std::uint16_t> scales(static_cast<std::size_t>(layout.num_value_scales));
+    layout.get_value(page, slot, code.data(), scales.data());
+    codec.values->decode({code.data(), 1, static_cast<Index>(code.size())}, scales.data(),
                          {values, 1, channels});
   } else {
     widen_floats(page.data() + layout.exact_values(slot), channels, layout.exact_type, values);

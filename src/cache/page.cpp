@@ -19,7 +19,10 @@ PageLayout::PageLayout(Index page_size_, FloatType exact_type_, int num_kv_heads
     key_code_bits = codec.keys->config().code_bits();
     num_key_norms = codec.keys->config().num_norms(num_kv_heads);
   }
-  if (codec.values) value_code_bits = codec.values->config().num_code_bits();
+  if (codec.values) {
+    value_code_bits = codec.values->config().num_code_bits();
+    num_value_scales = codec.values->config().num_blocks;
+  }
 }
 
 Index PageLayout::bits_per_token() const {
@@ -50,8 +53,9 @@ void PageLayout::get_key(const Page& page, Index token, std::uint16_t* key_codes
 }
 
 void PageLayout::put_value(Page& page, Index token, const std::uint8_t* value_code,
-                           std::uint16_t scale) const {
-  std::memcpy(page.data() + value_scales() + 2 * token, &scale, 2);
+                           const std::uint16_t* scales) const {
+  std::memcpy(page.data() + value_scale(token, 0), scales,
+              static_cast<std::size_t>(value_row_bytes()));
   std::uint8_t* const bytes = page.data() + value_bits(token);
   const int shift = static_cast<int>(token % 8);
   for (int i = 0; i < value_code_bits; ++i) {
@@ -61,8 +65,9 @@ void PageLayout::put_value(Page& page, Index token, const std::uint8_t* value_co
 }
 
 void PageLayout::get_value(const Page& page, Index token, std::uint8_t* value_code,
-                           std::uint16_t& scale) const {
-  std::memcpy(&scale, page.data() + value_scales() + 2 * token, 2);
+                           std::uint16_t* scales) const {
+  std::memcpy(scales, page.data() + value_scale(token, 0),
+              static_cast<std::size_t>(value_row_bytes()));
   const std::uint8_t* const bytes = page.data() + value_bits(token);
   const int shift = static_cast<int>(token % 8);
   for (int i = 0; i < value_code_bits; i += 8) {

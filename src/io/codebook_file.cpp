@@ -140,10 +140,12 @@ KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs, st
 }
 
 Json to_json(const ValueCodecConfig& values) {
-  return {{"num_channels", values.num_channels},
-          {"bits", values.bits},
-          {"hidden_size", values.hidden_size},
-          {"polish_sweeps", values.polish_sweeps}};
+  Json json = {{"num_channels", values.num_channels},
+               {"bits", values.bits},
+               {"hidden_size", values.hidden_size},
+               {"polish_sweeps", values.polish_sweeps}};
+  if (values.num_blocks > 1) json["num_blocks"] = values.num_blocks;
+  return json;
 }
 
 ValueCodecConfig value_config_from(const Fields& fields) {
@@ -152,6 +154,7 @@ ValueCodecConfig value_config_from(const Fields& fields) {
   values.bits = fields.whole("bits");
   values.hidden_size = fields.whole("hidden_size");
   if (fields.has("polish_sweeps")) values.polish_sweeps = fields.whole("polish_sweeps");
+  if (fields.has("num_blocks")) values.num_blocks = fields.whole("num_blocks");
   values.validate();
   return values;
 }
@@ -225,11 +228,12 @@ std::shared_ptr<const KeyCodec> read_keys(const SafetensorsFile& file, const std
 /// Name, shape and place of every tensor of a value codec.
 template <class Weights, class Visit>
 void visit_values(const ValueCodecConfig& config, Weights& weights, Visit&& visit) {
-  const Index C = config.num_channels, H = config.hidden_size, L = config.num_logits();
-  visit("norm_gain", std::vector<Index>{C}, weights.norm_gain);
-  visit("norm_bias", std::vector<Index>{C}, weights.norm_bias);
-  visit("hidden_weight", std::vector<Index>{H, C}, weights.hidden_weight);
-  visit("hidden_bias", std::vector<Index>{H}, weights.hidden_bias);
+  const Index B = config.num_blocks, C = config.block().num_channels;
+  const Index H = config.hidden_size, L = config.num_logits();
+  visit("norm_gain", std::vector<Index>{B * C}, weights.norm_gain);
+  visit("norm_bias", std::vector<Index>{B * C}, weights.norm_bias);
+  visit("hidden_weight", std::vector<Index>{B * H, C}, weights.hidden_weight);
+  visit("hidden_bias", std::vector<Index>{B * H}, weights.hidden_bias);
   visit("output_weight", std::vector<Index>{L, H}, weights.output_weight);
   visit("output_bias", std::vector<Index>{L}, weights.output_bias);
   visit("decoder", std::vector<Index>{config.num_code_bits(), C}, weights.decoder);
@@ -293,10 +297,15 @@ void ModelCodecs::validate() const {
               " pairs channels differently from the model's RoPE (head_dim ",
               layer.keys->config().pairs.head_dim, " and ", rope.pairs.head_dim, ")");
     }
-    if (layer.values)
-      require(layer.values->config().num_channels == num_kv_heads * rope.pairs.head_dim,
-              "the value codec of layer ", i, " has ", layer.values->config().num_channels,
+    if (layer.values) {
+      const ValueCodecConfig& values = layer.values->config();
+      require(values.num_channels == num_kv_heads * rope.pairs.head_dim,
+              "the value codec of layer ", i, " has ", values.num_channels,
               " channels; the model has ", num_kv_heads * rope.pairs.head_dim);
+      require(num_kv_heads % values.num_blocks == 0, "the value codec of layer ", i,
+              " has num_blocks ", values.num_blocks, ", which does not divide the ", num_kv_heads,
+              " KV heads: a block holds whole heads");
+    }
   }
 }
 

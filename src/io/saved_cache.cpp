@@ -34,6 +34,7 @@ Page without_rest(const PageLayout& layout, Page page, Index used) {
       static_cast<std::size_t>(Index{layout.num_kv_heads} * layout.key_codes));
   const std::vector<std::uint16_t> norms(static_cast<std::size_t>(layout.num_key_norms));
   const std::vector<std::uint8_t> code(static_cast<std::size_t>(layout.value_code_bits / 8));
+  const std::vector<std::uint16_t> scales(static_cast<std::size_t>(layout.num_value_scales));
   const Index row_bytes = layout.num_channels * size_of(layout.exact_type);
   for (Index slot = used; slot < layout.page_size; ++slot) {
     if (layout.keys_coded()) {
@@ -42,7 +43,7 @@ Page without_rest(const PageLayout& layout, Page page, Index used) {
       std::fill_n(page.data() + layout.exact_keys(slot), row_bytes, std::uint8_t{0});
     }
     if (layout.values_coded()) {
-      layout.put_value(page, slot, code.data(), 0);
+      layout.put_value(page, slot, code.data(), scales.data());
     } else {
       std::fill_n(page.data() + layout.exact_values(slot), row_bytes, std::uint8_t{0});
     }

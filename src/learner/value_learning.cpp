@@ -45,15 +45,18 @@ double rate_at(const ValueTrainerOptions& options, int step) {
   return options.learning_rate * 0.5 * (1 + std::cos(std::numbers::pi * share));
 }
 
-/// Rows of the values that are not zero.
-std::vector<Index> usable_rows(MatrixView<const float> values) {
-  std::vector<Index> rows;
-  for (Index t = 0; t < values.rows; ++t) {
+void require_finite(MatrixView<const float> values) {
+  for (Index t = 0; t < values.rows; ++t)
     for (Index c = 0; c < values.cols; ++c)
       require(std::isfinite(values(t, c)), "value of token ", t, ", channel ", c, " is ",
               values(t, c), "; only finite values can be learnt from");
+}
+
+/// Rows of the values that are not zero.
+std::vector<Index> usable_rows(MatrixView<const float> values) {
+  std::vector<Index> rows;
+  for (Index t = 0; t < values.rows; ++t)
     if (value_layers::norm_of(values.row(t), values.cols) > 0) rows.push_back(t);
-  }
   require(!rows.empty(), "all ", values.rows, " values are zero or there are none; there is ",
           "nothing to learn");
   return rows;
@@ -72,20 +75,15 @@ std::vector<Index> spread_over(const std::vector<Index>& rows, Index count) {
 /// A refinement round costs about so many Adam steps.
 constexpr double kStepsPerRound = 20.0;
 
-}  // namespace
-
-ValueCodec train(MatrixView<const float> values, const ValueTrainerOptions& options,
-                 const MakeWork& make_work, ValueTrainerReport* report) {
-  options.validate();
-  require(values.cols == options.codec.num_channels, "the values have ", values.cols,
-          " channels; the codec has ", options.codec.num_channels);
+/// Weights of one block, from its values.
+ValueCodecWeights train_block(MatrixView<const float> values, const ValueTrainerOptions& options,
+                              const MakeWork& make_work, ProgressMeter& progress,
+                              ValueTrainerReport& report) {
   const std::vector<Index> rows = usable_rows(values);
-
+  const ValueCodecConfig config = options.codec.block();
   std::mt19937_64 random(options.seed);
-  const std::unique_ptr<ValueWork> work = make_work(initial_weights(options.codec, random));
-  ValueTrainerReport result;
-  ProgressMeter progress(options.progress,
-                         options.steps + kStepsPerRound * options.refinement.rounds);
+  const std::unique_ptr<ValueWork> work =
+      make_work(values, config, initial_weights(config, random));
   std::vector<Index> batch(static_cast<std::size_t>(options.batch_tokens));
   for (int step = 0; step < options.steps; ++step) {
     for (Index& row : batch) row = rows[random() % rows.size()];
@@ -93,16 +91,44 @@ ValueCodec train(MatrixView<const float> values, const ValueTrainerOptions& opti
                                     options.temperature, rate_at(options, step));
     require(std::isfinite(loss), "training diverged at step ", step, " of ", options.steps,
             " (loss ", loss, "); use a smaller learning_rate than ", options.learning_rate);
-    result.objectives.push_back(loss);
+    report.objectives.push_back(loss);
     progress.advance("values", 1, loss);
   }
   ValueCodecWeights weights = work->weights();
-  if (options.refinement.rounds > 0)
-    result.refinement_objectives = refine_value_decoder(
+  if (options.refinement.rounds > 0) {
+    const std::vector<double> errors = refine_value_decoder(
         *work, spread_over(rows, options.refinement.max_tokens), options.refinement, weights,
         [&](int, double error) { progress.advance("values: refinement", kStepsPerRound, error); });
+    report.refinement_objectives.insert(report.refinement_objectives.end(), errors.begin(),
+                                        errors.end());
+  }
+  return weights;
+}
+
+}  // namespace
+
+ValueCodec train(MatrixView<const float> values, const ValueTrainerOptions& options,
+                 const MakeWork& make_work, ValueTrainerReport* report) {
+  options.validate();
+  const ValueCodecConfig& codec = options.codec;
+  require(values.cols == codec.num_channels, "the values have ", values.cols,
+          " channels; the codec has ", codec.num_channels);
+  require_finite(values);
+  ValueTrainerReport result;
+  ProgressMeter progress(options.progress, codec.num_blocks * (options.steps +
+                                               kStepsPerRound * options.refinement.rounds));
+  ValueCodecWeights weights;
+  const Index channels = codec.block().num_channels;
+  for (Index block = 0; block < codec.num_blocks; ++block) {
+    const ValueCodecWeights trained = train_block(values.middle_cols(block * channels, channels),
+                                                  options, make_work, progress, result);
+    ValueCodecWeights::for_each([&](auto weight) {
+      const std::vector<float>& part = trained.*weight;
+      (weights.*weight).insert((weights.*weight).end(), part.begin(), part.end());
+    });
+  }
   if (report != nullptr) *report = std::move(result);
-  return ValueCodec(options.codec, std::move(weights));
+  return ValueCodec(codec, std::move(weights));
 }
 
 }  // namespace commvq::value_learning

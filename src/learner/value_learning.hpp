@@ -11,8 +11,10 @@
 /// The value trainer without the place where its work is done.
 namespace commvq::value_learning {
 
-/// Makes the work on a layer's values from the network's initial weights.
-using MakeWork = std::function<std::unique_ptr<ValueWork>(const ValueCodecWeights& initial)>;
+/// Makes the work on the values of a block, coded by one network, from its initial weights.
+using MakeWork = std::function<std::unique_ptr<ValueWork>(MatrixView<const float> values,
+                                                          const ValueCodecConfig& config,
+                                                          const ValueCodecWeights& initial)>;
 
 /// Checks options and values, trains and refines: see train_value_codec.
 COMMVQ_API ValueCodec train(MatrixView<const float> values, const ValueTrainerOptions& options,

@@ -43,8 +43,9 @@ ValueCodec train_value_codec(MatrixView<const float> values, const ValueTrainerO
                              ValueTrainerReport* report) {
   return value_learning::train(
       values, options,
-      [&](const ValueCodecWeights& initial) {
-        return std::make_unique<HostValueWork>(values, options.codec, initial);
+      [](MatrixView<const float> of_block, const ValueCodecConfig& config,
+         const ValueCodecWeights& initial) {
+        return std::make_unique<HostValueWork>(of_block, config, initial);
       },
       report);
 }

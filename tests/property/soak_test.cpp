@@ -251,10 +251,9 @@ class Soak {
       equal = equals_row(codes, d.key_codes) && equals_row(norms, d.norms);
     }
     std::vector<std::uint8_t> code(static_cast<std::size_t>(layout.value_code_bits / 8));
-    std::uint16_t scale = 0;
-    layout.get_value(page, slot, code.data(), scale);
-    return equal && equals_row(code, d.value_codes) &&
-           scale == d.scales[static_cast<std::size_t>(word)];
+    std::vector<std::uint16_t> scales(static_cast<std::size_t>(layout.num_value_scales));
+    layout.get_value(page, slot, code.data(), scales.data());
+    return equal && equals_row(code, d.value_codes) && equals_row(scales, d.scales);
   }
 
   /// One query head at one of the newest positions, against the formula in double precision over

@@ -411,7 +411,7 @@ TEST_F(CraftedCache, CannotHoldNumbersThatAreNotFinite) {
   for (const std::size_t at :
        {std::size_t{0}, page_at(0) - 2,
         page_at(2) + static_cast<std::size_t>(layout.key_norm(3, 0)),
-        page_at(2) + static_cast<std::size_t>(layout.value_scales()) + 2 * 3}) {
+        page_at(2) + static_cast<std::size_t>(layout.value_scale(3, 0))}) {
     const std::uint16_t infinity = 0x7f80;
     std::memcpy(data_.data() + at, &infinity, 2);
     EXPECT_THAT(error_of_crafted(), HasSubstr("must be finite")) << at;

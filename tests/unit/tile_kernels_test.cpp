@@ -79,7 +79,7 @@ TEST(AddCodeBits, AddsWeightsOfSetBitsToTheStatedError) {
               std::exp(-static_cast<float>(rng() % 2000) / 100) * (r == 1 ? 1e-30f : 1e3f);
       std::vector<float> sums = normal_floats(rng, rows * kStride);
       const std::vector<float> before = sums;
-      add_code_bits(bytes.data(), num_bytes, kBits, weights.data(), rows, sums.data(), kStride);
+      add_code_bits(bytes.data(), kBits, num_bytes, kBits, weights.data(), rows, sums.data(), kStride);
       for (int r = 0; r < rows; ++r) {
         const float* const w = &weights[static_cast<std::size_t>(r * kTile)];
         const double total = std::accumulate(w, w + kTile, 0.0);
@@ -98,7 +98,7 @@ TEST(AddCodeBits, WeightsOfZeroAddNothing) {
   const std::vector<std::uint8_t> bytes(32, 0xff);
   const std::vector<float> weights(kTile, 0.0f);
   std::vector<float> sums(32, 3.0f);
-  add_code_bits(bytes.data(), 1, 32, weights.data(), 1, sums.data(), 32);
+  add_code_bits(bytes.data(), 32, 1, 32, weights.data(), 1, sums.data(), 32);
   EXPECT_EQ(sums, std::vector<float>(32, 3.0f));
 }
 

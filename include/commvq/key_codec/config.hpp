@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+
 #include "commvq/core/bit_packing.hpp"
 #include "commvq/rope/pair_layout.hpp"
 
@@ -40,9 +42,17 @@ struct KeyCodecConfig {
   static KeyCodecConfig commvq_1bit(const PairLayout& pairs) { return commvq(pairs, 11); }
   static KeyCodecConfig commvq_2bit(const PairLayout& pairs) { return commvq(pairs, 20); }
 
+  /// For attention that expands no codebook: two centroids a book, so that a key is a fixed vector
+  /// plus a sum of vectors that its bits switch on, a linear code like that of the values. Groups
+  /// are whole heads. With `ValueCodecConfig::speed_1bit`, norms and scales at head_dim 128 1.094
+  /// bits a number (R = 60), with the 2-bit ones 2.078 (R = 122).
+  static KeyCodecConfig speed_1bit(const PairLayout& pairs) { return speed(pairs, 60); }
+  static KeyCodecConfig speed_2bit(const PairLayout& pairs) { return speed(pairs, 122); }
+
  private:
   static KeyCodecConfig paper(const PairLayout& pairs, int stages_at_64_pairs);
   static KeyCodecConfig commvq(const PairLayout& pairs, int stages_at_64_pairs);
+  static KeyCodecConfig speed(const PairLayout& pairs, int stages_at_64_pairs);
 };
 
 inline void KeyCodecConfig::validate() const {
@@ -73,6 +83,14 @@ inline KeyCodecConfig KeyCodecConfig::commvq(const PairLayout& pairs, int stages
   config.tied = false;
   config.beam_width = 8;
   config.norm_per_head = true;
+  return config;
+}
+
+inline KeyCodecConfig KeyCodecConfig::speed(const PairLayout& pairs, int stages_at_64_pairs) {
+  KeyCodecConfig config = commvq(pairs, stages_at_64_pairs);
+  config.group_pairs = pairs.num_pairs();
+  config.codebook_size = 2;
+  config.num_stages = std::max(1, stages_at_64_pairs * pairs.num_pairs() / 64);
   return config;
 }
 

@@ -37,7 +37,7 @@ struct COMMVQ_API ValueTrainerOptions {
   static ValueTrainerOptions commvq(const ValueCodecConfig& codec);
 };
 
-/// What a training ended with.
+/// What a training ended with, one block after another.
 struct ValueTrainerReport {
   /// Relative squared error |v - decoded|^2 / |v|^2, mean over the batch, after each step.
   std::vector<double> objectives;
@@ -50,7 +50,8 @@ struct ValueTrainerReport {
 /// samples and straight-through gradients, mean squared error of the value scaled to unit norm,
 /// Adam, cosine schedule. The same seed and input give the same weights, with any number of threads.
 /// Then, if asked for, alternates least squares for the decoder with encoding anew. Zero values are
-/// left out. Throws `Error` for no tokens, wrong shapes, or NaN and infinity.
+/// left out. Each block is trained by itself, as `train_value_codec` would on its channels alone.
+/// Throws `Error` for no tokens, wrong shapes, or NaN and infinity.
 COMMVQ_API ValueCodec train_value_codec(MatrixView<const float> values,
                                         const ValueTrainerOptions& options,
                                         ValueTrainerReport* report = nullptr);
