@@ -57,10 +57,12 @@ struct Preset {
   const char* name;
   int codebook_size, num_stages, value_bits;
   bool norm_per_head;
+  bool value_blocks = false;  ///< one a head
 };
 constexpr Preset kPresets[] = {
     {"paper_1bit", 64, 11, 1, false},   {"paper_2bit", 64, 21, 2, false},
     {"commvq_1bit", 64, 11, 1, true},   {"commvq_2bit", 64, 20, 2, true},
+    {"speed_1bit", 2, 60, 1, true, true},
     {"7bit_10_books", 128, 5, 1, true}, {"7bit_8_books", 128, 4, 1, true}};
 
 LayerCodec random_codec(Rng& rng, const Preset& preset) {
@@ -78,15 +80,16 @@ LayerCodec random_codec(Rng& rng, const Preset& preset) {
   values.num_channels = kChannels;
   values.bits = preset.value_bits;
   values.hidden_size = 1;
+  values.num_blocks = preset.value_blocks ? kNumKvHeads : 1;
   ValueCodecWeights weights;
   weights.norm_gain.assign(kChannels, 1.0f);
   weights.norm_bias.assign(kChannels, 0.0f);
   weights.hidden_weight.assign(kChannels, 0.0f);
-  weights.hidden_bias.assign(1, 0.0f);
+  weights.hidden_bias.assign(static_cast<std::size_t>(values.num_blocks), 0.0f);
   weights.output_weight.assign(static_cast<std::size_t>(values.num_logits()), 0.0f);
   weights.output_bias.assign(static_cast<std::size_t>(values.num_logits()), 0.0f);
   weights.decoder =
-      normal_floats(rng, static_cast<std::size_t>(values.num_code_bits() * kChannels), 1.0f);
+      normal_floats(rng, static_cast<std::size_t>(values.num_code_bits() * kChannels / values.num_blocks), 1.0f);
   return {std::make_shared<KeyCodec>(std::move(heads)),
           std::make_shared<ValueCodec>(values, std::move(weights))};
 }

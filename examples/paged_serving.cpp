@@ -46,12 +46,13 @@ bool write(paged::Sequences& sequences, Request& request, std::span<const int> t
       static_cast<std::size_t>(layout.num_kv_heads * layout.num_groups * layout.num_books));
   std::vector<std::uint16_t> norms(static_cast<std::size_t>(layout.norms_per_token));
   std::vector<std::uint8_t> value(static_cast<std::size_t>(layout.num_code_bits / 8));
+  const std::vector<std::uint16_t> scales(static_cast<std::size_t>(layout.value_blocks));
   for (std::size_t t = 0; t < tokens.size(); ++t) {
     codes.assign(codes.size(), static_cast<std::uint16_t>(tokens[t] % layout.codebook_size));
     const Index block = slots[t] / layout.page_size;
     commvq::cuda::put_token(layout, pages.data() + block * layout.page_bytes,
                             static_cast<int>(slots[t] % layout.page_size), codes.data(),
-                            norms.data(), value.data(), 0);
+                            norms.data(), value.data(), scales.data());
   }
   sequences.commit(request.id, tokens);
   return true;

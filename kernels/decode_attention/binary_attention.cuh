@@ -309,17 +309,15 @@ __device__ __forceinline__ void multiply_queries(Shared<Shape>& shared, int step
   }
 }
 
-/// Sixteen bits of the keys of tokens 2m and 2m + 1 as an operand: `step` of the words'.
-template <class Shape>
-__device__ __forceinline__ void bits_of(const LaneCodes<Shape>& codes, int step, int m,
+/// Sixteen bits of the keys of tokens 2m and 2m + 1 as an operand: bits 2 k, 2 k + 1 of the words'
+/// halves.
+__device__ __forceinline__ void bits_of(const std::uint32_t (&words)[4], int k, int m,
                                         std::uint32_t (&bits)[4]) {
-  const std::uint32_t mask = 0x00010001u << (2 * (step % 4));
+  const std::uint32_t mask = 0x00010001u << (2 * k);
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
-    std::uint32_t word = codes.words[2 * m + t][step / 8];
-    if (step % 8 >= 4) word >>= 8;
-    bits[t] = word & mask;
-    bits[2 + t] = word & mask << 1;
+    bits[t] = words[2 * m + t] & mask;
+    bits[2 + t] = words[2 * m + t] & mask << 1;
   }
 }
 
@@ -332,13 +330,20 @@ __device__ __forceinline__ void multiply_keys(const Shared<Shape>& shared,
   const int lane = threadIdx.x % 32, block = threadIdx.x / 32 % kTileWarps;
   const TileBuffers<Shape>& buffers = shared.tiles[tile];
   float keys[kCount][2][2][4] = {};  // [eight][real, imaginary][tokens]
+  // Four steps at a time: all at once would take more registers than there are.
 #pragma unroll
-  for (int k = 0; k < Shape::kSteps; ++k) {
+  for (int w = 0; w < Shape::kLaneWords; ++w) {
+    std::uint32_t words[4] = {codes.words[0][w], codes.words[1][w], codes.words[2][w],
+                              codes.words[3][w]};
+#pragma unroll 1
+    for (int byte = 2 * w; byte < 2 * w + 2; ++byte) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
     std::uint32_t bits[2][4];
-    bits_of(codes, k, 0, bits[0]);
-    bits_of(codes, k, 1, bits[1]);
+    bits_of(words, k, 0, bits[0]);
+    bits_of(words, k, 1, bits[1]);
     if constexpr (kWithLow) {
-      const uint4 b = buffers.low_products[step % 2][k][slot_of(k, lane)];
+      const uint4 b = buffers.low_products[step % 2][4 * byte + k][slot_of(k, lane)];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         mma_16x8x16(low[m][0], bits[m][0], bits[m][1], bits[m][2], bits[m][3], b.x, b.y);
@@ -347,12 +352,16 @@ __device__ __forceinline__ void multiply_keys(const Shared<Shape>& shared,
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const uint4 e = shared.high_entries[k][kFirst + i][lane];
+      const uint4 e = shared.high_entries[4 * byte + k][kFirst + i][lane];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         mma_16x8x16(keys[i][0][m], bits[m][0], bits[m][1], bits[m][2], bits[m][3], e.x, e.y);
         mma_16x8x16(keys[i][1][m], bits[m][0], bits[m][1], bits[m][2], bits[m][3], e.z, e.w);
       }
+    }
+    }
+#pragma unroll
+    for (std::uint32_t& word : words) word >>= 8;
     }
   }
 #pragma unroll

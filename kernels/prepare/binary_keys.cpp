@@ -165,13 +165,6 @@ std::vector<std::uint16_t> turns_of(const Rope& rope, int high_eights) {
 
 }  // namespace
 
-bool are_binary(const DevicePageLayout& layout) {
-  return layout.codebook_size == 2 && layout.num_groups == 1 && layout.num_planes == 1 &&
-         layout.head_dim == 2 * kPairs && layout.value_blocks == layout.num_kv_heads &&
-         (layout.num_books == 120 || layout.num_books == 248) &&
-         layout.num_code_bits / layout.value_blocks == layout.num_books + 8;
-}
-
 BinaryKeyImage::BinaryKeyImage(const KeyCodec& codec, const Rope& rope,
                                const DevicePageLayout& layout) {
   keys.high_eights = high_eights_of(rope);

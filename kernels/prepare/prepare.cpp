@@ -192,7 +192,7 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
   Image image;
   std::vector<SliceOffsets> slices;
   BinaryOffsets binary{};
-  if (are_binary(view.layout)) {
+  if (view.layout.is_binary()) {
     binary = add_binary(keys, Rope(rope), view, image);
   } else {
     require(view.layout.value_blocks == 1, "the value codec has num_blocks ",

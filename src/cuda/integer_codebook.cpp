@@ -272,6 +272,7 @@ void replace(KeyCodebook<float>& codebook, const KeyPlane& plane, const IntegerK
 }  // namespace
 
 KeyCodec rounded_to_integers(const KeyCodec& codec, const DevicePageLayout& layout) {
+  if (layout.is_binary()) return codec;  // in fp16 on the device
   const KeyCodecConfig& config = codec.config();
   const int g = config.group_pairs, width = slice_width(config);
   const int planes = planes_of_slice(layout, key_row_bits(layout, config));

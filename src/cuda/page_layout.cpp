@@ -62,8 +62,8 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
           "; the device supports 64, 128 and 256");
   require(values.num_channels == num_kv_heads * head_dim, "the value codec has ",
           values.num_channels, " channels; the keys have ", num_kv_heads, " heads of ", head_dim);
-  require(values.num_blocks == 1, "the value codec has num_blocks ", values.num_blocks,
-          "; the device supports 1");
+  require(num_kv_heads % value_blocks == 0, "the value codec has num_blocks ", value_blocks,
+          "; it must divide the ", num_kv_heads, " KV heads");
   const int width = slice_width(keys);
   const int step = width == 32 ? 2 : 1;  // books that share a line
   const Index bytes_per_step = IntegerKeySlice::image_bytes(width, 8, 0, step, codebook_size);

@@ -77,6 +77,38 @@ std::vector<DecodeCase> all_cases() {
     c.keys = keys;
     return c;
   };
+  const KeyCodecConfig binary = key_config(128, 64, 2, 60);
+  const auto add_binary = [&](const char* name) -> DecodeCase& {
+    DecodeCase& c = add(name, binary);
+    c.keys.norm_per_head = true;
+    c.value_blocks = c.num_kv_heads;
+    return c;
+  };
+  add_binary("binary");
+  add_binary("binary_short").lengths = {160};
+  add_binary("binary_long").lengths = {20000};
+  add_binary("binary_fast_turns").theta = 10000.0;
+  add_binary("binary_fastest_turns").theta = 10.0;
+  add_binary("binary_norm_per_token").keys.norm_per_head = false;
+  for (const int page_size : {16, 32, 128}) {
+    auto& c = add_binary(("binary_page" + std::to_string(page_size)).c_str());
+    c.page_size = page_size;
+    c.lengths = {515, 16, 1, 129, 2200, 700};
+  }
+  for (const int group : {1, 3, 8}) {
+    auto& c = add_binary(("binary_group" + std::to_string(group)).c_str());
+    c.group = group;
+    c.num_query_tokens = group == 3 ? 5 : 1;
+    c.lengths = {900, 300};
+  }
+  auto& binary_mixed = add_binary("binary_sinks_cap_sliding");
+  binary_mixed.sinks = 5;
+  binary_mixed.soft_cap = 5;
+  binary_mixed.sliding_window = 500;
+  binary_mixed.type = FloatType::kBf16;
+  binary_mixed.layout = RopeLayout::kInterleaved;
+  binary_mixed.keys.pairs.layout = RopeLayout::kInterleaved;
+  binary_mixed.lengths = {1200, 444, 30};
   add("1bit", paper1);
   add("1bit_long", paper1).lengths = {5000};
   add("1bit_bf16", paper1).type = FloatType::kBf16;

@@ -30,6 +30,7 @@ struct DecodeCase {
   int num_kv_heads = 2;
   int group = 4;  ///< query heads of a KV head
   int value_bits = 1;
+  int value_blocks = 1;
   int page_size = 64;
   std::vector<int> lengths = {300};
   int num_query_tokens = 1;
@@ -176,7 +177,7 @@ class DecodeSetup {
   LayerCodec random_codec() {
     return {commvq::testing_support::random_key_codec(rng_, case_.keys, case_.num_kv_heads),
             commvq::testing_support::random_value_codec(rng_, static_cast<int>(num_channels()),
-                                                        case_.value_bits, 4)};
+                                                        case_.value_bits, 4, case_.value_blocks)};
   }
 
   std::vector<float> rounded(std::vector<float> values) const {
@@ -217,12 +218,14 @@ class DecodeSetup {
         for (int i = 0; i < layout.norms_per_token; ++i)
           token.norms.push_back(to_bf16(
               static_cast<float>(key_norm * (0.5 + static_cast<double>(rng_() % 1000) / 1000))));
-        token.scale = rng_() % 16 == 0 ? 0 : to_bf16(static_cast<float>(spread * spread));
+        for (int i = 0; i < layout.value_blocks; ++i)
+          token.scales.push_back(
+              rng_() % 16 == 0 ? 0 : to_bf16(static_cast<float>(spread * spread * (i + 1))));
         std::uint8_t* const page =
             pages_.data() +
             table_[static_cast<std::size_t>(seq * max_blocks_ + t / case_.page_size)] * stride_;
         put_token(layout, page, t % case_.page_size, token.codes.data(), token.norms.data(),
-                  token.value.data(), token.scale);
+                  token.value.data(), token.scales.data());
         codes_[static_cast<std::size_t>(seq)].push_back(std::move(token));
       }
   }
@@ -261,7 +264,7 @@ class DecodeSetup {
     const Token& t = codes_[static_cast<std::size_t>(seq)][static_cast<std::size_t>(token)];
     rounded_.decode({t.codes.data(), 1, static_cast<Index>(t.codes.size())}, t.norms.data(),
                     {keys, 1, num_channels()});
-    codec_.values->decode({t.value.data(), 1, static_cast<Index>(t.value.size())}, &t.scale,
+    codec_.values->decode({t.value.data(), 1, static_cast<Index>(t.value.size())}, t.scales.data(),
                           {values, 1, num_channels()});
   }
 
@@ -290,7 +293,7 @@ class DecodeSetup {
     std::vector<std::uint16_t> codes;
     std::vector<std::uint8_t> value;
     std::vector<std::uint16_t> norms;
-    std::uint16_t scale;
+    std::vector<std::uint16_t> scales;
   };
 
   DecodeCase case_;

@@ -100,7 +100,7 @@ class Engine {
         const TokenCodes codes(layouts_[layer], layer, history);
         put_token(layouts_[layer], page(layer, slots[t] / kPageSize),
                   static_cast<int>(slots[t] % kPageSize), codes.keys.data(), codes.norms.data(),
-                  codes.value.data(), codes.scale);
+                  codes.value.data(), &codes.scale);
       }
     }
     sequences_.commit(id, tokens);

@@ -25,7 +25,8 @@ inline std::shared_ptr<const KeyCodec> random_key_codec(Rng& rng, const KeyCodec
   for (int head = 0; head < num_kv_heads; ++head) {
     KeyCodebook<float>& codebook = heads.emplace_back(config);
     double size = 0.5 / std::sqrt(double(config.pairs.head_dim) * num_kv_heads);
-    for (int stage = 0; stage < config.num_stages; ++stage, size *= 0.8)
+    const double shrinking = config.num_stages > 32 ? 0.97 : 0.8;
+    for (int stage = 0; stage < config.num_stages; ++stage, size *= shrinking)
       for (int group = 0; group < config.num_groups(); ++group)
         for (int which = 0; which < 2; ++which) {
           const Index count = Index{config.codebook_size} * codebook.row_size();
@@ -38,21 +39,23 @@ inline std::shared_ptr<const KeyCodec> random_key_codec(Rng& rng, const KeyCodec
 }
 
 inline std::shared_ptr<const ValueCodec> random_value_codec(Rng& rng, int num_channels, int bits,
-                                                            int hidden_size) {
+                                                            int hidden_size, int num_blocks = 1) {
   ValueCodecConfig config;
   config.num_channels = num_channels;
   config.bits = bits;
   config.hidden_size = hidden_size;
+  config.num_blocks = num_blocks;
   ValueCodecWeights weights;
   weights.norm_gain.assign(static_cast<std::size_t>(num_channels), 1.0f);
   weights.norm_bias.assign(static_cast<std::size_t>(num_channels), 0.0f);
   weights.hidden_weight =
       normal_floats(rng, Index{hidden_size} * num_channels, 1 / std::sqrt(double(num_channels)));
-  weights.hidden_bias = normal_floats(rng, hidden_size, 0.1);
+  weights.hidden_bias = normal_floats(rng, Index{num_blocks} * hidden_size, 0.1);
   weights.output_weight = normal_floats(rng, Index{config.num_logits()} * hidden_size,
                                         1 / std::sqrt(double(hidden_size)));
   weights.output_bias = normal_floats(rng, config.num_logits(), 0.1);
-  weights.decoder = normal_floats(rng, Index{config.num_code_bits()} * num_channels);
+  weights.decoder =
+      normal_floats(rng, Index{config.num_code_bits()} * (num_channels / num_blocks));
   return std::make_shared<const ValueCodec>(config, std::move(weights));
 }
 

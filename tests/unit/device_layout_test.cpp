@@ -81,7 +81,7 @@ TEST_P(DeviceLayout, TokensReadBackAsWritten) {
   for (const int slot : order) {
     const Token& token = tokens[static_cast<std::size_t>(slot)];
     put_token(layout, page.data(), slot, token.codes.data(), token.norms.data(), token.value.data(),
-              token.scale);
+              &token.scale);
   }
   for (int slot = 0; slot < layout.page_size; ++slot) {
     const Token& token = tokens[static_cast<std::size_t>(slot)];

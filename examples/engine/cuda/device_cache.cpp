@@ -116,7 +116,8 @@ class DeviceLayer {
     std::vector<std::uint16_t> codes(static_cast<std::size_t>(tokens * num_codes));
     std::vector<std::uint16_t> norms(static_cast<std::size_t>(tokens * num_norms));
     std::vector<std::uint8_t> value_codes(static_cast<std::size_t>(tokens * code_bytes));
-    std::vector<std::uint16_t> scales(static_cast<std::size_t>(tokens));
+    const Index num_scales = codec_.values->config().num_blocks;
+    std::vector<std::uint16_t> scales(static_cast<std::size_t>(tokens * num_scales));
     codec_.keys->encode({keys.data(), tokens, channels}, {codes.data(), tokens, num_codes},
                         norms.data());
     codec_.values->encode({values.data(), tokens, channels},
@@ -128,7 +129,7 @@ class DeviceLayer {
                       &codes[static_cast<std::size_t>(t * num_codes)],
                       &norms[static_cast<std::size_t>(t * num_norms)],
                       &value_codes[static_cast<std::size_t>(t * code_bytes)],
-                      scales[static_cast<std::size_t>(t)]);
+                      &scales[static_cast<std::size_t>(t * num_scales)]);
     const Index first = length_ / size * bytes, end = ((length_ + tokens - 1) / size + 1) * bytes;
     pages_.upload(static_cast<std::size_t>(first), host_pages_.data() + first,
                   static_cast<std::size_t>(end - first));
