@@ -22,14 +22,15 @@ struct Options {
 commvq::LayerCache layer_cache(const commvq::CacheConfig& config,
                                const commvq::KeyCodecConfig& keys,
                                const commvq::ValueCodecConfig& values) {
-  const auto C = static_cast<std::size_t>(values.num_channels);
+  const auto B = static_cast<std::size_t>(values.num_blocks);
+  const auto C = static_cast<std::size_t>(values.num_channels) / B;
   const auto H = static_cast<std::size_t>(values.hidden_size);
   const auto L = static_cast<std::size_t>(values.num_logits());
   commvq::ValueCodecWeights weights;
-  weights.norm_gain.assign(C, 0);
-  weights.norm_bias.assign(C, 0);
-  weights.hidden_weight.assign(H * C, 0);
-  weights.hidden_bias.assign(H, 0);
+  weights.norm_gain.assign(B * C, 0);
+  weights.norm_bias.assign(B * C, 0);
+  weights.hidden_weight.assign(B * H * C, 0);
+  weights.hidden_bias.assign(B * H, 0);
   weights.output_weight.assign(L * H, 0);
   weights.output_bias.assign(L, 0);
   weights.decoder.assign(static_cast<std::size_t>(values.num_code_bits()) * C, 0);
@@ -62,8 +63,12 @@ int print_memory(const Options& options) {
     rows.push_back({name, layer_cache(config, keys, values).bytes_per_token(), window_bytes});
   };
   add("commvq_2bit", KeyCodecConfig::commvq_2bit(pairs), ValueCodecConfig::commvq_2bit(channels));
+  add("speed_2bit", KeyCodecConfig::speed_2bit(pairs),
+      ValueCodecConfig::speed_2bit(channels, config.num_kv_heads));
   add("paper_2bit", KeyCodecConfig::paper_2bit(pairs), ValueCodecConfig::paper_2bit(channels));
   add("commvq_1bit", KeyCodecConfig::commvq_1bit(pairs), ValueCodecConfig::commvq_1bit(channels));
+  add("speed_1bit", KeyCodecConfig::speed_1bit(pairs),
+      ValueCodecConfig::speed_1bit(channels, config.num_kv_heads));
   add("paper_1bit", KeyCodecConfig::paper_1bit(pairs), ValueCodecConfig::paper_1bit(channels));
 
   nlohmann::json list = nlohmann::json::array();

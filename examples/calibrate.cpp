@@ -38,6 +38,7 @@ struct Options {
   int em_steps = 0;     ///< 0: the method's
   int refine = -1;      ///< -1: the method's
   int value_steps = 0;  ///< 0: the method's
+  int value_blocks = 0;  ///< 0: the method's
   int ranks = 1;        ///< devices that share the KV heads of every layer
   int rank = 0;         ///< whose heads to learn
   std::uint64_t seed = 1;
@@ -73,8 +74,10 @@ commvq::KeyLearnerOptions key_options(const Options& options, const commvq::Pair
     keys = KeyLearnerOptions::paper(one_bit ? KeyCodecConfig::paper_1bit(pairs)
                                             : KeyCodecConfig::paper_2bit(pairs));
   } else {
-    keys = KeyLearnerOptions::commvq(one_bit ? KeyCodecConfig::commvq_1bit(pairs)
-                                             : KeyCodecConfig::commvq_2bit(pairs));
+    const bool speed = options.method == "speed";
+    keys = KeyLearnerOptions::commvq(
+        one_bit ? (speed ? KeyCodecConfig::speed_1bit(pairs) : KeyCodecConfig::commvq_1bit(pairs))
+                : (speed ? KeyCodecConfig::speed_2bit(pairs) : KeyCodecConfig::commvq_2bit(pairs)));
     keys.pair_weights = queries.pair_weights();
   }
   if (options.stages > 0) keys.codec.num_stages = options.stages;
@@ -86,16 +89,24 @@ commvq::KeyLearnerOptions key_options(const Options& options, const commvq::Pair
   return keys;
 }
 
-commvq::ValueTrainerOptions value_options(const Options& options, int channels) {
+/// Blocks of the value codecs of a rank that has `num_kv_heads` heads.
+int value_blocks(const Options& options, int num_kv_heads) {
+  if (options.value_blocks > 0) return options.value_blocks;
+  return options.method == "speed" ? num_kv_heads : 1;
+}
+
+commvq::ValueTrainerOptions value_options(const Options& options, int channels, int num_blocks) {
   using commvq::ValueCodecConfig;
   using commvq::ValueTrainerOptions;
   const bool one_bit = options.bits == 1;
+  const int of_block = channels / num_blocks;
   ValueTrainerOptions values =
       options.method == "paper"
-          ? ValueTrainerOptions::paper(one_bit ? ValueCodecConfig::paper_1bit(channels)
-                                               : ValueCodecConfig::paper_2bit(channels))
-          : ValueTrainerOptions::commvq(one_bit ? ValueCodecConfig::commvq_1bit(channels)
-                                                : ValueCodecConfig::commvq_2bit(channels));
+          ? ValueTrainerOptions::paper(one_bit ? ValueCodecConfig::paper_1bit(of_block)
+                                               : ValueCodecConfig::paper_2bit(of_block))
+          : ValueTrainerOptions::commvq(one_bit ? ValueCodecConfig::commvq_1bit(of_block)
+                                                : ValueCodecConfig::commvq_2bit(of_block));
+  values.codec = values.codec.repeated(num_blocks);
   if (options.value_steps > 0) values.steps = options.value_steps;
   return values;
 }
@@ -127,7 +138,9 @@ commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& op
     step.fraction *= 0.5;
     progress(step);
   };
-  commvq::ValueTrainerOptions values = value_options(options, static_cast<int>(channels));
+  commvq::ValueTrainerOptions values =
+      value_options(options, static_cast<int>(channels),
+                    value_blocks(options, config.num_kv_heads / options.ranks));
   values.seed = seed;
   values.progress = [&](commvq::Progress step) {
     step.fraction = 0.5 + 0.5 * step.fraction;
@@ -153,6 +166,7 @@ std::string provenance_of(const Options& options, const std::vector<std::vector<
         << " em_steps=" << options.em_steps << " refine=" << options.refine
         << " value_steps=" << options.value_steps << " device=" << options.device
         << " seed=" << options.seed;
+  if (options.value_blocks > 0) words << " value_blocks=" << options.value_blocks;
   if (options.ranks > 1) words << " ranks=" << options.ranks << " rank=" << options.rank;
   return words.str();
 }
@@ -205,6 +219,10 @@ int calibrate(const Options& options) {
                   "; it must divide the model's ", num_kv_heads, " KV heads");
   commvq::require(options.rank < options.ranks, "--rank is ", options.rank, "; there are ",
                   options.ranks, " ranks, the first of them 0");
+  const int rank_heads = num_kv_heads / options.ranks;
+  commvq::require(rank_heads % value_blocks(options, rank_heads) == 0, "--value-blocks is ",
+                  options.value_blocks, "; it must divide the ", rank_heads,
+                  " KV heads that are learnt together");
   const engine::LayerRange range = options.layers.empty()
                                        ? engine::LayerRange{0, num_layers}
                                        : engine::LayerRange::parse(options.layers, num_layers);
@@ -264,9 +282,11 @@ int main(int argc, char** argv) {
   app.add_option("--key-tokens", options.key_tokens, "At most so many of them for the keys")
       ->check(CLI::Range(64, 1 << 24))
       ->capture_default_str();
-  app.add_option("--method", options.method,
-                 "commvq: this library's own; paper: that of the CommVQ paper")
-      ->check(CLI::IsMember({"commvq", "paper"}))
+  app.add_option(
+         "--method", options.method,
+         "commvq: this library's own; speed: with codes that attention reads faster; paper: "
+         "that of the CommVQ paper")
+      ->check(CLI::IsMember({"commvq", "speed", "paper"}))
       ->capture_default_str();
   app.add_option("--stages", options.stages, "Residual stages of the keys; 0: the method's")
       ->check(CLI::Range(0, 256))
@@ -289,6 +309,10 @@ int main(int argc, char** argv) {
   app.add_option("--value-steps", options.value_steps,
                  "Training steps of each value codec; 0: the method's")
       ->check(CLI::Range(0, 10000000))
+      ->capture_default_str();
+  app.add_option("--value-blocks", options.value_blocks,
+                 "Blocks of KV heads whose values are coded apart; 0: the method's")
+      ->check(CLI::Range(0, 65536))
       ->capture_default_str();
   app.add_option("--device", options.device, "Where codecs are learnt: cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))

@@ -24,7 +24,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 # Every cache that can be compared, in the order of the table. Codebooks come from `calibrate`
 # (METHOD_Bbit), all others are peers that `evaluate` makes itself. Without a seed: the same anyway.
-CALIBRATED = ["commvq_1bit", "commvq_2bit", "paper_1bit", "paper_2bit"]
+CALIBRATED = ["commvq_1bit", "commvq_2bit", "speed_1bit", "speed_2bit", "paper_1bit", "paper_2bit"]
 SEEDED_PEERS = ["rotation_1bit", "rotation_2bit", "pq_1bit", "pq_1bit_roped", "pq_2bit",
                 "pq_2bit_roped", "rq_1bit", "rq_2bit"]
 PLAIN_PEERS = ["kivi_1bit_roped", "kivi_2bit", "kivi_2bit_roped", "kivi_4bit_roped"]
@@ -48,6 +48,7 @@ def options():
     parser.add_argument("--peer-tokens", type=int, default=16384, help="that pq and rq learn from")
     parser.add_argument("--commvq", default="", metavar="OPTIONS",
                         help="more options of calibrate for this library's method")
+    parser.add_argument("--speed", default="", metavar="OPTIONS", help="the same for speed's")
     parser.add_argument("--paper", default="", metavar="OPTIONS",
                         help="the same for the paper's, such as '--em-steps 30'")
     parser.add_argument("--context", type=int, default=4096)

@@ -318,8 +318,8 @@ void score_turning_subtile(const float* queries, int rows, const std::int16_t* k
                                      scores + r * kTile);
 }
 
-void add_code_bits(const std::uint8_t* bytes, Index byte_stride, int num_bytes,
-                   Index num_code_bits, const float* weights, int rows, float* sums, Index stride) {
+void add_code_bits(const std::uint8_t* bytes, Index byte_stride, int num_bytes, Index num_code_bits,
+                   const float* weights, int rows, float* sums, Index stride) {
   constexpr int kRowsAtATime = 4;  // whose tables stay in the first cache level
   WeightTables tables[kRowsAtATime];
   for (int first = 0; first < rows; first += kRowsAtATime) {

@@ -53,8 +53,8 @@ void score_turning_subtile(const float* queries, int rows, const std::int16_t* k
 /// Weights are added up in fixed point: the error is at most 2^-11 of their sum in the tile.
 /// `bytes` `[num_bytes][byte_stride]` of which num_code_bits columns are read, `sums`
 /// `[rows][stride]`; num_code_bits is a multiple of kCodeLanes.
-void add_code_bits(const std::uint8_t* bytes, Index byte_stride, int num_bytes,
-                   Index num_code_bits, const float* weights, int rows, float* sums, Index stride);
+void add_code_bits(const std::uint8_t* bytes, Index byte_stride, int num_bytes, Index num_code_bits,
+                   const float* weights, int rows, float* sums, Index stride);
 
 /// sums[r][d] += sum over the code bits i of codes[r][i] * decoder[i][d]. `codes`
 /// `[rows][codes_stride]`, `decoder` `[num_code_bits][decoder_stride]` of which `head_dim` columns

@@ -66,7 +66,8 @@ class TokenCheck {
       exact(bytes + layout_.exact_keys(slot), layout_.num_channels, token);
     }
     if (layout_.values_coded()) {
-      finite(bytes + layout_.value_scale(slot, 0), layout_.num_value_scales, FloatType::kBf16, token);
+      finite(bytes + layout_.value_scale(slot, 0), layout_.num_value_scales, FloatType::kBf16,
+             token);
     } else {
       exact(bytes + layout_.exact_values(slot), layout_.num_channels, token);
     }

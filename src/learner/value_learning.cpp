@@ -115,8 +115,9 @@ ValueCodec train(MatrixView<const float> values, const ValueTrainerOptions& opti
           " channels; the codec has ", codec.num_channels);
   require_finite(values);
   ValueTrainerReport result;
-  ProgressMeter progress(options.progress, codec.num_blocks * (options.steps +
-                                               kStepsPerRound * options.refinement.rounds));
+  ProgressMeter progress(
+      options.progress,
+      codec.num_blocks * (options.steps + kStepsPerRound * options.refinement.rounds));
   ValueCodecWeights weights;
   const Index channels = codec.block().num_channels;
   for (Index block = 0; block < codec.num_blocks; ++block) {

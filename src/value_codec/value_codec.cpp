@@ -185,11 +185,7 @@ void ValueCodecConfig::validate() const {
 ValueCodecConfig ValueCodecConfig::speed(int num_channels, int num_kv_heads, int bits) {
   require(num_kv_heads >= 1 && num_channels % num_kv_heads == 0, "num_kv_heads is ", num_kv_heads,
           "; it must divide the ", num_channels, " channels");
-  ValueCodecConfig config = commvq(num_channels / num_kv_heads, bits);
-  config.num_channels = num_channels;
-  config.num_blocks = num_kv_heads;
-  config.validate();
-  return config;
+  return commvq(num_channels / num_kv_heads, bits).repeated(num_kv_heads);
 }
 
 ValueCodecConfig ValueCodecConfig::commvq(int num_channels, int bits) {
@@ -225,8 +221,8 @@ ValueCodec::ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights
     require(*least > 0, "value codec: channel_scales holds ", *least, " for channel ",
             least - weights_.channel_scales.begin(), "; scales must be positive");
     for (Index b = 0; b < B; ++b) {
-      const std::vector<float> rows = divided(decoder().middle_rows(b * bits, bits),
-                                              weights_.channel_scales.data() + b * C);
+      const std::vector<float> rows =
+          divided(decoder().middle_rows(b * bits, bits), weights_.channel_scales.data() + b * C);
       unscaled_decoder_.insert(unscaled_decoder_.end(), rows.begin(), rows.end());
     }
   }
@@ -283,8 +279,8 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
   if (first_bad == kNone) return;
   const Index first_channel = first_bad % B * C;
   const float* const row = values.row(first_bad / B) + first_channel;
-  const auto largest = std::max_element(
-      row, row + C, [](float a, float b) { return std::abs(a) < std::abs(b); });
+  const auto largest =
+      std::max_element(row, row + C, [](float a, float b) { return std::abs(a) < std::abs(b); });
   fail("value of token ", first_bad / B, " (norm ", value_layers::norm_of(row, C),
        ", largest in channel ", first_channel + (largest - row), ": ", *largest,
        ") needs a scale beyond bf16's range, 3.39e38; scale the values down");

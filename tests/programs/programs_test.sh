@@ -35,6 +35,10 @@ prints "1/14.84 of FP16" "$programs/calibrate" "$model" --self --bits 1 --method
   --tokens 512 --em-steps 1 --value-steps 5 --out "$work/paper.safetensors"
 prints "1/14.42 of FP16" "$programs/calibrate" "$model" --self --bits 1 --tokens 512 \
   --em-steps 1 --value-steps 5 --out "$work/1-bit.safetensors"
+prints "1/14.63 of FP16" "$programs/calibrate" "$model" --self --bits 1 --method speed \
+  --tokens 512 --em-steps 1 --refine 1 --value-steps 5 --layers 0:1 --out "$work/speed.safetensors"
+refuses "value-blocks is 3; it must divide the 2" "$programs/calibrate" "$model" --self \
+  --value-blocks 3 --out "$work/blocks.safetensors"
 prints "of them coded" "$programs/generate" "$model" --codebooks "$work/1-bit.safetensors" \
   --prompt "The history" --max-tokens 150 --window 32
 prints "^1-bit" "$programs/evaluate" "$model" --self --context 192 --contexts 1 --questions 1 \

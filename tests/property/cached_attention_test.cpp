@@ -106,6 +106,26 @@ TEST_P(RandomCache, AttendsLikeTheReference) {
 
 INSTANTIATE_TEST_SUITE_P(Seeds, RandomCache, testing::Range(0, 40));
 
+// Blocks of one head, of several and of bits that are no multiple of a vector.
+TEST(CachedAttention, MatchesReferenceWithBlocksOfValues) {
+  Rng rng(16);
+  for (const int head_dim : {40, 64})
+    for (const int num_blocks : {2, 4})
+      for (const int bits : {1, 2}) {
+        SCOPED_TRACE(testing::Message() << head_dim << ", " << num_blocks << ", " << bits);
+        CacheConfig config;
+        config.rope.pairs.head_dim = config.rope.pairs.rotary_dim = head_dim;
+        config.num_kv_heads = 4;
+        config.window = 16;
+        config.sinks = 2;
+        const auto keys = KeyCodecConfig::speed_1bit(config.rope.pairs);
+        LayerCache cache(config, {random_key_codec(rng, keys, 4),
+                                  random_value_codec(rng, 4 * head_dim, bits, 16, num_blocks)});
+        for (const Index count : {100, 3, 90}) append_random(cache, rng, count);
+        expect_matches_reference(cache, rng, 2, 5, {});
+      }
+}
+
 TEST(CachedAttention, MatchesReferenceAroundTheWindow) {
   Rng rng(11);
   CacheConfig config;

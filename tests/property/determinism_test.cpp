@@ -55,7 +55,7 @@ LayerCodec small_codec(bool polish) {
   Rng rng(1);
   KeyCodecConfig keys = KeyCodecConfig::commvq_2bit(small_config().rope.pairs);
   keys.codebook_size = 16;
-  const auto values = random_value_codec(rng, kChannels, 1, 64);
+  const auto values = random_value_codec(rng, kChannels, 1, 64, polish ? 2 : 1);
   ValueCodecConfig config = values->config();
   config.polish_sweeps = polish ? 4 : 0;
   return {random_key_codec(rng, keys, 2),
@@ -155,7 +155,8 @@ TEST_F(Determinism, KeyLearner) {
 
 TEST_F(Determinism, ValueTrainer) {
   for (auto options : {ValueTrainerOptions::paper(ValueCodecConfig::paper_1bit(kChannels)),
-                       ValueTrainerOptions::commvq(ValueCodecConfig::commvq_1bit(kChannels))}) {
+                       ValueTrainerOptions::commvq(ValueCodecConfig::commvq_1bit(kChannels)),
+                       ValueTrainerOptions::commvq(ValueCodecConfig::speed_1bit(kChannels, 2))}) {
     options.steps = 4;
     expect_same([&](Index offset) {
       const ValueCodec codec = train_value_codec(Rows(9, offset).view(), options);

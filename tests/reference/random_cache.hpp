@@ -45,17 +45,17 @@ inline std::shared_ptr<const ValueCodec> random_value_codec(Rng& rng, int num_ch
   config.bits = bits;
   config.hidden_size = hidden_size;
   config.num_blocks = num_blocks;
+  const int of_block = num_channels / num_blocks;
   ValueCodecWeights weights;
   weights.norm_gain.assign(static_cast<std::size_t>(num_channels), 1.0f);
   weights.norm_bias.assign(static_cast<std::size_t>(num_channels), 0.0f);
   weights.hidden_weight =
-      normal_floats(rng, Index{hidden_size} * num_channels, 1 / std::sqrt(double(num_channels)));
-  weights.hidden_bias = normal_floats(rng, Index{num_blocks} * hidden_size, 0.1);
+      normal_floats(rng, Index{hidden_size} * num_channels, 1 / std::sqrt(double(of_block)));
+  weights.hidden_bias = normal_floats(rng, Index{hidden_size} * num_blocks, 0.1);
   weights.output_weight = normal_floats(rng, Index{config.num_logits()} * hidden_size,
                                         1 / std::sqrt(double(hidden_size)));
   weights.output_bias = normal_floats(rng, config.num_logits(), 0.1);
-  weights.decoder =
-      normal_floats(rng, Index{config.num_code_bits()} * (num_channels / num_blocks));
+  weights.decoder = normal_floats(rng, Index{config.num_code_bits()} * of_block);
   return std::make_shared<const ValueCodec>(config, std::move(weights));
 }
 

@@ -328,6 +328,43 @@ TEST(LayerCache, BytesPerTokenOfLlama31) {
   EXPECT_LE(two_bit, 2.05 * 2048);
 }
 
+TEST(LayerCache, BytesPerTokenOfSpeedPresets) {
+  Rng rng(9);
+  for (const int head_dim : {64, 128, 256}) {
+    CacheConfig config;
+    config.num_kv_heads = 2;
+    PairLayout& pairs = config.rope.pairs;
+    pairs.head_dim = pairs.rotary_dim = head_dim;
+    const auto bits_of = [&](const KeyCodecConfig& keys, const ValueCodecConfig& values) {
+      return LayerCache(config, {random_key_codec(rng, keys, 2),
+                                 random_value_codec(rng, values.num_channels, values.bits, 8,
+                                                    values.num_blocks)})
+          .bits_per_token();
+    };
+    const Index one_bit =
+        bits_of(KeyCodecConfig::speed_1bit(pairs), ValueCodecConfig::speed_1bit(2 * head_dim, 2));
+    const Index two_bit =
+        bits_of(KeyCodecConfig::speed_2bit(pairs), ValueCodecConfig::speed_2bit(2 * head_dim, 2));
+    EXPECT_EQ(one_bit, 2 * (120 * head_dim / 128 + 16 + head_dim + 16));
+    EXPECT_EQ(two_bit, 2 * (244 * head_dim / 128 + 16 + 2 * head_dim + 16));
+    if (head_dim < 128) continue;
+    EXPECT_LE(one_bit, 1.10 * 4 * head_dim);
+    EXPECT_LE(two_bit, 2.10 * 4 * head_dim);
+  }
+}
+
+TEST(LayerCache, RefusesBlocksThatCutHeads) {
+  Rng rng(9);
+  CacheConfig config;
+  config.rope.pairs.head_dim = config.rope.pairs.rotary_dim = 16;
+  config.num_kv_heads = 2;
+  EXPECT_THAT(
+      [&] {
+        LayerCache(config, {nullptr, random_value_codec(rng, 32, 1, 8, 4)});
+      },
+      ThrowsMessage<Error>(AllOf(HasSubstr("num_blocks 4"), HasSubstr("2 KV heads"))));
+}
+
 TEST(LayerCache, GivesBackMemoryOfExactCopies) {
   Rng rng(10);
   LayerCache cache(small_config(), small_codec());

@@ -55,18 +55,21 @@ std::shared_ptr<const KeyCodec> random_keys(const PairLayout& pairs, bool tied,
   return std::make_shared<const KeyCodec>(heads);
 }
 
-std::shared_ptr<const ValueCodec> random_values(int bits, std::mt19937_64& random) {
-  const ValueCodecConfig config{kHeads * kHeadDim, bits, 3, 2 * (bits - 1)};
+std::shared_ptr<const ValueCodec> random_values(int bits, std::mt19937_64& random,
+                                                int num_blocks = 1) {
+  const ValueCodecConfig config{kHeads * kHeadDim, bits, 3, 2 * (bits - 1), num_blocks};
   const auto C = static_cast<std::size_t>(config.num_channels);
   const auto L = static_cast<std::size_t>(config.num_logits());
   ValueCodecWeights weights;
   weights.norm_gain = random_floats(C, random);
   weights.norm_bias = random_floats(C, random);
   weights.hidden_weight = random_floats(3 * C, random);
-  weights.hidden_bias = random_floats(3, random);
+  weights.hidden_bias = random_floats(3 * static_cast<std::size_t>(num_blocks), random);
   weights.output_weight = random_floats(3 * L, random);
   weights.output_bias = random_floats(L, random);
-  weights.decoder = random_floats(static_cast<std::size_t>(config.num_code_bits()) * C, random);
+  weights.decoder = random_floats(
+      static_cast<std::size_t>(config.num_code_bits()) * C / static_cast<std::size_t>(num_blocks),
+      random);
   if (bits == 2) {
     weights.channel_scales = random_floats(C, random);
     for (float& scale : weights.channel_scales) scale += 2.0f;
@@ -193,6 +196,38 @@ TEST_F(CodebookFileTest, StoresTheDocumentedTensors) {
   EXPECT_FALSE(file.contains("layers.0.values.channel_scales"));
   EXPECT_THAT(file.at("layers.2.values.channel_scales").shape, ElementsAre(16));
   EXPECT_EQ(file.tensors().size(), 3u + 2u * 7u + 1u);
+}
+
+TEST_F(CodebookFileTest, RoundTripsBlocksOfValues) {
+  std::mt19937_64 random(4);
+  ModelCodecs codecs = example_codecs();
+  codecs.layers = {{nullptr, random_values(2, random, kHeads)}};
+  save_codecs(path_, codecs);
+  expect_equal(codecs, load_codecs(path_));
+  const SafetensorsFile file(path_);
+  EXPECT_THAT(file.at("layers.0.values.norm_gain").shape, ElementsAre(16));
+  EXPECT_THAT(file.at("layers.0.values.hidden_weight").shape, ElementsAre(kHeads * 3, 8));
+  EXPECT_THAT(file.at("layers.0.values.hidden_bias").shape, ElementsAre(kHeads * 3));
+  EXPECT_THAT(file.at("layers.0.values.output_weight").shape, ElementsAre(64, 3));
+  EXPECT_THAT(file.at("layers.0.values.decoder").shape, ElementsAre(32, 8));
+  EXPECT_THAT(error_after_config("/layers/0/values/num_blocks", 3), HasSubstr("num_blocks is 3"));
+  EXPECT_THAT(error_after_config("/layers/0/values/num_blocks", 1), HasSubstr("hidden_weight"));
+}
+
+// So that such files are those of earlier versions of the library.
+TEST_F(CodebookFileTest, DoesNotMentionASingleBlock) {
+  const SafetensorsFile file(path_);
+  EXPECT_THAT(file.metadata().at("config"), testing::Not(HasSubstr("num_blocks")));
+}
+
+TEST_F(CodebookFileTest, RefusesBlocksThatCutHeads) {
+  std::mt19937_64 random(4);
+  ModelCodecs codecs = example_codecs();
+  codecs.num_kv_heads = 1;
+  codecs.rope.pairs = {kHeads * kHeadDim, 6, RopeLayout::kInterleaved};
+  codecs.layers = {{nullptr, random_values(1, random, 2)}};
+  EXPECT_THAT(error_of([&] { save_codecs(path_, codecs); }),
+              testing::AllOf(HasSubstr("layer 0 has num_blocks 2"), HasSubstr("1 KV heads")));
 }
 
 TEST_F(CodebookFileTest, UneditedCopyLoads) {

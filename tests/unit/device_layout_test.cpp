@@ -268,6 +268,16 @@ INSTANTIATE_TEST_SUITE_P(
                     Shape{128, 64, 64, 20, 8, 2, 64, 176 * 1024, true},  // a norm a head
                     Shape{128, 16, 37, 3, 2, 2, 64, 176 * 1024}));       // odd sizes
 
+TEST(DeviceLayoutRefusals, NameBlocksOfValues) {
+  const PairLayout pairs{128, 128, RopeLayout::kHalfSplit};
+  EXPECT_THAT(
+      [&] {
+        DevicePageLayout(KeyCodecConfig::commvq_1bit(pairs), 8,
+                         ValueCodecConfig::speed_1bit(1024, 8), 64, key_plane_bytes(90));
+      },
+      testing::ThrowsMessage<Error>(testing::HasSubstr("num_blocks 8; the device supports 1")));
+}
+
 TEST(DeviceLayoutRefusals, NameTheLimit) {
   const Shape good{128, 64, 64, 11, 8, 1, 64, 176 * 1024};
   const auto message_of = [](const Shape& shape) -> std::string {

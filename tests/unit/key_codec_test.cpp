@@ -210,6 +210,23 @@ TEST(KeyCodecConfigTest, OwnPresetsDecodeAtMostAsManyRowsAsThePapers) {
   }
 }
 
+TEST(KeyCodecConfigTest, SpeedPresetsAreBinaryCodesOfWholeHeads) {
+  for (const int head_dim : {2, 64, 96, 128, 256, 1024}) {
+    const PairLayout pairs{head_dim, head_dim, RopeLayout::kHalfSplit};
+    for (const KeyCodecConfig& config :
+         {KeyCodecConfig::speed_1bit(pairs), KeyCodecConfig::speed_2bit(pairs)}) {
+      EXPECT_NO_THROW(config.validate());
+      EXPECT_EQ(config.num_groups(), 1);
+      EXPECT_EQ(config.code_bits(), 1);
+      EXPECT_FALSE(config.tied);
+      EXPECT_TRUE(config.norm_per_head);
+      EXPECT_EQ(config.beam_width, 8);
+    }
+  }
+  EXPECT_EQ(KeyCodecConfig::speed_1bit({}).bits_per_head(), 120);
+  EXPECT_EQ(KeyCodecConfig::speed_2bit({}).bits_per_head(), 244);
+}
+
 TEST(KeyCodecConfigTest, NamesTheFieldThatIsOutOfRange) {
   const auto with = [](auto change) {
     return [change] {

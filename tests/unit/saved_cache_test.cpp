@@ -169,6 +169,36 @@ TEST_F(SavedCache, RestoresLayersOfDifferentLengthsAndTruncatedForks) {
   }
 }
 
+TEST_F(SavedCache, RestoresBlocksOfValues) {
+  Rng rng(5);
+  CacheConfig config = small_config();
+  config.rope.pairs.head_dim = config.rope.pairs.rotary_dim = 8;
+  const LayerCodec codec{nullptr, random_value_codec(rng, 16, 1, 4, 2)};
+  Cache cache(config, {codec});
+  append_random(cache.layer(0), rng, 30);
+  save_cache(file(), cache, "tag");
+  const Cache restored = load_cache(file(), config, {codec}, "tag");
+  const LayerCache &before = cache.layer(0), &after = restored.layer(0);
+  ASSERT_EQ(before.pages().size(), after.pages().size());
+  EXPECT_EQ(*before.pages()[0], *after.pages()[0]);
+  const std::vector<float> query = normal_floats(rng, 16);
+  std::vector<float> output(16), again(16);
+  attend(before, as_matrix(query, 1, 16), {}, as_matrix(output, 1, 16));
+  attend(after, as_matrix(query, 1, 16), {}, as_matrix(again, 1, 16));
+  EXPECT_EQ(output, again);
+  // Every block's scale is looked at.
+  const auto page = std::make_shared<Page>(*before.pages()[0]);
+  const std::uint16_t infinity = 0x7f80;
+  std::memcpy(page->data() + before.page_layout().value_scale(2, 1), &infinity, 2);
+  std::vector<PagePtr> pages = before.pages();
+  pages[0] = page;
+  EXPECT_THAT(error_of([&] {
+                LayerCache(config, codec, before.extent(), before.sink_store(),
+                           before.exact_store(), pages);
+              }),
+              HasSubstr("token 3 is inf"));
+}
+
 TEST_F(SavedCache, CodebooksFromAFileAreTheSameCodebooks) {
   const Cache cache = random_cache(small_config(), 50, 7);
   save_cache(file(), cache, "tag");
@@ -408,10 +438,9 @@ TEST_F(CraftedCache, CannotPointOutsideACodebook) {
 TEST_F(CraftedCache, CannotHoldNumbersThatAreNotFinite) {
   const PageLayout layout(8, FloatType::kBf16, 2, 4, codecs_[0]);
   const std::vector<std::uint8_t> good = data_;
-  for (const std::size_t at :
-       {std::size_t{0}, page_at(0) - 2,
-        page_at(2) + static_cast<std::size_t>(layout.key_norm(3, 0)),
-        page_at(2) + static_cast<std::size_t>(layout.value_scale(3, 0))}) {
+  for (const std::size_t at : {std::size_t{0}, page_at(0) - 2,
+                               page_at(2) + static_cast<std::size_t>(layout.key_norm(3, 0)),
+                               page_at(2) + static_cast<std::size_t>(layout.value_scale(3, 0))}) {
     const std::uint16_t infinity = 0x7f80;
     std::memcpy(data_.data() + at, &infinity, 2);
     EXPECT_THAT(error_of_crafted(), HasSubstr("must be finite")) << at;

@@ -30,7 +30,8 @@ ModelCodecs random_codecs(testing_support::Rng& rng, bool norm_per_head) {
   codecs.rope.pairs = config.pairs;
   codecs.num_kv_heads = kHeads;
   codecs.model_digest = "model";
-  codecs.layers = {{testing_support::random_key_codec(rng, config, kHeads), nullptr},
+  codecs.layers = {{testing_support::random_key_codec(rng, config, kHeads),
+                    testing_support::random_value_codec(rng, kHeads * kHeadDim, 1, 10, kHeads)},
                    {nullptr, nullptr}};
   return codecs;
 }
@@ -69,6 +70,7 @@ TEST(Shard, RanksTogetherGiveWhatOneGives) {
       EXPECT_EQ(part.num_kv_heads, kHeads / num_ranks);
       EXPECT_EQ(part.model_digest, "model");
       EXPECT_EQ(part.layers.size(), 2u);
+      EXPECT_EQ(part.layers[0].values->config().num_blocks, kHeads / num_ranks);
       const Index kv = kKv / num_ranks, width = kQ / num_ranks;
       const std::vector<float> output =
           run(part, q.middle_cols(rank * width, width), k.middle_cols(rank * kv, kv),
@@ -89,10 +91,15 @@ TEST(Shard, CodecsThatCoupleHeadsAreRefused) {
                                          HasSubstr("--ranks N"))));
   EXPECT_EQ(shard(one_norm, 0, 1).num_kv_heads, kHeads);
   ModelCodecs values = random_codecs(rng, /*norm_per_head=*/true);
-  values.layers[1].values = testing_support::random_value_codec(rng, kHeads * kHeadDim, 1, 10);
-  EXPECT_THAT([&] { shard(values, 0, 2); },
-              ThrowsMessage<Error>(AllOf(HasSubstr("value codec of layer 1"),
-                                         HasSubstr("4 KV heads"), HasSubstr("--ranks N"))));
+  for (const int blocks : {1, 2}) {
+    values.layers[1].values =
+        testing_support::random_value_codec(rng, kHeads * kHeadDim, 1, 10, blocks);
+    EXPECT_THAT([&] { shard(values, 0, 4); },
+                ThrowsMessage<Error>(
+                    AllOf(HasSubstr("value codec of layer 1"), HasSubstr("4 KV heads"),
+                          HasSubstr("num_blocks a multiple of 4"), HasSubstr("--ranks N"))));
+  }
+  EXPECT_EQ(shard(values, 1, 2).layers[1].values->config().num_blocks, 1);
 }
 
 TEST(Shard, RanksMustFit) {

@@ -79,7 +79,8 @@ TEST(AddCodeBits, AddsWeightsOfSetBitsToTheStatedError) {
               std::exp(-static_cast<float>(rng() % 2000) / 100) * (r == 1 ? 1e-30f : 1e3f);
       std::vector<float> sums = normal_floats(rng, rows * kStride);
       const std::vector<float> before = sums;
-      add_code_bits(bytes.data(), kBits, num_bytes, kBits, weights.data(), rows, sums.data(), kStride);
+      add_code_bits(bytes.data(), kBits, num_bytes, kBits, weights.data(), rows, sums.data(),
+                    kStride);
       for (int r = 0; r < rows; ++r) {
         const float* const w = &weights[static_cast<std::size_t>(r * kTile)];
         const double total = std::accumulate(w, w + kTile, 0.0);

@@ -208,6 +208,112 @@ TEST_P(ValueCodecTest, WeightsAreChecked) {
 
 INSTANTIATE_TEST_SUITE_P(Bits, ValueCodecTest, testing::Values(1, 2));
 
+/// Block `b` of a codec as a codec by itself.
+ValueCodec codec_of_block(const ValueCodec& codec, int b) {
+  ValueCodecWeights weights;
+  ValueCodecWeights::for_each([&](auto weight) {
+    const std::vector<float>& all = codec.weights().*weight;
+    const auto size = static_cast<std::ptrdiff_t>(all.size()) / codec.config().num_blocks;
+    (weights.*weight).assign(all.begin() + b * size, all.begin() + (b + 1) * size);
+  });
+  return {codec.config().block(), std::move(weights)};
+}
+
+/// Codes, scales and decoded values of one codec.
+struct Coded {
+  std::vector<std::uint8_t> codes;
+  std::vector<std::uint16_t> scales;
+  std::vector<float> decoded;
+
+  Coded(const ValueCodec& codec, MatrixView<const float> values)
+      : codes(static_cast<std::size_t>(values.rows * codec.code_bytes())),
+        scales(static_cast<std::size_t>(values.rows * codec.config().num_blocks)),
+        decoded(static_cast<std::size_t>(values.rows * values.cols)) {
+    const auto rows = as_matrix(codes, values.rows, codec.code_bytes());
+    codec.encode(values, rows, scales.data());
+    codec.decode(rows, scales.data(), as_matrix(decoded, values.rows, values.cols));
+  }
+};
+
+TEST(ValueCodecBlocks, AreCodecsSideBySide) {
+  constexpr int kChannels = 48, kBlocks = 3, kPerBlock = kChannels / kBlocks;
+  constexpr Index kTokens = 130;
+  Rng rng(21);
+  std::vector<float> values = testing_support::normal_floats(rng, kTokens * kChannels, 2.0);
+  std::fill_n(values.begin() + 9 * kChannels + kPerBlock, kPerBlock, 0.0f);  // block 1 of token 9
+  const auto view = as_matrix(std::as_const(values), kTokens, kChannels);
+  for (const int bits : {1, 2})
+    for (const int sweeps : {0, 3})
+      for (const bool scaled : {false, true}) {
+        SCOPED_TRACE(testing::Message() << bits << " bits, " << sweeps << " sweeps, " << scaled);
+        const auto plain = testing_support::random_value_codec(rng, kChannels, bits, 20, kBlocks);
+        ValueCodecConfig config = plain->config();
+        config.polish_sweeps = sweeps;
+        ValueCodecWeights weights = plain->weights();
+        if (scaled)
+          for (int c = 0; c < kChannels; ++c) weights.channel_scales.push_back(0.5f + c % 5);
+        const ValueCodec codec(config, weights);
+        EXPECT_EQ(codec.bits_per_token(), kChannels * bits + kBlocks * 16);
+        const Coded whole(codec, view);
+        const auto whole_codes = as_matrix(whole.codes, kTokens, codec.code_bytes());
+        const auto whole_scales = as_matrix(whole.scales, kTokens, kBlocks);
+        const auto whole_decoded = as_matrix(whole.decoded, kTokens, kChannels);
+        EXPECT_EQ(whole_scales(9, 1), 0);
+        for (int b = 0; b < kBlocks; ++b) {
+          const ValueCodec one = codec_of_block(codec, b);
+          const Coded part(one, view.middle_cols(b * kPerBlock, kPerBlock));
+          const auto decoder = codec.decoder().middle_rows(b * kPerBlock * bits, kPerBlock * bits);
+          ASSERT_EQ(decoder.cols, one.decoder().cols);
+          EXPECT_TRUE(std::equal(decoder.data, decoder.row(decoder.rows), one.decoder().data));
+          for (Index t = 0; t < kTokens; ++t) {
+            EXPECT_EQ(whole_scales(t, b), part.scales[static_cast<std::size_t>(t)]);
+            EXPECT_TRUE(std::equal(whole_codes.row(t) + b * one.code_bytes(),
+                                   whole_codes.row(t) + (b + 1) * one.code_bytes(),
+                                   part.codes.data() + t * one.code_bytes()));
+            EXPECT_TRUE(std::equal(whole_decoded.row(t) + b * kPerBlock,
+                                   whole_decoded.row(t) + (b + 1) * kPerBlock,
+                                   part.decoded.data() + t * kPerBlock));
+          }
+        }
+      }
+}
+
+TEST(ValueCodecBlocks, NameTokenAndChannelOfScalesBeyondRange) {
+  Rng rng(22);
+  const auto codec = testing_support::random_value_codec(rng, 32, 1, 8, 2);
+  ValueCodecWeights weights = codec->weights();
+  for (float& number : weights.decoder) number *= 1e-30f;
+  std::vector<float> values = testing_support::normal_floats(rng, 5 * 32);
+  values[3 * 32 + 20] = 1e20f;
+  EXPECT_THAT([&] { Coded(ValueCodec(codec->config(), weights), as_matrix(values, 5, 32)); },
+              ThrowsMessage<Error>(AllOf(HasSubstr("token 3"), HasSubstr("channel 20"))));
+}
+
+TEST(ValueCodecConfigTest, BlocksMustFit) {
+  ValueCodecConfig config;
+  config.num_channels = 64;
+  for (const int blocks : {-1, 0, 3, 16, 65}) {
+    config.num_blocks = blocks;
+    EXPECT_THAT([&] { config.validate(); },
+                ThrowsMessage<Error>(
+                    AllOf(HasSubstr("num_blocks is " + std::to_string(blocks)), HasSubstr("64"))));
+  }
+  config.num_blocks = 8;
+  EXPECT_NO_THROW(config.validate());
+  EXPECT_EQ(config.block().num_channels, 8);
+  EXPECT_EQ(config.block().repeated(8), config);
+}
+
+TEST(ValueCodecConfigTest, SpeedHasABlockPerHead) {
+  const ValueCodecConfig one = ValueCodecConfig::speed_1bit(1024, 8);
+  EXPECT_EQ(one.block(), ValueCodecConfig::commvq_1bit(128));
+  EXPECT_EQ(one.num_blocks, 8);
+  EXPECT_EQ(one.num_code_bits(), 1024);
+  EXPECT_EQ(ValueCodecConfig::speed_2bit(1024, 8).block(), ValueCodecConfig::commvq_2bit(128));
+  EXPECT_THAT([] { ValueCodecConfig::speed_1bit(1024, 3); },
+              ThrowsMessage<Error>(AllOf(HasSubstr("num_kv_heads is 3"), HasSubstr("1024"))));
+}
+
 TEST(ValueCodecConfigTest, PresetsAndLimits) {
   EXPECT_EQ(ValueCodecConfig::paper_1bit(1024).num_code_bits(), 1024);
   EXPECT_EQ(ValueCodecConfig::paper_2bit(1024).num_code_bits(), 2048);

@@ -112,6 +112,38 @@ TEST(ValueTrainer, SameSeedGivesTheSameWeights) {
   EXPECT_NE(first, decoder());
 }
 
+TEST(ValueTrainer, BlocksAreTrainedByThemselves) {
+  constexpr int kBlocks = 2, kPerBlock = kChannels / kBlocks;
+  const std::vector<float> values = clustered_values();
+  const auto view = as_matrix(values, kTokens, kChannels);
+  ValueTrainerOptions options =
+      ValueTrainerOptions::commvq(ValueCodecConfig::commvq_1bit(kPerBlock).repeated(kBlocks));
+  options.steps = 10;
+  options.refinement.rounds = 2;
+  double last = 0;
+  options.progress = [&](const Progress& progress) {
+    EXPECT_GE(progress.fraction, last);
+    last = progress.fraction;
+  };
+  ValueTrainerReport report;
+  const ValueCodec whole = train_value_codec(view, options, &report);
+  EXPECT_DOUBLE_EQ(last, 1.0);
+  EXPECT_EQ(report.objectives.size(), 20u);
+  EXPECT_EQ(report.refinement_objectives.size(), 6u);
+  options.progress = nullptr;
+  EXPECT_EQ(train_value_codec(view, options).digest(), whole.digest());
+  ValueCodecWeights joined;
+  options.codec = options.codec.block();
+  for (int b = 0; b < kBlocks; ++b) {
+    const ValueCodec one = train_value_codec(view.middle_cols(b * kPerBlock, kPerBlock), options);
+    ValueCodecWeights::for_each([&](auto weight) {
+      const std::vector<float>& part = one.weights().*weight;
+      (joined.*weight).insert((joined.*weight).end(), part.begin(), part.end());
+    });
+  }
+  EXPECT_EQ(ValueCodec(whole.config(), joined).digest(), whole.digest());
+}
+
 TEST(ValueTrainer, ZeroValuesAreLeftOut) {
   std::vector<float> values = clustered_values();
   std::fill_n(values.begin(), 100 * kChannels, 0.0f);

@@ -48,10 +48,10 @@ struct ValueTrainerReport {
 
 /// Trains a value codec on `values` `[tokens][C]` (CommVQ, section 3.2): Gumbel softmax with hard
 /// samples and straight-through gradients, mean squared error of the value scaled to unit norm,
-/// Adam, cosine schedule. The same seed and input give the same weights, with any number of threads.
-/// Then, if asked for, alternates least squares for the decoder with encoding anew. Zero values are
-/// left out. Each block is trained by itself, as `train_value_codec` would on its channels alone.
-/// Throws `Error` for no tokens, wrong shapes, or NaN and infinity.
+/// Adam, cosine schedule. The same seed and input give the same weights, with any number of
+/// threads. Then, if asked for, alternates least squares for the decoder with encoding anew. Zero
+/// values are left out. Each block is trained by itself, as `train_value_codec` would on its
+/// channels alone. Throws `Error` for no tokens, wrong shapes, or NaN and infinity.
 COMMVQ_API ValueCodec train_value_codec(MatrixView<const float> values,
                                         const ValueTrainerOptions& options,
                                         ValueTrainerReport* report = nullptr);

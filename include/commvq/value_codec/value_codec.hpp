@@ -12,11 +12,11 @@ namespace commvq {
 
 /// Shape of the value codec of one layer (CommVQ, section 3.2).
 ///
-/// The channels may be cut into equal blocks of consecutive ones, each coded by a network, a decoder
-/// and a scale of its own, as if it were a layer by itself: for instance one block a KV head, so
-/// that no head needs another's codes.
+/// The channels may be cut into equal blocks of consecutive ones, each coded by a network, a
+/// decoder and a scale of its own, as if it were a layer by itself: for instance one block a KV
+/// head, so that no head needs another's codes.
 struct COMMVQ_API ValueCodecConfig {
-  int num_channels = 1024;  ///< num_kv_heads * head_dim, a multiple of 8 num_blocks
+  int num_channels = 1024;  ///< num_kv_heads * head_dim, a multiple of 8 * num_blocks
   int bits = 1;             ///< binary codes per channel, 1 or 2
   int hidden_size = 2048;   ///< H of each block's encoder network
   int polish_sweeps = 0;    ///< passes of bit flips after the network, in [0, 64]; 0: the paper's
@@ -30,6 +30,14 @@ struct COMMVQ_API ValueCodecConfig {
     one.num_channels /= num_blocks;
     one.num_blocks = 1;
     return one;
+  }
+
+  /// `count` such codecs side by side, as blocks of one.
+  ValueCodecConfig repeated(int count) const {
+    ValueCodecConfig all = *this;
+    all.num_channels *= count;
+    all.num_blocks *= count;
+    return all;
   }
 
   /// Binary codes of one token; two of them form a group that takes one of four patterns.
@@ -78,13 +86,13 @@ struct COMMVQ_API ValueCodecConfig {
 /// the same: s is smaller, and attention averages the errors of values away but not their
 /// shrinking.
 struct ValueCodecWeights {
-  std::vector<float> norm_gain;       ///< [B][C]
-  std::vector<float> norm_bias;       ///< [B][C]
-  std::vector<float> hidden_weight;   ///< [B][H][C]
-  std::vector<float> hidden_bias;     ///< [B][H]
-  std::vector<float> output_weight;   ///< [B][L][H]
-  std::vector<float> output_bias;     ///< [B][L]
-  std::vector<float> decoder;         ///< [B][code bits of a block][C], E of the paper
+  std::vector<float> norm_gain;            ///< [B][C]
+  std::vector<float> norm_bias;            ///< [B][C]
+  std::vector<float> hidden_weight;        ///< [B][H][C]
+  std::vector<float> hidden_bias;          ///< [B][H]
+  std::vector<float> output_weight;        ///< [B][L][H]
+  std::vector<float> output_bias;          ///< [B][L]
+  std::vector<float> decoder;              ///< [B][code bits of a block][C], E of the paper
   std::vector<float> channel_scales = {};  ///< [B][C], positive, or empty for all ones
 
   /// Calls `use` with a pointer to each member.
@@ -104,7 +112,7 @@ inline constexpr float kValueLayerNormEpsilon = 1e-5f;
 /// Bits of the four patterns, bit 0 first: (1,0), (0,1), (1,1), (0,0).
 inline constexpr std::uint8_t kValuePatterns[4] = {0b01, 0b10, 0b11, 0b00};
 
-/// Values of one layer, all KV heads together. Immutable after construction.
+/// Values of one layer. Immutable after construction.
 class COMMVQ_API ValueCodec {
  public:
   /// Throws `Error` if a weight has the wrong size or is not finite, or a channel scale not
@@ -135,9 +143,9 @@ class COMMVQ_API ValueCodec {
 
   /// Encodes `values` `[tokens][num_channels]`. `codes` is `[tokens][code_bytes()]`, bit i of the
   /// code in bit i % 8 of byte i / 8, the bits of a block together; `scales` `[tokens][num_blocks]`
-  /// receives bf16 bits of |v| / |u| (0 where v or u is zero). Throws `Error` for shapes that do not
-  /// fit, and for NaN, infinity or a scale beyond bf16's range, naming token and channel. Parallel
-  /// over blocks and chunks of tokens.
+  /// receives bf16 bits of |v| / |u| (0 where v or u is zero). Throws `Error` for shapes that do
+  /// not fit, and for NaN, infinity or a scale beyond bf16's range, naming token and channel.
+  /// Parallel over blocks and chunks of tokens.
   void encode(MatrixView<const float> values, MatrixView<std::uint8_t> codes,
               std::uint16_t* scales) const;
 
