@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/barrier.cuh"
 #include "common/memory.cuh"
 #include "common/mma.cuh"
 #include "common/rope.cuh"
@@ -50,52 +51,8 @@ struct Shape {
   static constexpr int kStageBytes = kBlockTokens / 8 * kValueBits;
 };
 
-/// What a tile's warps share, made two steps ahead and one.
-template <class Shape>
-struct TileBuffers {
-  uint2 low_queries[2][Shape::kLowEights > 0 ? Shape::kLowEights : 1][kNodes / 2][32];
-  uint2 high_queries[3][Shape::kHighEights][32];
-  uint4 low_products[2][Shape::kSteps][32];  ///< e^T q at the nodes, slots permuted: see `slot_of`
-};
-
-template <class Shape>
-struct Shared {
-  uint4 high_entries[Shape::kSteps][Shape::kHighEights][32];
-  uint4 low_entries[Shape::kCodeTiles][Shape::kLowEights > 0 ? Shape::kLowEights : 1][32];
-  uint4 turns[kTileWarps][Shape::kHighEights][2][32];
-  float4 node_weights[Config::kTileTokens];
-  float2 queries[kRows][BinaryKeys::kPairs];  ///< brought to about 1
-  float factors[kRows];                       ///< what they were divided by, times the scale
-  int lags[kRows];                            ///< how far a row's position is from the last one
-  RowSum sums[Config::kWarps][kRows];
-  union {
-    struct {
-      TileBuffers<Shape> tiles[kTiles];
-      std::uint8_t values[Config::kWarps][2][Shape::kStageBytes];
-    };
-    float outputs[Config::kWarps][kRows][Shape::kValueBits];
-  };
-};
-
-/// Where lane `lane` of step `step` finds its products: lanes of one eight are permuted so that
-/// writers meet fewer of the same banks.
-__device__ __forceinline__ int slot_of(int step, int lane) {
-  return lane ^ (lane >> 3 | (step & 1) << 2);
-}
-
-/// Barrier of the warps of one tile.
-__device__ __forceinline__ void sync_tile(int tile) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(tile + 1), "n"(kTileWarps * 32) : "memory");
-}
-
-/// Transposes an 8 x 8 matrix of 16-bit numbers: lane 4g + q holds row g, columns 2q and 2q + 1.
-__device__ __forceinline__ std::uint32_t transposed(std::uint32_t fragment) {
-  std::uint32_t result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(result) : "r"(fragment));
-  return result;
-}
-
-/// Some blocks of one sequence, and what its queries see.
+/// Some blocks of one sequence, and what its queries see. Kept in shared memory, since registers are
+/// scarce.
 struct Segment {
   int seq;
   int count;          ///< blocks
@@ -117,6 +74,49 @@ struct Segment {
     table = p.block_table + Index{seq} * p.max_blocks;
   }
 };
+
+/// What a tile's warps share, made two steps ahead and one. A warp may be a step behind the others:
+/// what keys are multiplied with is kept so much longer.
+template <class Shape>
+struct TileBuffers {
+  uint2 low_queries[2][Shape::kLowEights > 0 ? Shape::kLowEights : 1][kNodes / 2][32];
+  uint2 high_queries[4][Shape::kHighEights][32];
+  uint4 low_products[3][Shape::kSteps][32];  ///< e^T q at the nodes, slots permuted: see `slot_of`
+};
+
+template <class Shape>
+struct Shared {
+  uint4 high_entries[Shape::kSteps][Shape::kHighEights][32];
+  uint4 low_entries[Shape::kCodeTiles][Shape::kLowEights > 0 ? Shape::kLowEights : 1][32];
+  uint4 turns[kTileWarps][Shape::kHighEights][2][32];
+  float4 node_weights[Config::kTileTokens];
+  float2 queries[kRows][BinaryKeys::kPairs];  ///< brought to about 1
+  float factors[kRows];                       ///< what they were divided by, times the scale
+  Segment segment;
+  int lags[kRows];                            ///< how far a row's position is from the last one
+  RowSum sums[Config::kWarps][kRows];
+  std::uint64_t made[kTiles];  ///< barriers: the tile's warps have made their share of a step
+  union {
+    struct {
+      TileBuffers<Shape> tiles[kTiles];
+      std::uint8_t values[Config::kWarps][2][Shape::kStageBytes];
+    };
+    float outputs[Config::kWarps][kRows][Shape::kValueBits];
+  };
+};
+
+/// Where lane `lane` of step `step` finds its products: lanes of one eight are permuted so that
+/// writers meet fewer of the same banks.
+__device__ __forceinline__ int slot_of(int step, int lane) {
+  return lane ^ (lane >> 3 | (step & 1) << 2);
+}
+
+/// Transposes an 8 x 8 matrix of 16-bit numbers: lane 4g + q holds row g, columns 2q and 2q + 1.
+__device__ __forceinline__ std::uint32_t transposed(std::uint32_t fragment) {
+  std::uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(result) : "r"(fragment));
+  return result;
+}
 
 /// A lane's four tokens of a block follow each other: 4 (g / 2) + 16 (g % 2) and on, so that the
 /// transposed weights of two lanes are those of tokens s and s + 16, as in the values' words.
@@ -241,32 +241,49 @@ __device__ __forceinline__ void put_query(uint2* fragment, int pair, int column,
   halves[2] = __float2half(query.x * turn.y + query.y * turn.x);
 }
 
-/// Turns the queries for step `step` of the segment: a thread a pair and place.
+/// A pair, and the place of a tile to which a thread turns it.
 template <class Shape>
-__device__ __forceinline__ void turn_queries(const Arguments& a, Shared<Shape>& shared,
-                                             const Segment& segment, int step, int tile) {
-  constexpr int kHighPairs = 8 * Shape::kHighEights;
-  const int item = threadIdx.x % (kTileWarps * 32);
-  constexpr int kItems = kHighPairs + Shape::kLowEights * 8 * kNodes;
+struct Turning {
+  static constexpr int kHighPairs = 8 * Shape::kHighEights;
+  static constexpr int kItems = kHighPairs + Shape::kLowEights * 8 * kNodes;
   static_assert(kItems <= kTileWarps * 32, "one item a thread");
-  if (item >= kItems) return;
+
+  int pair = -1;  ///< none: nothing to turn
+  int node = 0;
+  int place = 0;
+  std::uint64_t turns = 0;
+
+  __device__ explicit Turning(const Arguments& a) {
+    const int item = threadIdx.x % (kTileWarps * 32);
+    if (item >= kItems) return;
+    const bool is_high = item < kHighPairs;
+    node = is_high ? 0 : (item - kHighPairs) % kNodes;
+    pair = is_high ? item : kHighPairs + (item - kHighPairs) / kNodes;
+    place = is_high ? 0 : a.keys.nodes[node];
+    turns = a.problem.turns[pair];
+  }
+};
+
+/// Turns the queries for step `step` of the segment.
+template <class Shape>
+__device__ __forceinline__ void turn_queries(const Turning<Shape>& turning, Shared<Shape>& shared,
+                                             const Segment& segment, int step, int tile) {
+  if (turning.pair < 0) return;
   TileBuffers<Shape>& buffers = shared.tiles[tile];
-  const bool is_high = item < kHighPairs;
-  const int node = is_high ? 0 : (item - kHighPairs) % kNodes;
-  const int pair = is_high ? item : kHighPairs + (item - kHighPairs) / kNodes;
-  const int place = (step * kTiles + tile) * Config::kTileTokens + (is_high ? 0 : a.keys.nodes[node]);
-  const Index distance = segment.last_position - segment.first_token - place;
-  const std::uint64_t turns = a.problem.turns[pair];
+  const int pair = turning.pair, node = turning.node;
+  const bool is_high = pair < Turning<Shape>::kHighPairs;
+  const Index distance = segment.last_position - segment.first_token - turning.place -
+                         (step * kTiles + tile) * Config::kTileTokens;
   float2 turn = make_float2(1, 0);
   int lag = -1;
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     if (shared.lags[row] != lag) {
       lag = shared.lags[row];
-      turn = rotation_of(distance - lag, turns);
+      turn = rotation_of(distance - lag, turning.turns);
     }
     if (is_high) {
-      put_query(buffers.high_queries[step % 3][pair / 8], pair, 2 * row, shared.queries[row][pair],
+      put_query(buffers.high_queries[step % 4][pair / 8], pair, 2 * row, shared.queries[row][pair],
                 turn);
     } else {
       put_query(buffers.low_queries[step % 2][pair / 8 - Shape::kHighEights][node / 2], pair,
@@ -300,7 +317,7 @@ __device__ __forceinline__ void multiply_queries(Shared<Shape>& shared, int step
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       auto* const target = reinterpret_cast<std::uint32_t*>(
-          &buffers.low_products[step % 2][bit_step][slot_of(bit_step, (2 * q + column) * 4 + word)]);
+          &buffers.low_products[step % 3][bit_step][slot_of(bit_step, (2 * q + column) * 4 + word)]);
 #pragma unroll
       for (int n = 0; n < kNodes / 2; ++n)
         target[2 * n + g % 2] =
@@ -343,7 +360,7 @@ __device__ __forceinline__ void multiply_keys(const Shared<Shape>& shared,
     bits_of(words, k, 0, bits[0]);
     bits_of(words, k, 1, bits[1]);
     if constexpr (kWithLow) {
-      const uint4 b = buffers.low_products[step % 2][4 * byte + k][slot_of(k, lane)];
+      const uint4 b = buffers.low_products[step % 3][4 * byte + k][slot_of(k, lane)];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         mma_16x8x16(low[m][0], bits[m][0], bits[m][1], bits[m][2], bits[m][3], b.x, b.y);
@@ -366,7 +383,7 @@ __device__ __forceinline__ void multiply_keys(const Shared<Shape>& shared,
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const uint2 query = buffers.high_queries[step % 3][kFirst + i][lane];
+    const uint2 query = buffers.high_queries[step % 4][kFirst + i][lane];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       // Cosines and sines of two pairs: of token 2m, then of token 2m + 1.
@@ -555,9 +572,10 @@ __device__ __forceinline__ void store(const Problem& p, Shared<Shape>& shared, I
 /// Gathers the blocks of a segment, step by step.
 template <class Shape>
 __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& shared,
-                                            const Segment& segment, int head,
+                                            const Turning<Shape>& turning, int head, int& phase,
                                             Gathered<Shape>& gathered) {
   const Problem& p = a.problem;
+  const Segment& segment = shared.segment;
   const int warp = threadIdx.x / 32, tile = warp / kTileWarps, row = threadIdx.x % 4;
   const int num_steps = (segment.count + Config::kWarps - 1) / Config::kWarps;
   const auto block_of = [&](int step) {
@@ -569,19 +587,23 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& s
   LaneCodes<Shape> codes;
   codes.fetch(p, a.codes, segment, block_of(0), head);
   copy_values<Shape>(p, segment, block_of(0), head, shared.values[warp][0]);
-  turn_queries(a, shared, segment, 0, tile);
-  turn_queries(a, shared, segment, 1, tile);
-  sync_tile(tile);
+  const WarpBarrier made(&shared.made[tile]);
+  turn_queries(turning, shared, segment, 0, tile);
+  turn_queries(turning, shared, segment, 1, tile);
+  made.arrive();
+  made.wait(phase++ % 2);
   multiply_queries(shared, 0, tile);
-  sync_tile(tile);
+  made.arrive();
 #pragma unroll 1
   for (int step = 0; step < num_steps; ++step) {
     const int next = step + 1 < num_steps ? step + 1 : step;
     LaneCodes<Shape> next_codes;
     next_codes.fetch(p, a.codes, segment, block_of(next), head);
     copy_values<Shape>(p, segment, block_of(next), head, shared.values[warp][(step + 1) % 2]);
+    made.wait(phase++ % 2);
     multiply_queries(shared, step + 1, tile);
-    turn_queries(a, shared, segment, step + 2, tile);
+    turn_queries(turning, shared, segment, step + 2, tile);
+    made.arrive();
     const int block = step * Config::kWarps + warp;
     if (block < segment.count) {
       float scores[4], scales[4];
@@ -602,8 +624,8 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& s
       add_values(shared.values[warp][step % 2], weights, gathered);
     }
     codes = next_codes;
-    sync_tile(tile);
   }
+  made.wait(phase++ % 2);
   wait_for_copies();
 }
 
@@ -638,22 +660,26 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   const int parts = value_parts(p, total);
   if (!fits(p, total) || part >= parts) return;
   load_entries(a, shared, head);
+  const Turning<Shape> turning(a);
+  if (threadIdx.x == 0)
+    for (std::uint64_t& barrier : shared.made) WarpBarrier(&barrier).init(kTileWarps);
+  int phase = 0;
   Cursor cursor =
       cursor_at(p, part_begin(total, part, parts), part_begin(total, part + 1, parts));
 #pragma unroll 1
   while (!cursor.done()) {
-    const Segment segment(p, cursor);
+    if (threadIdx.x == 0) shared.segment = Segment(p, cursor);
     // Columns and pairs that nothing is written to are zeros.
 #pragma unroll 1
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.tiles) / 16); i += Config::kThreads)
       reinterpret_cast<uint4*>(shared.tiles)[i] = make_uint4(0, 0, 0, 0);
-    load_queries(p, shared, segment.seq, head, first_row, rows);
+    load_queries(p, shared, cursor.seq, head, first_row, rows);
     wait_for_copies();
     __syncthreads();
     Gathered<Shape> gathered;
-    run_segment(a, shared, segment, head, gathered);
-    store(p, shared, Index{part} + segment.seq, head, first_row, rows, gathered);
-    cursor.advance(p, segment.count);
+    run_segment(a, shared, turning, head, phase, gathered);
+    store(p, shared, Index{part} + cursor.seq, head, first_row, rows, gathered);
+    cursor.advance(p, cursor.count(INT_MAX));
   }
 }
 

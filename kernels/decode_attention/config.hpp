@@ -41,7 +41,7 @@ struct BinaryAttentionConfig {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kTileTokens = 256;  ///< that share queries at the nodes
   static constexpr int kRows = 4;          ///< query heads at once
-  static constexpr int kEightsAtOnce = 2;  ///< eights of pairs decoded at once
+  static constexpr int kEightsAtOnce = 1;  ///< eights of pairs decoded at once
 };
 
 /// Tuning values of the kernel that merges parts and applies the value decoder.

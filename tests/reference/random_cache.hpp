@@ -24,8 +24,10 @@ inline std::shared_ptr<const KeyCodec> random_key_codec(Rng& rng, const KeyCodec
   std::vector<KeyCodebook<float>> heads;
   for (int head = 0; head < num_kv_heads; ++head) {
     KeyCodebook<float>& codebook = heads.emplace_back(config);
-    double size = 0.5 / std::sqrt(double(config.pairs.head_dim) * num_kv_heads);
-    const double shrinking = config.num_stages > 32 ? 0.97 : 0.8;
+    // Of about the same size, however many stages there are.
+    const bool many = config.num_stages > 32;
+    const double shrinking = many ? 0.97 : 0.8;
+    double size = (many ? 0.2 : 0.5) / std::sqrt(double(config.pairs.head_dim) * num_kv_heads);
     for (int stage = 0; stage < config.num_stages; ++stage, size *= shrinking)
       for (int group = 0; group < config.num_groups(); ++group)
         for (int which = 0; which < 2; ++which) {
