@@ -24,13 +24,20 @@ class WarpBarrier {
   /// Until the phase of this parity is complete.
   __device__ void wait(int parity) const {
     std::uint32_t done = 0;
+    // Later devices let the warp sleep while it waits.
+#if __CUDA_ARCH__ >= 900
+#define COMMVQ_WAIT "try_wait"
+#else
+#define COMMVQ_WAIT "test_wait"
+#endif
     while (done == 0)
       asm volatile(
-          "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+          "{\n.reg .pred p;\nmbarrier." COMMVQ_WAIT ".parity.shared.b64 p, [%1], %2;\n"
           "selp.u32 %0, 1, 0, p;\n}\n"
           : "=r"(done)
           : "r"(address_), "r"(parity)
           : "memory");
+#undef COMMVQ_WAIT
   }
 
  private:

@@ -6,7 +6,6 @@
 namespace commvq::cuda {
 namespace {
 
-static_assert(BinaryAttentionConfig::kThreads == ExactConfig::kThreads);
 static_assert(BinaryAttentionConfig::kTileTokens == BinaryKeys::kTileTokens);
 
 /// Thread blocks (part and head, block of rows) attend over coded tokens; they and
@@ -23,15 +22,15 @@ __global__ void __launch_bounds__(BinaryAttentionConfig::kThreads, 1)
       problem.counters[i] = 0;
   if (block < problem.num_kv_heads * problem.num_key_parts)
     binary_attention::run<Shape>(arguments, binary_memory);
-  if (blockIdx.y == 0) run_exact_items(problem, block, binary_memory);
+  if (blockIdx.y == 0) run_exact_items<BinaryAttentionConfig::kThreads>(problem, block, binary_memory);
 }
 
 template <class Shape>
 cudaError_t launch(const binary_attention::Arguments& arguments, dim3 grid, cudaStream_t stream) {
   const auto kernel = binary_attention_kernel<Shape>;
   const int bytes = std::max(static_cast<int>(sizeof(binary_attention::Shared<Shape>)),
-                             exact_tokens::Shared::bytes(arguments.problem.head_dim,
-                                                         arguments.problem.group));
+                             exact_tokens::Shared<BinaryAttentionConfig::kThreads>::bytes(
+                                 arguments.problem.head_dim, arguments.problem.group));
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

@@ -16,7 +16,7 @@
 /// A warp takes a block of 32 tokens at a time, for four rows (query heads):
 ///
 ///   1. pairs that turn fast are decoded, bits times e, turned by the token's place in its tile of
-///      256 tokens, and multiplied with the queries, turned to the tile's first token;
+///      192 tokens, and multiplied with the queries, turned to the tile's first token;
 ///   2. over a tile the other pairs turn so little that their score is a cubic in the token's
 ///      place: bits times e^T q for queries turned to four places, the nodes, and Lagrange's
 ///      polynomials between them. So these pairs are never decoded;
@@ -48,7 +48,6 @@ struct Shape {
   static constexpr int kCodeTiles = 8 * kLaneWords;   ///< likewise, as rows of e^T q
   static constexpr int kValueBits = 128 * kLaneWords; ///< of a head
   static constexpr int kValueTiles = kValueBits / 16;
-  static constexpr int kStageBytes = kBlockTokens / 8 * kValueBits;
 };
 
 /// Some blocks of one sequence, and what its queries see. Kept in shared memory, since registers are
@@ -75,6 +74,19 @@ struct Segment {
   }
 };
 
+/// What a warp reads of sixteen tokens, as it lies in shared memory. All parts are copied in vectors
+/// of 16 bytes.
+template <class Shape>
+struct Half {
+  static constexpr int kWords = 4 * Shape::kLaneWords - 1;
+
+  std::uint32_t words[16][kWords];
+  std::uint32_t tails[12];  ///< 24 bits a token
+  std::uint16_t norms[16];
+  std::uint16_t scales[16];
+  std::uint16_t values[Shape::kValueBits];  ///< bit j is token j
+};
+
 /// What a tile's warps share, made two steps ahead and one. A warp may be a step behind the others:
 /// what keys are multiplied with is kept so much longer.
 template <class Shape>
@@ -99,7 +111,7 @@ struct Shared {
   union {
     struct {
       TileBuffers<Shape> tiles[kTiles];
-      std::uint8_t values[Config::kWarps][2][Shape::kStageBytes];
+      Half<Shape> stages[Config::kWarps][2][2];  ///< [two blocks][two halves]
     };
     float outputs[Config::kWarps][kRows][Shape::kValueBits];
   };
@@ -125,42 +137,89 @@ __device__ __forceinline__ int lane_token() {
   return 4 * (g / 2) + 16 * (g % 2);
 }
 
-/// What a lane reads of its four tokens.
+/// Copies blocks to shared memory, some vectors a lane. A vector lies at a distance from the
+/// beginning of its page that grows with the slot of the first of its sixteen tokens.
+template <class Shape>
+class BlockCopy {
+  using OneHalf = Half<Shape>;
+  static constexpr int kVectors = sizeof(OneHalf) / 16;
+  static constexpr int kRounds = (2 * kVectors + 31) / 32;
+
+ public:
+  __device__ BlockCopy(const Problem& p, const KeyCodes& codes, int head) {
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int byte = (threadIdx.x % 32 + 32 * i) % kVectors * 16;
+      const auto set = [&](int part_begin, int base, int per_slot) {
+        if (byte >= part_begin) base_[i] = base + byte - part_begin, per_slot_[i] = per_slot;
+      };
+      const int first = head * p.page.size;
+      set(offsetof(OneHalf, words), codes.words + first * OneHalf::kWords * 4, OneHalf::kWords * 4);
+      set(offsetof(OneHalf, tails), codes.tails + first * 3, 3);
+      set(offsetof(OneHalf, norms), p.page.key_norms + head * p.page.norm_stride, 2);
+      set(offsetof(OneHalf, scales), p.page.value_scales + head * p.page.scale_stride, 2);
+      set(offsetof(OneHalf, values), p.page.value_codes + head * Shape::kValueBits * 2,
+          p.page.num_code_bits / 8);
+    }
+  }
+
+  /// Reads where the halves of a block lie. Beyond the last token there may be no page: the first
+  /// half stands for the second, whose weights will be zero.
+  __device__ __forceinline__ void find(const Problem& p, const Segment& segment, int block) {
+    const int token = segment.first_token + block * kBlockTokens;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = token + 16 * half <= segment.last_token ? token + 16 * half : token;
+      pages_[half] = segment.table[at >> p.page.shift];
+      slots_[half] = at & (p.page.size - 1);
+    }
+  }
+  /// Starts copying the block that was found last.
+  __device__ __forceinline__ void start(const Problem& p, OneHalf* stage) const {
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int vector = threadIdx.x % 32 + 32 * i;
+      if (vector >= 2 * kVectors) break;
+      const bool second = vector >= kVectors;
+      const Index page = second ? pages_[1] : pages_[0];
+      const int slot = second ? slots_[1] : slots_[0];
+      copy_async_16(shared_address(reinterpret_cast<uint4*>(stage) + vector),
+                    p.pages + page * p.page_stride + (base_[i] + slot * per_slot_[i]));
+    }
+    commit_copies();
+  }
+
+ private:
+  int base_[kRounds], per_slot_[kRounds];
+  int pages_[2], slots_[2];
+};
+
+/// The key codes of a lane's four tokens, and what belongs to them.
 template <class Shape>
 struct LaneCodes {
   std::uint32_t words[4][Shape::kLaneWords];
   uint2 norms, scales;  ///< four bf16 each
 
-  /// Starts reading; `finish` makes the words what they should be.
-  __device__ __forceinline__ void fetch(const Problem& p, const KeyCodes& codes,
-                                        const Segment& segment, int block, int head) {
-    const int q = threadIdx.x % 4;
-    int token = segment.first_token + block * kBlockTokens + lane_token();
-    // Beyond the last token there may be no page; what is read there weighs nothing.
-    if (token > segment.last_token) token = segment.first_token + block * kBlockTokens;
-    const std::uint8_t* const page =
-        p.pages + segment.table[token >> p.page.shift] * p.page_stride;
-    const int slot = token & (p.page.size - 1), at = head * p.page.size + slot;
-    const auto* const whole =
-        reinterpret_cast<const std::uint32_t*>(page + codes.words) + at * codes.num_words;
-    // The last lane's last word is the tail of 24 bits: three words hold those of four tokens.
-    const auto* const tails =
-        reinterpret_cast<const std::uint32_t*>(page + codes.tails + at * 3);
+  __device__ __forceinline__ explicit LaneCodes(const Half<Shape>* stage) {
+    const int q = threadIdx.x % 4, slot = lane_token() % 16;
+    const Half<Shape>& half = stage[lane_token() / 16];
 #pragma unroll
     for (int w = 0; w < Shape::kLaneWords; ++w) {
+      // The last lane's last word is the tail: three words hold those of four tokens.
       const bool is_tail = q == 3 && w + 1 == Shape::kLaneWords;
-      const std::uint32_t* const source = is_tail ? tails : whole + 4 * w + q;
-      const int stride = is_tail ? 1 : codes.num_words;
+      const std::uint32_t* const source =
+          is_tail ? half.tails + slot / 4 * 3 : &half.words[slot][4 * w + q];
+      const int stride = is_tail ? 1 : Half<Shape>::kWords;
 #pragma unroll
-      for (int t = 0; t < 4; ++t) words[t][w] = source[is_tail ? min(t, 2) : t * stride];
+      for (int t = 0; t < 4; ++t) words[t][w] = source[is_tail && t == 3 ? 2 : t * stride];
     }
-    norms = *reinterpret_cast<const uint2*>(
-        page + (p.page.key_norms + head * p.page.norm_stride + 2 * slot));
-    scales = *reinterpret_cast<const uint2*>(
-        page + (p.page.value_scales + head * p.page.scale_stride + 2 * slot));
+    norms = *reinterpret_cast<const uint2*>(half.norms + slot);
+    scales = *reinterpret_cast<const uint2*>(half.scales + slot);
+    if (q == 3) spread_tails();
   }
-  __device__ __forceinline__ void finish() {
-    if (threadIdx.x % 4 != 3) return;
+
+ private:
+  __device__ __forceinline__ void spread_tails() {
     constexpr int w = Shape::kLaneWords - 1;
     constexpr std::uint32_t kOne = 1u << 24;  // the code bit of what all keys have in common
     const std::uint32_t a = words[0][w], b = words[1][w], c = words[2][w];
@@ -175,25 +234,6 @@ struct LaneCodes {
 __device__ __forceinline__ float bf16_of(uint2 four, int t) {
   const std::uint32_t word = t < 2 ? four.x : four.y;
   return __uint_as_float(t % 2 == 0 ? word << 16 : word & 0xffff0000u);
-}
-
-/// Starts copying a block's value codes of the head: 16 bytes a lane and time.
-template <class Shape>
-__device__ __forceinline__ void copy_values(const Problem& p, const Segment& segment, int block,
-                                            int head, std::uint8_t* stage) {
-  constexpr int kVectors = Shape::kValueBits / 8;  // of one half of the block
-#pragma unroll
-  for (int i = threadIdx.x % 32; i < 2 * kVectors; i += 32) {
-    int token = segment.first_token + block * kBlockTokens + 16 * (i / kVectors);
-    if (token > segment.last_token) token -= 16;
-    const std::uint8_t* const page =
-        p.pages + segment.table[token >> p.page.shift] * p.page_stride;
-    const int slot = token & (p.page.size - 1);
-    copy_async_16(shared_address(stage + i * 16),
-                  page + (p.page.value_codes + slot / 16 * 2 * p.page.num_code_bits +
-                          head * Shape::kValueBits * 2 + i % kVectors * 16));
-  }
-  commit_copies();
 }
 
 /// Reads the queries of a sequence: one warp a row.
@@ -298,9 +338,9 @@ template <class Shape>
 __device__ __forceinline__ void multiply_queries(Shared<Shape>& shared, int step, int tile) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   TileBuffers<Shape>& buffers = shared.tiles[tile];
-#pragma unroll
-  for (int i = 0; i < Shape::kLaneWords; ++i) {
-    const int code_tile = threadIdx.x / 32 % kTileWarps + i * kTileWarps;
+#pragma unroll 1
+  for (int code_tile = threadIdx.x / 32 % kTileWarps; code_tile < Shape::kCodeTiles;
+       code_tile += kTileWarps) {
     float products[kNodes / 2][4] = {};
 #pragma unroll
     for (int k = 0; k < Shape::kLowEights; ++k) {
@@ -506,16 +546,16 @@ __device__ __forceinline__ void weigh(float (&scores)[4], const float (&scales)[
 
 /// Adds weights times bits of the values. Lane 4g + q holds bits 16 g and those after it.
 template <class Shape>
-__device__ __forceinline__ void add_values(const std::uint8_t* stage,
+__device__ __forceinline__ void add_values(const Half<Shape>* stage,
                                            const std::uint32_t (&weights)[4],
                                            Gathered<Shape>& gathered) {
   const int g = threadIdx.x % 32 / 4, shift = threadIdx.x % 4 * 4;
-  constexpr int kLaneBytes = Shape::kValueBits / 8 * 2;  // of one half of the block
+  constexpr int kLaneBits = Shape::kValueBits / 8;
 #pragma unroll
-  for (int vector = 0; vector < kLaneBytes / 16; ++vector) {
-    const std::uint8_t* const source = stage + g * kLaneBytes + vector * 16;
-    const uint4 low = *reinterpret_cast<const uint4*>(source);
-    const uint4 high = *reinterpret_cast<const uint4*>(source + Shape::kStageBytes / 2);
+  for (int vector = 0; vector < kLaneBits / 8; ++vector) {
+    const int bit = g * kLaneBits + vector * 8;
+    const uint4 low = *reinterpret_cast<const uint4*>(stage[0].values + bit);
+    const uint4 high = *reinterpret_cast<const uint4*>(stage[1].values + bit);
     const std::uint32_t lows[4] = {low.x, low.y, low.z, low.w};
     const std::uint32_t highs[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
@@ -572,8 +612,8 @@ __device__ __forceinline__ void store(const Problem& p, Shared<Shape>& shared, I
 /// Gathers the blocks of a segment, step by step.
 template <class Shape>
 __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& shared,
-                                            const Turning<Shape>& turning, int head, int& phase,
-                                            Gathered<Shape>& gathered) {
+                                            const Turning<Shape>& turning, BlockCopy<Shape>& copy,
+                                            int head, int& phase, Gathered<Shape>& gathered) {
   const Problem& p = a.problem;
   const Segment& segment = shared.segment;
   const int warp = threadIdx.x / 32, tile = warp / kTileWarps, row = threadIdx.x % 4;
@@ -584,9 +624,9 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& s
   const float low_factor = shared.factors[row] * a.keys.low_factors[head];
   const float high_factor = shared.factors[row] * a.keys.high_factors[head];
 
-  LaneCodes<Shape> codes;
-  codes.fetch(p, a.codes, segment, block_of(0), head);
-  copy_values<Shape>(p, segment, block_of(0), head, shared.values[warp][0]);
+  copy.find(p, segment, block_of(0));
+  copy.start(p, shared.stages[warp][0]);
+  copy.find(p, segment, block_of(1));
   const WarpBarrier made(&shared.made[tile]);
   turn_queries(turning, shared, segment, 0, tile);
   turn_queries(turning, shared, segment, 1, tile);
@@ -596,18 +636,20 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& s
   made.arrive();
 #pragma unroll 1
   for (int step = 0; step < num_steps; ++step) {
-    const int next = step + 1 < num_steps ? step + 1 : step;
-    LaneCodes<Shape> next_codes;
-    next_codes.fetch(p, a.codes, segment, block_of(next), head);
-    copy_values<Shape>(p, segment, block_of(next), head, shared.values[warp][(step + 1) % 2]);
+    __syncwarp();  // nobody reads the block before any more
+    copy.start(p, shared.stages[warp][(step + 1) % 2]);
+    copy.find(p, segment, block_of(step + 2));
     made.wait(phase++ % 2);
     multiply_queries(shared, step + 1, tile);
     turn_queries(turning, shared, segment, step + 2, tile);
     made.arrive();
     const int block = step * Config::kWarps + warp;
     if (block < segment.count) {
+      const Half<Shape>* const stage = shared.stages[warp][step % 2];
+      wait_for_copies_but<1>();
+      __syncwarp();
+      const LaneCodes<Shape> codes(stage);
       float scores[4], scales[4];
-      codes.finish();
       score_keys(shared, codes, step, tile, low_factor, high_factor, scores);
       if (p.soft_cap > 0)
 #pragma unroll
@@ -619,11 +661,8 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& s
         hide_unseen(p, segment.seq, first_token + lane_token(), shared.lags[row], scores, scales);
       std::uint32_t weights[4];
       weigh(scores, scales, gathered, weights);
-      wait_for_copies_but<1>();
-      __syncwarp();
-      add_values(shared.values[warp][step % 2], weights, gathered);
+      add_values(stage, weights, gathered);
     }
-    codes = next_codes;
   }
   made.wait(phase++ % 2);
   wait_for_copies();
@@ -661,6 +700,7 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   if (!fits(p, total) || part >= parts) return;
   load_entries(a, shared, head);
   const Turning<Shape> turning(a);
+  BlockCopy<Shape> copy(p, a.codes, head);
   if (threadIdx.x == 0)
     for (std::uint64_t& barrier : shared.made) WarpBarrier(&barrier).init(kTileWarps);
   int phase = 0;
@@ -677,7 +717,7 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     wait_for_copies();
     __syncthreads();
     Gathered<Shape> gathered;
-    run_segment(a, shared, turning, head, phase, gathered);
+    run_segment(a, shared, turning, copy, head, phase, gathered);
     store(p, shared, Index{part} + cursor.seq, head, first_row, rows, gathered);
     cursor.advance(p, cursor.count(INT_MAX));
   }

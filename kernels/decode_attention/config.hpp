@@ -37,11 +37,11 @@ struct ValueSumsConfig {
 
 /// Tuning values of the kernel for binary codes.
 struct BinaryAttentionConfig {
-  static constexpr int kThreads = 512;
+  static constexpr int kThreads = 384;
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kTileTokens = 256;  ///< that share queries at the nodes
+  static constexpr int kTileTokens = 192;  ///< that share queries at the nodes
   static constexpr int kRows = 4;          ///< query heads at once
-  static constexpr int kEightsAtOnce = 1;  ///< eights of pairs decoded at once
+  static constexpr int kEightsAtOnce = 3;  ///< eights of pairs decoded at once
 };
 
 /// Tuning values of the kernel that merges parts and applies the value decoder.
@@ -53,7 +53,6 @@ struct CombineConfig {
 
 /// Tuning values of the exact tokens' attention, which runs in the first key kernel.
 struct ExactConfig {
-  static constexpr int kThreads = KeyScoresConfig::kThreads;
   static constexpr int kChunkTokens = 64;
   static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
   static constexpr int kMaxPieces = 4;  ///< of one query's tokens, where thread blocks are idle

@@ -275,7 +275,7 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
     const dim3 grid(p.num_kv_heads * p.num_key_parts + (i == 0 ? p.num_exact_blocks : 0),
                     row_blocks);
     const int shared_bytes =
-        std::max(key_scores::shared_bytes(slice), exact_tokens::Shared::bytes(p.head_dim, p.group));
+        std::max(key_scores::shared_bytes(slice), exact_tokens::Shared<KeyScoresConfig::kThreads>::bytes(p.head_dim, p.group));
     key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}};
     for (int plane = 0; plane < slice.num_planes; ++plane)
       arguments.codes[plane] = codes_of(view.layout, view.layout.planes[slice.plane + plane]);

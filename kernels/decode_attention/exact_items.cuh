@@ -7,6 +7,7 @@ namespace commvq::cuda {
 /// The exact items, a query token, KV head and piece of the tokens each, of thread block `block` of
 /// this launch. The blocks that score no keys take what they can in the time that the others need
 /// for theirs; the rest is shared out evenly.
+template <int kThreads>
 __device__ inline void run_exact_items(const Problem& p, int block, std::uint8_t* memory) {
   const int scoring = p.num_kv_heads * p.num_key_parts;
   const int items = p.num_kv_heads * p.batch * p.num_query_tokens * p.num_exact_pieces;
@@ -23,7 +24,7 @@ __device__ inline void run_exact_items(const Problem& p, int block, std::uint8_t
     __syncthreads();  // shared memory served something else before
     const int piece = item / p.num_kv_heads % p.num_exact_pieces;
     const int token = item / (p.num_kv_heads * p.num_exact_pieces);
-    exact_tokens::run(
+    exact_tokens::run<kThreads>(
         p, {token / p.num_query_tokens, token % p.num_query_tokens, item % p.num_kv_heads, piece},
         memory);
   }

@@ -12,6 +12,7 @@ namespace commvq::cuda::exact_tokens {
 using Config = ExactConfig;
 
 /// Shared memory, for heads of `dim` channels and `group` query heads.
+template <int kThreads>
 struct Shared {
   float2* keys;          ///< [kChunkTokens][dim / 2 + 1], turned by RoPE
   std::uint8_t* values;  ///< [kChunkTokens][dim] as stored
@@ -27,14 +28,14 @@ struct Shared {
     values = memory + Config::kChunkTokens * (dim / 2 + 1) * sizeof(float2);
     queries = reinterpret_cast<float2*>(values + Config::kChunkTokens * dim * 2);
     outputs = reinterpret_cast<float*>(queries + group * dim / 2);
-    weights = outputs + group * Config::kThreads;
+    weights = outputs + group * kThreads;
     rows = reinterpret_cast<int*>(weights + group * Config::kChunkTokens);
     keeps = reinterpret_cast<float*>(rows + Config::kChunkTokens);
     sums = reinterpret_cast<RowSum*>(keeps + group + group % 2);
   }
   static constexpr int bytes(int dim, int group) {
     return Config::kChunkTokens * (dim * 6 + 12) +
-           4 * group * (dim + Config::kThreads + Config::kChunkTokens + 4);
+           4 * group * (dim + kThreads + Config::kChunkTokens + 4);
   }
 };
 
@@ -68,14 +69,15 @@ struct ExactRange {
   __device__ int run_end(int i) const { return i < num_sinks ? num_sinks : count; }
 };
 
+template <int kThreads>
 __device__ __forceinline__ void load_queries(const Problem& p, const Item& item, int position,
-                                             const Shared& shared) {
+                                             const Shared<kThreads>& shared) {
   const int pairs = p.head_dim / 2;
   const Index first =
       ((Index{item.seq} * p.num_query_tokens + item.query_token) * p.num_kv_heads + item.head) *
       p.group * p.head_dim;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.group * pairs; i += Config::kThreads) {
+  for (int i = threadIdx.x; i < p.group * pairs; i += kThreads) {
     const int pair = i % pairs;
     const Index head = first + Index{i / pairs} * p.head_dim;
     const float re = load_float(p.queries, p.type, head + p.channels[pair]);
@@ -86,8 +88,9 @@ __device__ __forceinline__ void load_queries(const Problem& p, const Item& item,
 }
 
 /// Starts copying values, and reads and turns keys, of tokens `[first, first + count)`.
+template <int kThreads>
 __device__ __forceinline__ void load_tokens(const Problem& p, const Item& item, int first,
-                                            int count, const Shared& shared) {
+                                            int count, const Shared<kThreads>& shared) {
   const int vectors = p.head_dim / 8;  // of 16 bytes a head
   const int pairs = p.head_dim / 2;
   if (threadIdx.x < count)
@@ -99,12 +102,12 @@ __device__ __forceinline__ void load_tokens(const Problem& p, const Item& item, 
     return ((slot_row + shared.rows[t]) * p.num_kv_heads + item.head) * p.head_dim;
   };
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count * vectors; i += Config::kThreads)
+  for (int i = threadIdx.x; i < count * vectors; i += kThreads)
     copy_async_16(shared_address(shared.values + i * 16),
                   static_cast<const std::uint8_t*>(p.exact.values) +
                       (head_of(i / vectors) + i % vectors * 8) * 2);
 #pragma unroll 4
-  for (int i = threadIdx.x; i < count * pairs; i += Config::kThreads) {
+  for (int i = threadIdx.x; i < count * pairs; i += kThreads) {
     const int t = i / pairs, pair = i % pairs;
     const Index head = head_of(t);
     const float re = load_float(p.exact.keys, p.exact.type, head + p.channels[pair]);
@@ -116,10 +119,11 @@ __device__ __forceinline__ void load_tokens(const Problem& p, const Item& item, 
 }
 
 /// Scores: a thread a token and query head; two lanes share its pairs.
-__device__ __forceinline__ void score(const Problem& p, int count, const Shared& shared) {
+template <int kThreads>
+__device__ __forceinline__ void score(const Problem& p, int count, const Shared<kThreads>& shared) {
   const int pairs = p.head_dim / 2, half = pairs / 2;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Config::kChunkTokens * p.group * 2; i += Config::kThreads) {
+  for (int i = threadIdx.x; i < Config::kChunkTokens * p.group * 2; i += kThreads) {
     // Sixteen tokens a warp: the trip count is the same for all its lanes.
     const int part = i % 32 / 16;
     const int t = i / 32 * 16 % Config::kChunkTokens + i % 16;
@@ -141,10 +145,11 @@ __device__ __forceinline__ void score(const Problem& p, int count, const Shared&
 }
 
 /// Scores to weights relative to the largest so far: a warp a query head.
-__device__ __forceinline__ void weigh(const Problem& p, int count, const Shared& shared) {
+template <int kThreads>
+__device__ __forceinline__ void weigh(const Problem& p, int count, const Shared<kThreads>& shared) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int row = threadIdx.x / 32; row < p.group; row += Config::kThreads / 32) {
+  for (int row = threadIdx.x / 32; row < p.group; row += kThreads / 32) {
     float* const weights = shared.weights + row * Config::kChunkTokens;
     const RowSum old = shared.sums[row];
     float largest = old.max, sum = 0;
@@ -167,10 +172,11 @@ __device__ __forceinline__ void weigh(const Problem& p, int count, const Shared&
 
 /// Adds values: a thread takes one channel and, with others, every (kThreads / dim)-th token, for
 /// four query heads at once.
-__device__ __forceinline__ void add_values(const Problem& p, int count, const Shared& shared) {
+template <int kThreads>
+__device__ __forceinline__ void add_values(const Problem& p, int count, const Shared<kThreads>& shared) {
   const int dim = p.head_dim;
   const int channel = threadIdx.x % dim, token_group = threadIdx.x / dim;
-  const int token_groups = Config::kThreads / dim;
+  const int token_groups = kThreads / dim;
   float* const outputs = shared.outputs + token_group * p.group * dim + channel;
 #pragma unroll 1
   for (int first = 0; first < p.group; first += 4) {
@@ -193,15 +199,16 @@ __device__ __forceinline__ void add_values(const Problem& p, int count, const Sh
 }
 
 /// Called by whole thread blocks.
+template <int kThreads>
 __device__ __forceinline__ void run(const Problem& p, const Item& item, std::uint8_t* memory) {
   const int dim = p.head_dim;
   const Sequence sequence(p, item.seq);
   const int position = sequence.position(p, item.query_token);
-  const Shared shared(memory, dim, p.group);
-  for (int row = threadIdx.x; row < p.group; row += Config::kThreads)
+  const Shared<kThreads> shared(memory, dim, p.group);
+  for (int row = threadIdx.x; row < p.group; row += kThreads)
     shared.sums[row] = {-INFINITY, 0};
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.group * Config::kThreads; i += Config::kThreads)
+  for (int i = threadIdx.x; i < p.group * kThreads; i += kThreads)
     shared.outputs[i] = 0;
   if (position >= 0 && p.exact.capacity > 0) {
     load_queries(p, item, position, shared);
@@ -226,13 +233,13 @@ __device__ __forceinline__ void run(const Problem& p, const Item& item, std::uin
   __syncthreads();
   const Index first_row = Index{item.seq} * p.num_rows + Index{item.head} * p.rows_per_head +
                           item.query_token * p.group;
-  for (int row = threadIdx.x; row < p.group; row += Config::kThreads)
+  for (int row = threadIdx.x; row < p.group; row += kThreads)
     p.exact_sums[(first_row + row) * p.num_exact_pieces + item.piece] = shared.sums[row];
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.group * dim; i += Config::kThreads) {
+  for (int i = threadIdx.x; i < p.group * dim; i += kThreads) {
     float sum = 0;
 #pragma unroll 1
-    for (int token_group = 0; token_group < Config::kThreads / dim; ++token_group)
+    for (int token_group = 0; token_group < kThreads / dim; ++token_group)
       sum += shared.outputs[token_group * p.group * dim + i];
     p.exact_outputs[((first_row + i / dim) * p.num_exact_pieces + item.piece) * dim + i % dim] =
         sum;

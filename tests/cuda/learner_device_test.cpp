@@ -114,7 +114,8 @@ INSTANTIATE_TEST_SUITE_P(Shapes, KeyWorkOnDevice,
                                          KeyShape{128, 64, 64, 3, true},
                                          KeyShape{64, 8, 10, 2, true},
                                          KeyShape{128, 32, 100, 2, false},
-                                         KeyShape{128, 64, 256, 2, false}));
+                                         KeyShape{128, 64, 256, 2, false},
+                                         KeyShape{128, 64, 2, 60, false}));
 
 class LearnersOnDevice : public testing::Test {
  protected:
