@@ -8,7 +8,8 @@
 //     (2 <x, Z_0[a]> - |Z_0[a]|^2)   "term of a"
 //   + (2 <x, Z_1[b]> - |Z_1[b]|^2)   "term of b"
 //   - 2 <Z_0[a], Z_1[b]>             "cross term".
-// A warp does one residual at a time. A lane owns every 32nd a and goes through all b, or the other
+// Scores are always added up in the order a + (b - cross), so that none exceeds the largest, however
+// low the temperature. A warp does one residual at a time. A lane owns every 32nd a and goes through all b, or the other
 // way round, so that sums over one of them need no exchange.
 
 namespace commvq::cuda::key_learner {
@@ -54,6 +55,11 @@ __device__ void read_terms(const StageBooks& books, const float* products, int l
   __syncwarp();
 }
 
+/// Beyond 1e30 an assignment is hard, and infinity times a difference of zero would be NaN.
+__device__ float scale_of(const Assignment& work) {
+  return fminf(work.inverse_temperature, 1e30f) * kLog2E;
+}
+
 /// The largest score of all centres.
 __device__ float largest_score(const StageBooks& books, const float* terms, int lane) {
   const int size = books.codebook_size;
@@ -74,19 +80,17 @@ __global__ void __launch_bounds__(kThreads) margins_kernel(StageBooks books, Ass
   const int size = books.codebook_size;
   float* const terms = shared + warp * 2 * size;
   const float* const by_b = books.cross_terms + Index{size} * size;
-  const float scale = work.inverse_temperature * kLog2E;
+  const float scale = scale_of(work);
   for (Index key = Index{blockIdx.x} * kWarps + warp; key < work.num_keys;
        key += Index{gridDim.x} * kWarps) {
     float* const margins = work.products + key * 2 * size;
     read_terms(books, margins, lane, terms);
     const float largest = largest_score(books, terms, lane);
-    for (int a = lane; a < size; a += 32) terms[a] -= largest;
-    __syncwarp();
     float total = 0;
     for (int a = lane; a < size; a += 32) {
       float sum = 0;
       for (int b = 0; b < size; ++b)
-        sum += exp2_approx(scale * (terms[a] + terms[size + b] - by_b[b * size + a]));
+        sum += exp2_approx(scale * (terms[a] + (terms[size + b] - by_b[b * size + a]) - largest));
       margins[a] = sum;
       total += sum;
     }
@@ -96,12 +100,14 @@ __global__ void __launch_bounds__(kThreads) margins_kernel(StageBooks books, Ass
     for (int b = lane; b < size; b += 32) {
       float sum = 0;
       for (int a = 0; a < size; ++a)
-        sum += exp2_approx(scale * (terms[a] + terms[size + b] - books.cross_terms[a * size + b]));
+        sum += exp2_approx(
+            scale * (terms[a] + (terms[size + b] - books.cross_terms[a * size + b]) - largest));
       margins[size + b] = sum * factor;
     }
     for (int i = lane; i < 2 * size; i += 32) work.terms[key * 2 * size + i] = terms[i];
     if (lane == 0) {
-      work.largest[key] = fmaxf(0.0f, work.squared_norms[key] - largest);
+      work.best_scores[key] = largest;
+      work.least_errors[key] = fmaxf(0.0f, work.squared_norms[key] - largest);
       work.log2_totals[key] = log2f(total);
     }
     __syncwarp();
@@ -114,13 +120,13 @@ constexpr int kStepKeys = 16;
 /// Sums of p(A, B | x) over a chunk of residuals, and of their errors.
 __global__ void __launch_bounds__(kThreads) pair_weights_kernel(StageBooks books, Assignment work) {
   __shared__ __align__(16) float terms[kStepKeys][2 * kTile];
-  __shared__ float log2_totals[kStepKeys];
+  __shared__ float log2_totals[kStepKeys], best_scores[kStepKeys];
   const int size = books.codebook_size, thread = threadIdx.x;
   const int first_a = blockIdx.y * kTile, first_b = blockIdx.z * kTile;
   const int a = thread / 16 * 4, b = thread % 16 * 4;
   const Index first = Index{blockIdx.x} * kChunkKeys;
   const int count = static_cast<int>(min(Index{kChunkKeys}, work.num_keys - first));
-  const float scale = work.inverse_temperature * kLog2E;
+  const float scale = scale_of(work);
   float cross[4][4], sums[4][4] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -140,19 +146,22 @@ __global__ void __launch_bounds__(kThreads) pair_weights_kernel(StageBooks books
                                       (column < kTile ? 0 : size) + of_book]
                          : 0.0f;
     }
-    if (thread < keys) log2_totals[thread] = work.log2_totals[first + step + thread];
+    if (thread < keys) {
+      log2_totals[thread] = work.log2_totals[first + step + thread];
+      best_scores[thread] = work.best_scores[first + step + thread];
+    }
     __syncthreads();
     for (int key = 0; key < keys; ++key) {
       const float4 of_a = *reinterpret_cast<const float4*>(&terms[key][a]);
       const float4 of_b = *reinterpret_cast<const float4*>(&terms[key][kTile + b]);
       const float as[4] = {of_a.x, of_a.y, of_a.z, of_a.w};
       const float bs[4] = {of_b.x, of_b.y, of_b.z, of_b.w};
-      const float offset = log2_totals[key];
+      const float offset = log2_totals[key], best = best_scores[key];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          sums[i][j] += exp2_approx(scale * (as[i] + bs[j] - cross[i][j]) - offset);
+          sums[i][j] += exp2_approx(scale * (as[i] + (bs[j] - cross[i][j]) - best) - offset);
     }
   }
   float* const out = work.chunk_weights + Index{blockIdx.x} * size * size;
@@ -164,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) pair_weights_kernel(StageBooks books
         out[Index{first_a + a + i} * size + first_b + b + j] = sums[i][j];
   if (blockIdx.y == 0 && blockIdx.z == 0 && thread == 0) {
     double error = 0;
-    for (int key = 0; key < count; ++key) error += work.largest[first + key];
+    for (int key = 0; key < count; ++key) error += work.least_errors[first + key];
     work.chunk_errors[blockIdx.x] = error;
   }
 }

@@ -51,7 +51,8 @@ DeviceKeyWork::DeviceKeyWork(const KeySample& keys, const KeyCodecConfig& config
   stage_.squared_norms = DeviceArray<float>(num_keys_);
   stage_.products = DeviceArray<float>(num_keys_ * books);
   stage_.terms = DeviceArray<float>(num_keys_ * books);
-  stage_.largest = DeviceArray<float>(num_keys_);
+  stage_.best_scores = DeviceArray<float>(num_keys_);
+  stage_.least_errors = DeviceArray<float>(num_keys_);
   stage_.log2_totals = DeviceArray<float>(num_keys_);
   stage_.chunk_weights = DeviceArray<float>(chunks * pairs);
   stage_.sums = DeviceArray<float>(books * width);
@@ -126,7 +127,7 @@ key_em::Statistics DeviceKeyWork::soft_assign(const Matrix& books, double temper
   key_learner::soft_assign(
       stage,
       {num_keys_, static_cast<float>(1 / temperature), stage_.products.data(), stage_.terms.data(),
-       stage_.largest.data(), stage_.log2_totals.data(), stage_.squared_norms.data(),
+       stage_.best_scores.data(), stage_.least_errors.data(), stage_.log2_totals.data(), stage_.squared_norms.data(),
        stage_.chunk_weights.data(), stage_.chunk_errors.data(), stage_.pair_weights.data()},
       stream());
   blas_.multiply(Blas::Form::kTransposed, Blas::Form::kAsIs, books.rows(), books.cols(), num_keys_,

@@ -32,7 +32,7 @@ class DeviceKeyWork final : public KeyWork {
  private:
   /// Memory of `soft_assign`, `assign` and of the stage's residuals.
   struct StageMemory {
-    DeviceArray<float> residuals, squared_norms, products, terms, largest, log2_totals;
+    DeviceArray<float> residuals, squared_norms, products, terms, best_scores, least_errors, log2_totals;
     DeviceArray<float> chunk_weights, sums;
     DeviceArray<double> chunk_errors, pair_weights;
   };

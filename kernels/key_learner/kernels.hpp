@@ -50,7 +50,8 @@ struct Assignment {
   float inverse_temperature;
   float* products;             ///< [num_keys][2 Nc]: <x, Z>; becomes p(A | x), p(B | x)
   float* terms;                ///< [num_keys][2 Nc], work
-  float* largest;              ///< [num_keys]: least squared distance, |x|^2 less it
+  float* best_scores;          ///< [num_keys], work: |x|^2 less the least squared distance
+  float* least_errors;         ///< [num_keys], work: least squared distance
   float* log2_totals;          ///< [num_keys], work
   const float* squared_norms;  ///< [num_keys]: |x|^2
   float* chunk_weights;        ///< [num_chunks][Nc][Nc], work
