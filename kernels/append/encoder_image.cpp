@@ -63,6 +63,8 @@ EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layo
           "the value codec (", values.num_channels, " channels, ", values.num_code_bits(),
           " bits) differs from the page layout's: ", layout.num_kv_heads * layout.head_dim, ", ",
           layout.num_code_bits);
+  require(values.num_blocks == 1, "the value codec has num_blocks ", values.num_blocks,
+          "; the device encoder supports 1");
   require(!codec.values->is_scaled(),
           "the value codec has channel scales, which the device encoder does not apply: encode on "
           "the host");
