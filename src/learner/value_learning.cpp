@@ -52,13 +52,13 @@ void require_finite(MatrixView<const float> values) {
               values(t, c), "; only finite values can be learnt from");
 }
 
-/// Rows of the values that are not zero.
-std::vector<Index> usable_rows(MatrixView<const float> values) {
+/// Rows of a block's values, whose first channel is `first_channel`, that are not zero.
+std::vector<Index> usable_rows(MatrixView<const float> values, Index first_channel) {
   std::vector<Index> rows;
   for (Index t = 0; t < values.rows; ++t)
     if (value_layers::norm_of(values.row(t), values.cols) > 0) rows.push_back(t);
-  require(!rows.empty(), "all ", values.rows, " values are zero or there are none; there is ",
-          "nothing to learn");
+  require(!rows.empty(), "all ", values.rows, " values are zero or there are none in channels [",
+          first_channel, ", ", first_channel + values.cols, "); there is nothing to learn");
   return rows;
 }
 
@@ -75,12 +75,14 @@ std::vector<Index> spread_over(const std::vector<Index>& rows, Index count) {
 /// A refinement round costs about so many Adam steps.
 constexpr double kStepsPerRound = 20.0;
 
-/// Weights of one block, from its values.
-ValueCodecWeights train_block(MatrixView<const float> values, const ValueTrainerOptions& options,
-                              const MakeWork& make_work, ProgressMeter& progress,
-                              ValueTrainerReport& report) {
-  const std::vector<Index> rows = usable_rows(values);
+/// Weights of block `block`.
+ValueCodecWeights train_block(Index block, MatrixView<const float> all_values,
+                              const ValueTrainerOptions& options, const MakeWork& make_work,
+                              ProgressMeter& progress, ValueTrainerReport& report) {
   const ValueCodecConfig config = options.codec.block();
+  const Index first_channel = block * config.num_channels;
+  const MatrixView<const float> values = all_values.middle_cols(first_channel, config.num_channels);
+  const std::vector<Index> rows = usable_rows(values, first_channel);
   std::mt19937_64 random(options.seed);
   const std::unique_ptr<ValueWork> work =
       make_work(values, config, initial_weights(config, random));
@@ -119,10 +121,9 @@ ValueCodec train(MatrixView<const float> values, const ValueTrainerOptions& opti
       options.progress,
       codec.num_blocks * (options.steps + kStepsPerRound * options.refinement.rounds));
   ValueCodecWeights weights;
-  const Index channels = codec.block().num_channels;
   for (Index block = 0; block < codec.num_blocks; ++block) {
-    const ValueCodecWeights trained = train_block(values.middle_cols(block * channels, channels),
-                                                  options, make_work, progress, result);
+    const ValueCodecWeights trained =
+        train_block(block, values, options, make_work, progress, result);
     ValueCodecWeights::for_each([&](auto weight) {
       const std::vector<float>& part = trained.*weight;
       (weights.*weight).insert((weights.*weight).end(), part.begin(), part.end());

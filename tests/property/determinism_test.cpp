@@ -106,7 +106,8 @@ TEST_F(Determinism, ValueCodec) {
     expect_same([&](Index offset) {
       const Index code_bytes = codec.values->code_bytes();
       std::vector<std::uint8_t> codes(static_cast<std::size_t>(kTokens * code_bytes));
-      std::vector<std::uint16_t> scales(static_cast<std::size_t>(kTokens));
+      std::vector<std::uint16_t> scales(
+          static_cast<std::size_t>(kTokens * codec.values->config().num_blocks));
       std::vector<float> decoded(kTokens * kChannels);
       const auto rows = as_matrix(codes, kTokens, code_bytes);
       codec.values->encode(Rows(3, offset).view(), rows, scales.data());

@@ -278,6 +278,26 @@ TEST(ValueCodecBlocks, AreCodecsSideBySide) {
       }
 }
 
+// Saved caches name their codecs by digests, which must not change from version to version.
+TEST(ValueCodecDigest, OfOneBlockIsWhatItWasBeforeThereWereBlocks) {
+  const ValueCodecConfig config{8, 1, 2, 3};
+  float last = 0;
+  const auto numbers = [&](int count) {
+    std::vector<float> result;
+    while (count-- > 0) result.push_back(last += 0.25f);
+    return result;
+  };
+  ValueCodecWeights weights;
+  weights.norm_gain = numbers(8);
+  weights.norm_bias = numbers(8);
+  weights.hidden_weight = numbers(16);
+  weights.hidden_bias = numbers(2);
+  weights.output_weight = numbers(32);
+  weights.output_bias = numbers(16);
+  weights.decoder = numbers(64);
+  EXPECT_EQ(ValueCodec(config, weights).digest().to_text(), "adcac746f7c1aa57265805ea46124040");
+}
+
 TEST(ValueCodecBlocks, NameTokenAndChannelOfScalesBeyondRange) {
   Rng rng(22);
   const auto codec = testing_support::random_value_codec(rng, 32, 1, 8, 2);

@@ -120,17 +120,10 @@ TEST(ValueTrainer, BlocksAreTrainedByThemselves) {
       ValueTrainerOptions::commvq(ValueCodecConfig::commvq_1bit(kPerBlock).repeated(kBlocks));
   options.steps = 10;
   options.refinement.rounds = 2;
-  double last = 0;
-  options.progress = [&](const Progress& progress) {
-    EXPECT_GE(progress.fraction, last);
-    last = progress.fraction;
-  };
   ValueTrainerReport report;
   const ValueCodec whole = train_value_codec(view, options, &report);
-  EXPECT_DOUBLE_EQ(last, 1.0);
   EXPECT_EQ(report.objectives.size(), 20u);
   EXPECT_EQ(report.refinement_objectives.size(), 6u);
-  options.progress = nullptr;
   EXPECT_EQ(train_value_codec(view, options).digest(), whole.digest());
   ValueCodecWeights joined;
   options.codec = options.codec.block();
@@ -150,7 +143,14 @@ TEST(ValueTrainer, ZeroValuesAreLeftOut) {
   ValueTrainerOptions options = options_for(1);
   options.steps = 5;
   EXPECT_NO_THROW(train_value_codec(as_matrix(values, kTokens, kChannels), options));
+  for (Index t = 0; t < kTokens; ++t)
+    std::fill_n(values.begin() + t * kChannels + kChannels / 2, kChannels / 2, 0.0f);
+  options.codec.num_blocks = 2;
+  EXPECT_THAT(
+      [&] { train_value_codec(as_matrix(std::as_const(values), kTokens, kChannels), options); },
+      ThrowsMessage<Error>(HasSubstr("channels [16, 32)")));
   std::fill(values.begin(), values.end(), 0.0f);
+  options.codec.num_blocks = 1;
   EXPECT_THROW(train_value_codec(as_matrix(values, kTokens, kChannels), options), Error);
 }
 
@@ -159,13 +159,16 @@ TEST(ValueTrainer, ReportsProgress) {
   ValueTrainerOptions options = options_for(1);
   options.steps = 10;
   options.refinement.rounds = 2;
-  double last = 0;
-  options.progress = [&](const Progress& progress) {
-    EXPECT_GE(progress.fraction, last);
-    last = progress.fraction;
-  };
-  train_value_codec(as_matrix(values, kTokens, kChannels), options);
-  EXPECT_DOUBLE_EQ(last, 1.0);
+  for (const int num_blocks : {1, 2}) {
+    options.codec.num_blocks = num_blocks;
+    double last = 0;
+    options.progress = [&](const Progress& progress) {
+      EXPECT_GE(progress.fraction, last);
+      last = progress.fraction;
+    };
+    train_value_codec(as_matrix(values, kTokens, kChannels), options);
+    EXPECT_DOUBLE_EQ(last, 1.0);
+  }
 }
 
 TEST(ValueTrainer, BadInputIsNamed) {
