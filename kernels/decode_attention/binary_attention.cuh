@@ -16,7 +16,7 @@
 /// A warp takes a block of 32 tokens at a time, for four rows (query heads):
 ///
 ///   1. pairs that turn fast are decoded, bits times e, turned by the token's place in its tile of
-///      192 tokens, and multiplied with the queries, turned to the tile's first token;
+///      256 tokens, and multiplied with the queries, turned to the tile's first token;
 ///   2. over a tile the other pairs turn so little that their score is a cubic in the token's
 ///      place: bits times e^T q for queries turned to four places, the nodes, and Lagrange's
 ///      polynomials between them. So these pairs are never decoded;
@@ -26,8 +26,11 @@ namespace commvq::cuda::binary_attention {
 
 using Config = BinaryAttentionConfig;
 
-constexpr int kTileWarps = Config::kTileTokens / kBlockTokens;  ///< blocks of a tile, one a warp
-constexpr int kTiles = Config::kWarps / kTileWarps;             ///< of a step
+constexpr int kTileWarps = Config::kTileWarps;
+constexpr int kTiles = Config::kWarps / kTileWarps;              ///< of a step
+constexpr int kTileBlocks = Config::kTileTokens / kBlockTokens;
+constexpr int kRounds = kTileBlocks / kTileWarps;                ///< blocks of a tile that a warp takes
+constexpr int kStepBlocks = kTiles * kTileBlocks;
 constexpr int kNodes = BinaryKeys::kNodes;
 constexpr int kRows = Config::kRows;
 
@@ -100,10 +103,13 @@ template <class Shape>
 struct Shared {
   uint4 high_entries[Shape::kSteps][Shape::kHighEights][32];
   uint4 low_entries[Shape::kCodeTiles][Shape::kLowEights > 0 ? Shape::kLowEights : 1][32];
-  uint4 turns[kTileWarps][Shape::kHighEights][2][32];
+  uint4 turns[kTileBlocks][Shape::kHighEights][2][32];
   float4 node_weights[Config::kTileTokens];
-  float2 queries[kRows][BinaryKeys::kPairs];  ///< brought to about 1
-  float factors[kRows];                       ///< what they were divided by, times the scale
+  alignas(16) float2 queries[kRows][BinaryKeys::kPairs];  ///< brought to about 1
+  std::uint64_t pair_turns[BinaryKeys::kPairs];
+  float low_factors[kRows];   ///< from products at the nodes to scores
+  float high_factors[kRows];  ///< from products with decoded keys
+  Cursor cursor;  ///< at the segment's first block
   Segment segment;
   int lags[kRows];                            ///< how far a row's position is from the last one
   RowSum sums[Config::kWarps][kRows];
@@ -238,8 +244,9 @@ __device__ __forceinline__ float bf16_of(uint2 four, int t) {
 
 /// Reads the queries of a sequence: one warp a row.
 template <class Shape>
-__device__ __forceinline__ void load_queries(const Problem& p, Shared<Shape>& shared, int seq,
+__device__ __forceinline__ void load_queries(const Arguments& a, Shared<Shape>& shared, int seq,
                                              int head, int first_row, int rows) {
+  const Problem& p = a.problem;
   const int row = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= kRows) return;
   float2 query[2] = {};
@@ -267,68 +274,53 @@ __device__ __forceinline__ void load_queries(const Problem& p, Shared<Shape>& sh
   for (int i = 0; i < 2; ++i)
     shared.queries[row][lane + 32 * i] = make_float2(query[i].x * factor, query[i].y * factor);
   if (lane == 0) {
-    shared.factors[row] = p.score_scale / factor;
+    shared.low_factors[row] = p.score_scale / factor * a.keys.low_factors[head];
+    shared.high_factors[row] = p.score_scale / factor * a.keys.high_factors[head];
     shared.lags[row] = row < rows ? p.num_query_tokens - 1 - query_token : 0;
   }
 }
 
-/// Writes a pair of a turned query, real and imaginary part, to the fragments of its eight pairs:
-/// lane 4g + q holds column g, pairs 2q and 2q + 1: real parts in b0, imaginary parts in b1.
-__device__ __forceinline__ void put_query(uint2* fragment, int pair, int column, float2 query,
-                                          float2 turn) {
-  auto* const halves = reinterpret_cast<__half*>(fragment + column * 4 + pair % 8 / 2) + pair % 2;
-  halves[0] = __float2half(query.x * turn.x - query.y * turn.y);
-  halves[2] = __float2half(query.x * turn.y + query.y * turn.x);
+/// Two pairs of a query, turned: real parts, then imaginary parts, as an operand holds them.
+__device__ __forceinline__ uint2 turned(float4 query, float2 first, float2 second) {
+  return make_uint2(as_bits(__floats2half2_rn(query.x * first.x - query.y * first.y,
+                                              query.z * second.x - query.w * second.y)),
+                    as_bits(__floats2half2_rn(query.x * first.y + query.y * first.x,
+                                              query.z * second.y + query.w * second.x)));
 }
-
-/// A pair, and the place of a tile to which a thread turns it.
-template <class Shape>
-struct Turning {
-  static constexpr int kHighPairs = 8 * Shape::kHighEights;
-  static constexpr int kItems = kHighPairs + Shape::kLowEights * 8 * kNodes;
-  static_assert(kItems <= kTileWarps * 32, "one item a thread");
-
-  int pair = -1;  ///< none: nothing to turn
-  int node = 0;
-  int place = 0;
-  std::uint64_t turns = 0;
-
-  __device__ explicit Turning(const Arguments& a) {
-    const int item = threadIdx.x % (kTileWarps * 32);
-    if (item >= kItems) return;
-    const bool is_high = item < kHighPairs;
-    node = is_high ? 0 : (item - kHighPairs) % kNodes;
-    pair = is_high ? item : kHighPairs + (item - kHighPairs) / kNodes;
-    place = is_high ? 0 : a.keys.nodes[node];
-    turns = a.problem.turns[pair];
-  }
-};
 
 /// Turns the queries for step `step` of the segment.
 template <class Shape>
-__device__ __forceinline__ void turn_queries(const Turning<Shape>& turning, Shared<Shape>& shared,
-                                             const Segment& segment, int step, int tile) {
-  if (turning.pair < 0) return;
+__device__ __forceinline__ void turn_queries(const Arguments& a, Shared<Shape>& shared, int step,
+                                             int tile) {
+  // A thread turns two pairs to one place.
+  constexpr int kHighItems = 4 * Shape::kHighEights;
+  constexpr int kItems = kHighItems + Shape::kLowEights * 4 * kNodes;
+  static_assert(kItems <= kTileWarps * 32, "one item a thread");
+  const int item = threadIdx.x % (kTileWarps * 32);
+  if (item >= kItems) return;
   TileBuffers<Shape>& buffers = shared.tiles[tile];
-  const int pair = turning.pair, node = turning.node;
-  const bool is_high = pair < Turning<Shape>::kHighPairs;
-  const Index distance = segment.last_position - segment.first_token - turning.place -
-                         (step * kTiles + tile) * Config::kTileTokens;
-  float2 turn = make_float2(1, 0);
+  const bool is_high = item < kHighItems;
+  const int node = is_high ? 0 : (item - kHighItems) % kNodes;
+  const int pair = 2 * (is_high ? item : kHighItems + (item - kHighItems) / kNodes);
+  const int place =
+      (step * kTiles + tile) * Config::kTileTokens + (is_high ? 0 : a.keys.nodes[node]);
+  const Index distance = shared.segment.last_position - shared.segment.first_token - place;
+  // Lane 4g + q of an operand holds column g, pairs 2q and 2q + 1 of eight.
+  uint2* const target =
+      (is_high ? buffers.high_queries[step % 4][pair / 8]
+               : buffers.low_queries[step % 2][pair / 8 - Shape::kHighEights][node / 2]) +
+      node % 2 * 4 + pair % 8 / 2;
+  float2 first = make_float2(1, 0), second = first;
   int lag = -1;
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     if (shared.lags[row] != lag) {
       lag = shared.lags[row];
-      turn = rotation_of(distance - lag, turning.turns);
+      first = rotation_of(distance - lag, shared.pair_turns[pair]);
+      second = rotation_of(distance - lag, shared.pair_turns[pair + 1]);
     }
-    if (is_high) {
-      put_query(buffers.high_queries[step % 4][pair / 8], pair, 2 * row, shared.queries[row][pair],
-                turn);
-    } else {
-      put_query(buffers.low_queries[step % 2][pair / 8 - Shape::kHighEights][node / 2], pair,
-                2 * row + node % 2, shared.queries[row][pair], turn);
-    }
+    target[row * 8] =
+        turned(*reinterpret_cast<const float4*>(&shared.queries[row][pair]), first, second);
   }
 }
 
@@ -383,15 +375,16 @@ __device__ __forceinline__ void bits_of(const std::uint32_t (&words)[4], int k, 
 template <class Shape, int kFirst, int kCount, bool kWithLow>
 __device__ __forceinline__ void multiply_keys(const Shared<Shape>& shared,
                                               const LaneCodes<Shape>& codes, int step, int tile,
-                                              float (&scores)[2][4], float (&low)[2][2][4]) {
-  const int lane = threadIdx.x % 32, block = threadIdx.x / 32 % kTileWarps;
+                                              int block, float (&scores)[2][4],
+                                              float (&low)[2][2][4]) {
+  const int lane = threadIdx.x % 32;
   const TileBuffers<Shape>& buffers = shared.tiles[tile];
   float keys[kCount][2][2][4] = {};  // [eight][real, imaginary][tokens]
-  // Four steps at a time: all at once would take more registers than there are.
 #pragma unroll
   for (int w = 0; w < Shape::kLaneWords; ++w) {
     std::uint32_t words[4] = {codes.words[0][w], codes.words[1][w], codes.words[2][w],
                               codes.words[3][w]};
+    // Operands of all steps, read ahead, would take more registers than there are.
 #pragma unroll 1
     for (int byte = 2 * w; byte < 2 * w + 2; ++byte) {
 #pragma unroll
@@ -446,24 +439,26 @@ __device__ __forceinline__ void multiply_keys(const Shared<Shape>& shared,
 template <class Shape, int kFirst>
 __device__ __forceinline__ void multiply_from(const Shared<Shape>& shared,
                                               const LaneCodes<Shape>& codes, int step, int tile,
-                                              float (&scores)[2][4], float (&low)[2][2][4]) {
+                                              int block, float (&scores)[2][4],
+                                              float (&low)[2][2][4]) {
   constexpr int kLeft = Shape::kHighEights - kFirst;
   constexpr int kCount = kLeft < Config::kEightsAtOnce ? kLeft : Config::kEightsAtOnce;
   multiply_keys<Shape, kFirst, kCount, kFirst == 0 && (Shape::kLowEights > 0)>(
-      shared, codes, step, tile, scores, low);
+      shared, codes, step, tile, block, scores, low);
   if constexpr (kLeft > kCount)
-    multiply_from<Shape, kFirst + kCount>(shared, codes, step, tile, scores, low);
+    multiply_from<Shape, kFirst + kCount>(shared, codes, step, tile, block, scores, low);
 }
 
-/// Scores of a lane's four tokens, in powers of two, for row q.
+/// Scores of a lane's four tokens of a block of the tile, in powers of two, for row q.
 template <class Shape>
 __device__ __forceinline__ void score_keys(const Shared<Shape>& shared,
                                            const LaneCodes<Shape>& codes, int step, int tile,
-                                           float low_factor, float high_factor,
-                                           float (&scores)[4]) {
+                                           int block, float (&scores)[4]) {
   float low[2][2][4] = {}, high[2][4] = {};
-  multiply_from<Shape, 0>(shared, codes, step, tile, high, low);
-  const int place = threadIdx.x / 32 % kTileWarps * kBlockTokens + lane_token();
+  multiply_from<Shape, 0>(shared, codes, step, tile, block, high, low);
+  const int place = block * kBlockTokens + lane_token();
+  const float low_factor = shared.low_factors[threadIdx.x % 4];
+  const float high_factor = shared.high_factors[threadIdx.x % 4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const int m = t / 2, at = t % 2 * 2;
@@ -506,12 +501,11 @@ struct Gathered {
 };
 
 /// The weights of a later score may exceed those of the largest so far by 2^kSlack before all sums
-/// are rescaled; fp16 holds 2^kSlack * 2^(kWeightShift + 3).
+/// are rescaled; fp16 holds 2^kSlack * 2^7.
 constexpr float kSlack = 8;
-constexpr int kWeightShift = 4;
 
 /// Scores to weights, as operands of the products with the bits of values: tokens s and s + 16 in
-/// one register, s = 4 q + t, for column g.
+/// one register, s = 4 q + t, for column g, times 2^(7 - s % 8).
 template <class Shape>
 __device__ __forceinline__ void weigh(float (&scores)[4], const float (&scales)[4],
                                       Gathered<Shape>& gathered, std::uint32_t (&weights)[4]) {
@@ -534,22 +528,26 @@ __device__ __forceinline__ void weigh(float (&scores)[4], const float (&scales)[
     }
   }
   const float reference = fmaxf(gathered.largest, -1e30f);
+  const float factor = threadIdx.x % 16 < 8 ? 128.0f : 8.0f;  // 2^(7 - (4 (g / 2) % 8))
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const float weight = exp2_approx(scores[t] - reference);
     gathered.sum += weight;
     // A scale that is NaN, of a token that could not be coded, shows.
-    const float scaled = weight * scales[t] * static_cast<float>(1 << (3 - t + kWeightShift));
+    const float scaled = weight * scales[t] * (factor / static_cast<float>(1 << t));
     weights[t] = transposed(as_bits(__floats2half2_rn(scaled, 0)));
   }
 }
 
-/// Adds weights times bits of the values. Lane 4g + q holds bits 16 g and those after it.
+/// Adds weights times bits of the values. Lane 4g + q holds bits 16 g and those after it, of tokens
+/// 4 q to 4 q + 3 of either half: in one byte of the words.
 template <class Shape>
 __device__ __forceinline__ void add_values(const Half<Shape>* stage,
                                            const std::uint32_t (&weights)[4],
                                            Gathered<Shape>& gathered) {
-  const int g = threadIdx.x % 32 / 4, shift = threadIdx.x % 4 * 4;
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const std::uint32_t select_first = q < 2 ? 0x5410 : 0x5511, select_second = q < 2 ? 0x7632 : 0x7733;
+  const std::uint32_t lane_mask = 0x00010001u << (q % 2 * 4);
   constexpr int kLaneBits = Shape::kValueBits / 8;
 #pragma unroll
   for (int vector = 0; vector < kLaneBits / 8; ++vector) {
@@ -560,11 +558,11 @@ __device__ __forceinline__ void add_values(const Half<Shape>* stage,
     const std::uint32_t highs[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const std::uint32_t first = __byte_perm(lows[i], highs[i], 0x5410) >> shift;
-      const std::uint32_t second = __byte_perm(lows[i], highs[i], 0x7632) >> shift;
+      const std::uint32_t first = __byte_perm(lows[i], highs[i], select_first);
+      const std::uint32_t second = __byte_perm(lows[i], highs[i], select_second);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const std::uint32_t mask = 0x00010001u << (2 * k);
+        const std::uint32_t mask = lane_mask << (2 * k);
         mma_16x8x16(gathered.values[4 * vector + i], first & mask, second & mask, first & mask << 1,
                     second & mask << 1, weights[2 * k], weights[2 * k + 1]);
       }
@@ -603,7 +601,7 @@ __device__ __forceinline__ void store(const Problem& p, Shared<Shape>& shared, I
     }
     const int call_row = head * p.rows_per_head + first_row + row;
     p.value_sums[(slot * p.row_stride + call_row) * p.page.num_code_bits +
-                 head * Shape::kValueBits + bit] = value * (1.0f / (1 << kWeightShift));
+                 head * Shape::kValueBits + bit] = value * (1.0f / 16);  // 2^17 of 2^21
     if (bit == 0) p.part_sums[slot * p.row_stride + call_row] = {largest, sum};
   }
   __syncthreads();
@@ -612,45 +610,47 @@ __device__ __forceinline__ void store(const Problem& p, Shared<Shape>& shared, I
 /// Gathers the blocks of a segment, step by step.
 template <class Shape>
 __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& shared,
-                                            const Turning<Shape>& turning, BlockCopy<Shape>& copy,
-                                            int head, int& phase, Gathered<Shape>& gathered) {
+                                            BlockCopy<Shape>& copy, int& phase, Gathered<Shape>& gathered) {
   const Problem& p = a.problem;
   const Segment& segment = shared.segment;
   const int warp = threadIdx.x / 32, tile = warp / kTileWarps, row = threadIdx.x % 4;
-  const int num_steps = (segment.count + Config::kWarps - 1) / Config::kWarps;
-  const auto block_of = [&](int step) {
-    return min(step * Config::kWarps + warp, segment.count - 1);
+  const int num_steps = (segment.count + kStepBlocks - 1) / kStepBlocks;
+  // Block number `round` of the warp, round kRounds * step being the first of a step.
+  const auto tile_block_of = [&](int round) { return round % kRounds * kTileWarps + warp % kTileWarps; };
+  const auto block_of = [&](int round) {
+    return round / kRounds * kStepBlocks + tile * kTileBlocks + tile_block_of(round);
   };
-  const float low_factor = shared.factors[row] * a.keys.low_factors[head];
-  const float high_factor = shared.factors[row] * a.keys.high_factors[head];
+  const auto find = [&](int round) { copy.find(p, segment, min(block_of(round), segment.count - 1)); };
 
-  copy.find(p, segment, block_of(0));
+  find(0);
   copy.start(p, shared.stages[warp][0]);
-  copy.find(p, segment, block_of(1));
+  find(1);
   const WarpBarrier made(&shared.made[tile]);
-  turn_queries(turning, shared, segment, 0, tile);
-  turn_queries(turning, shared, segment, 1, tile);
+  turn_queries(a, shared, 0, tile);
+  turn_queries(a, shared, 1, tile);
   made.arrive();
   made.wait(phase++ % 2);
   multiply_queries(shared, 0, tile);
   made.arrive();
 #pragma unroll 1
   for (int step = 0; step < num_steps; ++step) {
-    __syncwarp();  // nobody reads the block before any more
-    copy.start(p, shared.stages[warp][(step + 1) % 2]);
-    copy.find(p, segment, block_of(step + 2));
     made.wait(phase++ % 2);
     multiply_queries(shared, step + 1, tile);
-    turn_queries(turning, shared, segment, step + 2, tile);
+    turn_queries(a, shared, step + 2, tile);
     made.arrive();
-    const int block = step * Config::kWarps + warp;
-    if (block < segment.count) {
-      const Half<Shape>* const stage = shared.stages[warp][step % 2];
+#pragma unroll 1
+    for (int round = step * kRounds; round < (step + 1) * kRounds; ++round) {
+      __syncwarp();  // nobody reads the block before any more
+      copy.start(p, shared.stages[warp][(round + 1) % 2]);
+      find(round + 2);
+      const int block = block_of(round);
+      if (block >= segment.count) continue;
+      const Half<Shape>* const stage = shared.stages[warp][round % 2];
       wait_for_copies_but<1>();
       __syncwarp();
       const LaneCodes<Shape> codes(stage);
       float scores[4], scales[4];
-      score_keys(shared, codes, step, tile, low_factor, high_factor, scores);
+      score_keys(shared, codes, step, tile, tile_block_of(round), scores);
       if (p.soft_cap > 0)
 #pragma unroll
         for (float& score : scores) score = capped(score, p.soft_cap);
@@ -699,27 +699,30 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   const int parts = value_parts(p, total);
   if (!fits(p, total) || part >= parts) return;
   load_entries(a, shared, head);
-  const Turning<Shape> turning(a);
   BlockCopy<Shape> copy(p, a.codes, head);
+  if (threadIdx.x < BinaryKeys::kPairs) shared.pair_turns[threadIdx.x] = p.turns[threadIdx.x];
   if (threadIdx.x == 0)
     for (std::uint64_t& barrier : shared.made) WarpBarrier(&barrier).init(kTileWarps);
   int phase = 0;
-  Cursor cursor =
+  const Cursor begin =
       cursor_at(p, part_begin(total, part, parts), part_begin(total, part + 1, parts));
+  if (threadIdx.x == 0) shared.cursor = begin;
+  __syncthreads();
 #pragma unroll 1
-  while (!cursor.done()) {
-    if (threadIdx.x == 0) shared.segment = Segment(p, cursor);
+  while (!shared.cursor.done()) {
+    if (threadIdx.x == 0) shared.segment = Segment(p, shared.cursor);
     // Columns and pairs that nothing is written to are zeros.
 #pragma unroll 1
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.tiles) / 16); i += Config::kThreads)
       reinterpret_cast<uint4*>(shared.tiles)[i] = make_uint4(0, 0, 0, 0);
-    load_queries(p, shared, cursor.seq, head, first_row, rows);
+    load_queries(a, shared, shared.cursor.seq, head, first_row, rows);
     wait_for_copies();
     __syncthreads();
     Gathered<Shape> gathered;
-    run_segment(a, shared, turning, copy, head, phase, gathered);
-    store(p, shared, Index{part} + cursor.seq, head, first_row, rows, gathered);
-    cursor.advance(p, cursor.count(INT_MAX));
+    run_segment(a, shared, copy, phase, gathered);
+    store(p, shared, Index{part} + shared.cursor.seq, head, first_row, rows, gathered);
+    if (threadIdx.x == 0) shared.cursor.advance(p, shared.cursor.count(INT_MAX));
+    __syncthreads();
   }
 }
 

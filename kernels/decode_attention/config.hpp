@@ -39,7 +39,8 @@ struct ValueSumsConfig {
 struct BinaryAttentionConfig {
   static constexpr int kThreads = 384;
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kTileTokens = 192;  ///< that share queries at the nodes
+  static constexpr int kTileTokens = 256;  ///< that share queries at the nodes
+  static constexpr int kTileWarps = 4;     ///< that share a tile: some blocks of it each
   static constexpr int kRows = 4;          ///< query heads at once
   static constexpr int kEightsAtOnce = 3;  ///< eights of pairs decoded at once
 };

@@ -13,7 +13,7 @@ namespace {
 constexpr int kPairs = BinaryKeys::kPairs, kTileTokens = BinaryKeys::kTileTokens;
 constexpr int kNodes = BinaryKeys::kNodes;
 /// Of Chebyshev's four points of a tile, whole tokens.
-constexpr std::array<int, kNodes> kNodePlaces = {7, 59, 132, 184};
+constexpr std::array<int, kNodes> kNodePlaces = {9, 78, 177, 246};
 /// Largest error allowed of a pair's turn, interpolated.
 constexpr double kInterpolationError = 5e-3;
 

@@ -40,7 +40,7 @@ struct KeySlice {
 /// that turn fast are decoded, the others' scores interpolated between four places of a tile.
 struct BinaryKeys {
   static constexpr int kPairs = 64;
-  static constexpr int kTileTokens = 192;
+  static constexpr int kTileTokens = 256;
   static constexpr int kNodes = 4;
 
   int high_eights = 0;  ///< eights of pairs that are decoded: 3, 5 or 8; 0: another kernel's codec
@@ -50,7 +50,7 @@ struct BinaryKeys {
   const std::uint32_t* high_entries = nullptr;
   /// likewise [num_kv_heads][8 lane_words][8 - high_eights][32 lanes]
   const std::uint32_t* low_entries = nullptr;
-  /// device, pairs of fp16, [6 blocks][high_eights][2][32 lanes] of 16 bytes: RoPE by a token's place
+  /// device, pairs of fp16, [8 blocks][high_eights][2][32 lanes] of 16 bytes: RoPE by a token's place
   const std::uint32_t* turns = nullptr;
   const float* node_weights = nullptr;  ///< device, [kTileTokens][kNodes]
   const float* high_factors = nullptr;  ///< device, [num_kv_heads]: of products with decoded keys
