@@ -31,12 +31,12 @@ class WarpBarrier {
 #define COMMVQ_WAIT "test_wait"
 #endif
     while (done == 0)
-      asm volatile(
-          "{\n.reg .pred p;\nmbarrier." COMMVQ_WAIT ".parity.shared.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p;\n}\n"
-          : "=r"(done)
-          : "r"(address_), "r"(parity)
-          : "memory");
+      asm volatile("{\n.reg .pred p;\nmbarrier." COMMVQ_WAIT
+                   ".parity.shared.b64 p, [%1], %2;\n"
+                   "selp.u32 %0, 1, 0, p;\n}\n"
+                   : "=r"(done)
+                   : "r"(address_), "r"(parity)
+                   : "memory");
 #undef COMMVQ_WAIT
   }
 

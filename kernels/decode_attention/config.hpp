@@ -37,12 +37,10 @@ struct ValueSumsConfig {
 
 /// Tuning values of the kernel for binary codes.
 struct BinaryAttentionConfig {
-  static constexpr int kThreads = 384;
-  static constexpr int kWarps = kThreads / 32;
   static constexpr int kTileTokens = 256;  ///< that share queries at the nodes
   static constexpr int kTileWarps = 4;     ///< that share a tile: some blocks of it each
   static constexpr int kRows = 4;          ///< query heads at once
-  static constexpr int kEightsAtOnce = 3;  ///< eights of pairs decoded at once
+  static constexpr int kEightsAtOnce = 2;  ///< eights of pairs decoded at once
 };
 
 /// Tuning values of the kernel that merges parts and applies the value decoder.

@@ -60,8 +60,8 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   p.max_workspace_blocks =
       (limits.total_tokens + kBlockTokens - 1) / kBlockTokens + Index{2} * limits.batch;
   const bool binary = view.binary.high_eights > 0;
-  const int row_blocks = divide_up(
-      p.rows_per_head, binary ? BinaryAttentionConfig::kRows : KeyScoresConfig::kMaxRows);
+  const int row_blocks =
+      divide_up(p.rows_per_head, binary ? BinaryAttentionConfig::kRows : KeyScoresConfig::kMaxRows);
   p.num_key_parts = std::max(1, view.num_multiprocessors / (p.num_kv_heads * row_blocks));
   p.num_exact_blocks =
       std::max(0, view.num_multiprocessors - p.num_kv_heads * p.num_key_parts * row_blocks);
@@ -70,8 +70,7 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
                  ExactConfig::kMaxPieces);
   const KeySlice& slice = view.slices[0];
   // What takes the place of books takes about the time of four.
-  const int books =
-      binary ? 4 : view.layout.planes[slice.plane].num_books * slice.num_planes;
+  const int books = binary ? 4 : view.layout.planes[slice.plane].num_books * slice.num_planes;
   p.exact_cost = std::max(1, ExactConfig::kCostInRows / (books + ExactConfig::kCodedCostInRows));
   p.head_code_bits = p.page.num_code_bits / layout.value_blocks;
   p.bits_stride = layout.value_blocks > 1 ? p.head_code_bits : 0;
@@ -114,7 +113,8 @@ std::size_t place(Problem& p, const CodebooksView& view, void* memory) {
   const Index batch_rows = Index{p.batch} * p.num_rows;
   p.weights = workspace.take<std::uint32_t>(blocks * p.row_stride * 16);
   p.block_sums = workspace.take<RowSum>(blocks * p.row_stride);
-  p.raw_scores = workspace.take<float>(view.num_slices > 1 ? blocks * p.row_stride * kBlockTokens : 0);
+  p.raw_scores =
+      workspace.take<float>(view.num_slices > 1 ? blocks * p.row_stride * kBlockTokens : 0);
   p.value_sums = workspace.take<float>(parts * p.row_stride * p.page.num_code_bits);
   p.part_sums = workspace.take<RowSum>(parts * p.row_stride);
   p.exact_outputs = workspace.take<float>(batch_rows * p.num_exact_pieces * p.head_dim);
@@ -275,7 +275,8 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
     const dim3 grid(p.num_kv_heads * p.num_key_parts + (i == 0 ? p.num_exact_blocks : 0),
                     row_blocks);
     const int shared_bytes =
-        std::max(key_scores::shared_bytes(slice), exact_tokens::Shared<KeyScoresConfig::kThreads>::bytes(p.head_dim, p.group));
+        std::max(key_scores::shared_bytes(slice),
+                 exact_tokens::Shared<KeyScoresConfig::kThreads>::bytes(p.head_dim, p.group));
     key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}};
     for (int plane = 0; plane < slice.num_planes; ++plane)
       arguments.codes[plane] = codes_of(view.layout, view.layout.planes[slice.plane + plane]);
@@ -289,8 +290,8 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
 cudaError_t attend_binary(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
   const dim3 grid(p.num_kv_heads * p.num_key_parts + p.num_exact_blocks,
                   divide_up(p.rows_per_head, BinaryAttentionConfig::kRows));
-  return launch_binary_attention(
-      {p, view.binary, codes_of(view.layout, view.layout.planes[0])}, grid, stream);
+  return launch_binary_attention({p, view.binary, codes_of(view.layout, view.layout.planes[0])},
+                                 grid, stream);
 }
 
 cudaError_t sum_values(const Problem& p, cudaStream_t stream) {

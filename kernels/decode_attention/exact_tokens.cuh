@@ -173,7 +173,8 @@ __device__ __forceinline__ void weigh(const Problem& p, int count, const Shared<
 /// Adds values: a thread takes one channel and, with others, every (kThreads / dim)-th token, for
 /// four query heads at once.
 template <int kThreads>
-__device__ __forceinline__ void add_values(const Problem& p, int count, const Shared<kThreads>& shared) {
+__device__ __forceinline__ void add_values(const Problem& p, int count,
+                                           const Shared<kThreads>& shared) {
   const int dim = p.head_dim;
   const int channel = threadIdx.x % dim, token_group = threadIdx.x / dim;
   const int token_groups = kThreads / dim;
@@ -205,11 +206,9 @@ __device__ __forceinline__ void run(const Problem& p, const Item& item, std::uin
   const Sequence sequence(p, item.seq);
   const int position = sequence.position(p, item.query_token);
   const Shared<kThreads> shared(memory, dim, p.group);
-  for (int row = threadIdx.x; row < p.group; row += kThreads)
-    shared.sums[row] = {-INFINITY, 0};
+  for (int row = threadIdx.x; row < p.group; row += kThreads) shared.sums[row] = {-INFINITY, 0};
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.group * kThreads; i += kThreads)
-    shared.outputs[i] = 0;
+  for (int i = threadIdx.x; i < p.group * kThreads; i += kThreads) shared.outputs[i] = 0;
   if (position >= 0 && p.exact.capacity > 0) {
     load_queries(p, item, position, shared);
     const ExactRange range(p, sequence, position);

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "decode_attention/binary_attention.cuh"
+#include "decode_attention/binary/shape.cuh"
 #include "decode_attention/code_reader.cuh"
 #include "decode_attention/key_scores.cuh"
 

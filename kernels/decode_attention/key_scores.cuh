@@ -8,6 +8,7 @@
 #include "decode_attention/config.hpp"
 #include "decode_attention/problem.cuh"
 #include "decode_attention/row_sums.cuh"
+#include "decode_attention/scores.cuh"
 #include "decode_attention/value_sums.cuh"
 
 /// Scores of coded keys. A thread block keeps the rows of one plane of one head in shared memory as
@@ -262,12 +263,6 @@ __device__ __forceinline__ void multiply(const std::uint32_t (&sums)[kPlanes][2]
   }
 }
 
-/// cap * tanh(score / cap).
-__device__ __forceinline__ float capped(float score, float cap) {
-  const float grown = exp2_approx(__fdividef(score, cap) * 2.88539008177792681f);
-  return cap - __fdividef(2 * cap, 1 + grown);
-}
-
 /// A warp's block of tokens.
 struct Block {
   int seq;
@@ -283,20 +278,6 @@ __device__ __forceinline__ int tile_row() {
   return q % 2 * 2 + q / 2;
 }
 
-/// Takes out the scores of tokens that the row's query does not see.
-__device__ __forceinline__ void hide_unseen(const Problem& p, const Block& block, int lag,
-                                            float (&scores)[4], float (&scales)[4]) {
-  const Sequence sequence(p, block.seq);
-  const int position = sequence.length - 1 - lag;
-  const int begin = sequence.coded_begin(p, position), end = sequence.coded_end(p, position);
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    const int token = block.token + 8 * t;
-    // What was read of tokens that nobody sees may be anything.
-    if (token < begin || token >= end) scores[t] = -INFINITY, scales[t] = 0;
-  }
-}
-
 /// Scores of a lane's tokens for one row to weights and their sum in the workspace. `scales` are
 /// the tokens' value scales, of which those below 2^-100 bound no weight; `call_row` is the row of
 /// the call.
@@ -304,11 +285,10 @@ __device__ __forceinline__ void store_weights(const Problem& p, const Block& blo
                                               float (&scores)[4], float (&scales)[4], int lag,
                                               int call_row, bool is_row) {
   const int g = threadIdx.x % 32 / 4;
-  constexpr float kLeastScale = 7.8886090522101181e-31f;  // 2^-100
   if (p.soft_cap > 0)
 #pragma unroll
     for (float& score : scores) score = capped(score, p.soft_cap);
-  if (!block.wholly_seen) hide_unseen(p, block, lag, scores, scales);
+  if (!block.wholly_seen) hide_unseen<8>(p, block.seq, block.token, lag, scores, scales);
   float largest = -INFINITY;
 #pragma unroll
   for (int t = 0; t < 4; ++t)

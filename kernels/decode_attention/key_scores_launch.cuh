@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
       problem.counters[i] = 0;
   if (block < problem.num_kv_heads * problem.num_key_parts)
     key_scores::run<kWidth, Reader, kRowBits, kPlanes>(arguments, shared_memory);
-  if (first_slice && blockIdx.y == 0) run_exact_items<KeyScoresConfig::kThreads>(problem, block, shared_memory);
+  if (first_slice && blockIdx.y == 0)
+    run_exact_items<KeyScoresConfig::kThreads>(problem, block, shared_memory);
 }
 
 template <int kWidth, class Reader, int kRowBits, int kPlanes>

@@ -47,7 +47,8 @@ double interpolation_error(double theta) {
 /// Eights of pairs to decode: frequencies fall with the pair.
 int high_eights_of(const Rope& rope) {
   int pairs = kPairs;
-  while (pairs > 0 && interpolation_error(rope.frequency(pairs - 1)) <= kInterpolationError) --pairs;
+  while (pairs > 0 && interpolation_error(rope.frequency(pairs - 1)) <= kInterpolationError)
+    --pairs;
   for (const int eights : {3, 5})
     if (pairs <= 8 * eights) return eights;
   return 8;
@@ -100,11 +101,12 @@ class HeadWriter {
     double result = 0;
     for (int code = 0; code < 128 * image_.keys.lane_words; ++code)
       for (int pair = first; pair < end; ++pair)
-        result = std::max({result, std::abs(entry(code, pair, false)),
-                           std::abs(entry(code, pair, true))});
+        result = std::max(
+            {result, std::abs(entry(code, pair, false)), std::abs(entry(code, pair, true))});
     return result;
   }
-  /// An entry times 2^(7 - s % 8) for bit s of half a word, which as an fp16 number is 2^(s % 8 - 24).
+  /// An entry times 2^(7 - s % 8) for bit s of half a word, which as an fp16 number is 2^(s % 8 -
+  /// 24).
   static void append(std::vector<std::uint16_t>& to, double value, int bit) {
     to.push_back(to_fp16(static_cast<float>(std::ldexp(value, 7 - bit % 8))));
   }

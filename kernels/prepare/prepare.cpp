@@ -12,6 +12,7 @@
 #include "commvq/rope/rope.hpp"
 
 #include "common/device_memory.hpp"
+#include "decode_attention/binary/shared_bytes.hpp"
 #include "prepare/binary_keys.hpp"
 
 namespace commvq::cuda {
@@ -131,6 +132,12 @@ BinaryOffsets add_binary(const KeyCodec& keys, const Rope& rope, CodebooksView& 
                          Image& image) {
   const BinaryKeyImage binary(keys, rope, view.layout);
   view.binary = binary.keys;
+  const int needed = binary_attention_bytes(view.binary);
+  const int most = attribute_of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  require(needed <= most, "attention over these binary codes (", view.layout.num_books,
+          " bits a head, RoPE's theta ", rope.config().theta, ") takes ", needed,
+          " bytes of shared memory a block; the device has ", most,
+          ": fewer bits or a larger theta take less");
   return {image.add(binary.high_entries), image.add(binary.low_entries),
           image.add(binary.turns),        image.add(binary.node_weights),
           image.add(binary.high_factors), image.add(binary.low_factors)};

@@ -89,6 +89,13 @@ std::vector<DecodeCase> all_cases() {
   add_binary("binary_long").lengths = {20000};
   add_binary("binary_fast_turns").theta = 10000.0;
   add_binary("binary_fastest_turns").theta = 10.0;
+  for (const double theta : {500000.0, 10000.0}) {
+    auto& two = add_binary(theta > 1e5 ? "binary_2bit" : "binary_2bit_fast_turns");
+    two.keys.num_stages = 124;
+    two.value_bits = 2;
+    two.theta = theta;
+    two.lengths = {3000, 200};
+  }
   add_binary("binary_norm_per_token").keys.norm_per_head = false;
   for (const int page_size : {16, 32, 128}) {
     auto& c = add_binary(("binary_page" + std::to_string(page_size)).c_str());

@@ -71,13 +71,13 @@ struct COMMVQ_API DevicePageLayout {
   DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads, const ValueCodecConfig& values,
                    int page_size, Index plane_bytes);
 
-  /// True for key codes of 120 books of two rows over whole heads of 128 channels, and values with a
-  /// block a head of 128 bits: binary codes, which a kernel of their own reads without looking
-  /// anything up.
+  /// True for key codes of 120 or 248 books of two rows over whole heads of 128 channels, and values
+  /// with a block a head of 8 bits more: binary codes, which a kernel of their own reads without
+  /// looking anything up.
   bool is_binary() const {
     return codebook_size == 2 && num_groups == 1 && num_planes == 1 && head_dim == 128 &&
-           value_blocks == num_kv_heads && num_books == 120 &&
-           num_code_bits == value_blocks * 128;
+           value_blocks == num_kv_heads && (num_books == 120 || num_books == 248) &&
+           num_code_bits == value_blocks * (num_books + 8);
   }
 
   /// Bytes of a page over its tokens: codes, norms and scales, all heads, and up to 15 bytes a

@@ -45,9 +45,9 @@ struct KeyCodecConfig {
   /// For attention that expands no codebook: two centroids a book, so that a key is a fixed vector
   /// plus a sum of vectors that its bits switch on, a linear code like that of the values. Groups
   /// are whole heads. With `ValueCodecConfig::speed_1bit`, norms and scales at head_dim 128 1.094
-  /// bits a number (R = 60), with the 2-bit ones 2.078 (R = 122).
+  /// bits a number (R = 60), with the 2-bit ones 2.094 (R = 124).
   static KeyCodecConfig speed_1bit(const PairLayout& pairs) { return speed(pairs, 60); }
-  static KeyCodecConfig speed_2bit(const PairLayout& pairs) { return speed(pairs, 122); }
+  static KeyCodecConfig speed_2bit(const PairLayout& pairs) { return speed(pairs, 124); }
 
  private:
   static KeyCodecConfig paper(const PairLayout& pairs, int stages_at_64_pairs);

@@ -1,0 +1,132 @@
+#pragma once
+
+#include "common/memory.cuh"
+#include "common/mma.cuh"
+#include "decode_attention/binary/shape.cuh"
+#include "decode_attention/scores.cuh"
+
+namespace commvq::cuda::binary_attention {
+
+/// Transposes an 8 x 8 matrix of 16-bit numbers: lane 4g + q holds row g, columns 2q and 2q + 1.
+__device__ __forceinline__ std::uint32_t transposed(std::uint32_t fragment) {
+  std::uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(result) : "r"(fragment));
+  return result;
+}
+
+/// What a warp has gathered: lane 4g + q holds row q's largest score and a share of its sum, and
+/// sums of the values' bits 16 g + 2 i (first) and 16 g + 2 i + 1 (third of four).
+template <class Shape>
+struct Gathered {
+  float largest = -INFINITY;
+  float sum = 0;
+  float values[Shape::kValueTiles][4] = {};
+};
+
+/// The weights of a later score may exceed those of the largest so far by 2^kSlack before all sums
+/// are rescaled; fp16 holds 2^kSlack * 2^7.
+constexpr float kSlack = 8;
+
+/// Scores to weights, as operands of the products with the bits of values: tokens s and s + 16 in
+/// one register, s = 4 q + t, for column g, times 2^(7 - s % 8).
+template <class Shape>
+__device__ __forceinline__ void weigh(float (&scores)[4], const float (&scales)[4],
+                                      Gathered<Shape>& gathered, std::uint32_t (&weights)[4]) {
+  float largest = -INFINITY;
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+    largest = fmaxf(largest, scores[t] + __log2f(fmaxf(scales[t], kLeastScale)));
+  if (__any_sync(~0u, largest > gathered.largest + kSlack)) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    if (largest > gathered.largest) {
+      const float keep = exp2_approx(gathered.largest - largest);
+      gathered.largest = largest;
+      gathered.sum *= keep;
+#pragma unroll
+      for (int i = 0; i < Shape::kValueTiles; ++i)
+        gathered.values[i][0] *= keep, gathered.values[i][2] *= keep;
+    }
+  }
+  const float reference = fmaxf(gathered.largest, -1e30f);
+  const float factor = threadIdx.x % 16 < 8 ? 128.0f : 8.0f;  // 2^(7 - (4 (g / 2) % 8))
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const float weight = exp2_approx(scores[t] - reference);
+    gathered.sum += weight;
+    // A scale that is NaN, of a token that could not be coded, shows.
+    const float scaled = weight * scales[t] * (factor / static_cast<float>(1 << t));
+    weights[t] = transposed(as_bits(__floats2half2_rn(scaled, 0)));
+  }
+}
+
+/// Adds weights times bits of the values. Lane 4g + q holds bits 16 g and those after it, of tokens
+/// 4 q to 4 q + 3 of either half: in one byte of the words.
+template <class Shape>
+__device__ __forceinline__ void add_values(const Half<Shape>* stage,
+                                           const std::uint32_t (&weights)[4],
+                                           Gathered<Shape>& gathered) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const std::uint32_t select_first = q < 2 ? 0x5410 : 0x5511, select_second = q < 2 ? 0x7632 : 0x7733;
+  const std::uint32_t lane_mask = 0x00010001u << (q % 2 * 4);
+  constexpr int kLaneBits = Shape::kValueBits / 8;
+#pragma unroll
+  for (int vector = 0; vector < kLaneBits / 8; ++vector) {
+    const int bit = g * kLaneBits + vector * 8;
+    const uint4 low = *reinterpret_cast<const uint4*>(stage[0].values + bit);
+    const uint4 high = *reinterpret_cast<const uint4*>(stage[1].values + bit);
+    const std::uint32_t lows[4] = {low.x, low.y, low.z, low.w};
+    const std::uint32_t highs[4] = {high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t first = __byte_perm(lows[i], highs[i], select_first);
+      const std::uint32_t second = __byte_perm(lows[i], highs[i], select_second);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const std::uint32_t mask = lane_mask << (2 * k);
+        mma_16x8x16(gathered.values[4 * vector + i], first & mask, second & mask, first & mask << 1,
+                    second & mask << 1, weights[2 * k], weights[2 * k + 1]);
+      }
+    }
+  }
+}
+
+/// Merges what the warps gathered and writes it as part `slot`.
+template <class Shape>
+__device__ __forceinline__ void store(const Problem& p, Shared<Shape>& shared, Index slot, int head,
+                                      int first_row, int rows, Gathered<Shape>& gathered) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2)
+    gathered.sum += __shfl_xor_sync(~0u, gathered.sum, step);
+  __syncthreads();  // the tiles' memory serves the outputs now
+  if (g == 0) shared.sums[warp][q] = {gathered.largest, gathered.sum};
+  float* const mine = shared.outputs[warp][q] + g * (Shape::kValueBits / 8);
+#pragma unroll
+  for (int i = 0; i < Shape::kValueTiles; ++i)
+    *reinterpret_cast<float2*>(mine + 2 * i) =
+        make_float2(gathered.values[i][0], gathered.values[i][2]);
+  __syncthreads();
+#pragma unroll 1
+  for (int item = threadIdx.x; item < rows * Shape::kValueBits; item += Shape::kThreads) {
+    const int row = item / Shape::kValueBits, bit = item % Shape::kValueBits;
+    float largest = -INFINITY, sum = 0, value = 0;
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) largest = fmaxf(largest, shared.sums[w][row].max);
+#pragma unroll 4
+    for (int w = 0; w < Shape::kWarps; ++w) {
+      const RowSum part = shared.sums[w][row];
+      const float factor = part.max == -INFINITY ? 0.0f : exp2_approx(part.max - largest);
+      sum += part.sum * factor;
+      if (factor > 0) value += shared.outputs[w][row][bit] * factor;
+    }
+    const int call_row = head * p.rows_per_head + first_row + row;
+    p.value_sums[(slot * p.row_stride + call_row) * p.page.num_code_bits +
+                 head * Shape::kValueBits + bit] = value * (1.0f / 16);  // 2^17 of 2^21
+    if (bit == 0) p.part_sums[slot * p.row_stride + call_row] = {largest, sum};
+  }
+  __syncthreads();
+}
+
+}  // namespace commvq::cuda::binary_attention
