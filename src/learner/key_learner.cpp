@@ -1,5 +1,6 @@
 #include "commvq/learner/key_learner.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <string>
@@ -61,6 +62,9 @@ KeyLearnerOptions KeyLearnerOptions::commvq(const KeyCodecConfig& codec) {
   options.codec = codec;
   options.max_steps = 8;
   options.first_temperature = 1e-2;
+  // What is left falls with the bits that were spent: a decade for four stages of the paper's two
+  // codes of 6 bits.
+  options.stages_per_decade = std::max(1, 4 * 6 / codec.code_bits());
   options.refinement.rounds = 2;
   return options;
 }

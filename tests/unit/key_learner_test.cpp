@@ -239,6 +239,8 @@ TEST(KeyLearner, OwnPresetBeatsThePapers) {
   };
   const PairLayout pairs = small_options().codec.pairs;
   const double paper = error(KeyLearnerOptions::paper(KeyCodecConfig::paper_1bit(pairs)));
+  EXPECT_EQ(KeyLearnerOptions::commvq(KeyCodecConfig::commvq_1bit(pairs)).stages_per_decade, 4);
+  EXPECT_EQ(KeyLearnerOptions::commvq(KeyCodecConfig::speed_1bit(pairs)).stages_per_decade, 24);
   const double own = error(KeyLearnerOptions::commvq(KeyCodecConfig::commvq_1bit(pairs)));
   EXPECT_LT(own, 0.8 * paper);
 }

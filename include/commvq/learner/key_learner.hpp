@@ -37,8 +37,8 @@ struct COMMVQ_API KeyLearnerOptions {
 
   /// The paper's learner: EM alone.
   static KeyLearnerOptions paper(const KeyCodecConfig& codec);
-  /// The library's own: a few EM steps, then joint least squares. Weights are for the caller to
-  /// add.
+  /// The library's own: a few EM steps, then joint least squares; the temperature falls with the
+  /// bits of the stages. Weights are for the caller to add.
   static KeyLearnerOptions commvq(const KeyCodecConfig& codec);
 };
 
