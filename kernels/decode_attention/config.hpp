@@ -40,7 +40,6 @@ struct BinaryAttentionConfig {
   static constexpr int kTileTokens = 256;  ///< that share queries at the nodes
   static constexpr int kTileWarps = 4;     ///< that share a tile: some blocks of it each
   static constexpr int kRows = 4;          ///< query heads at once
-  static constexpr int kEightsAtOnce = 2;  ///< eights of pairs decoded at once
 };
 
 /// Tuning values of the kernel that merges parts and applies the value decoder.

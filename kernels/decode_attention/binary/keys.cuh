@@ -35,30 +35,30 @@ __device__ __forceinline__ void multiply_keys(const Shared<Shape>& shared,
 #pragma unroll 1
     for (int byte = 2 * w; byte < 2 * w + 2; ++byte) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-    std::uint32_t bits[2][4];
-    bits_of(words, k, 0, bits[0]);
-    bits_of(words, k, 1, bits[1]);
-    if constexpr (kWithLow) {
-      const uint4 b = buffers.low_products[step % 3][4 * byte + k][slot_of(k, lane)];
+      for (int k = 0; k < 4; ++k) {
+        std::uint32_t bits[2][4];
+        bits_of(words, k, 0, bits[0]);
+        bits_of(words, k, 1, bits[1]);
+        if constexpr (kWithLow) {
+          const uint4 b = buffers.low_products[step % 3][4 * byte + k][slot_of(k, lane)];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        mma_16x8x16(low[m][0], bits[m][0], bits[m][1], bits[m][2], bits[m][3], b.x, b.y);
-        mma_16x8x16(low[m][1], bits[m][0], bits[m][1], bits[m][2], bits[m][3], b.z, b.w);
+          for (int m = 0; m < 2; ++m) {
+            mma_16x8x16(low[m][0], bits[m][0], bits[m][1], bits[m][2], bits[m][3], b.x, b.y);
+            mma_16x8x16(low[m][1], bits[m][0], bits[m][1], bits[m][2], bits[m][3], b.z, b.w);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const uint4 e = shared.high_entries[4 * byte + k][kFirst + i][lane];
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            mma_16x8x16(keys[i][0][m], bits[m][0], bits[m][1], bits[m][2], bits[m][3], e.x, e.y);
+            mma_16x8x16(keys[i][1][m], bits[m][0], bits[m][1], bits[m][2], bits[m][3], e.z, e.w);
+          }
+        }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const uint4 e = shared.high_entries[4 * byte + k][kFirst + i][lane];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        mma_16x8x16(keys[i][0][m], bits[m][0], bits[m][1], bits[m][2], bits[m][3], e.x, e.y);
-        mma_16x8x16(keys[i][1][m], bits[m][0], bits[m][1], bits[m][2], bits[m][3], e.z, e.w);
-      }
-    }
-    }
-#pragma unroll
-    for (std::uint32_t& word : words) word >>= 8;
+      for (std::uint32_t& word : words) word >>= 8;
     }
   }
 #pragma unroll
@@ -73,7 +73,8 @@ __device__ __forceinline__ void multiply_keys(const Shared<Shape>& shared,
       for (int t = 0; t < 2; ++t) {
         const __half2 real = __floats2half2_rn(keys[i][0][m][2 * t], keys[i][0][m][2 * t + 1]);
         const __half2 imag = __floats2half2_rn(keys[i][1][m][2 * t], keys[i][1][m][2 * t + 1]);
-        const __half2 c = as_half2(t == 0 ? turn.x : turn.z), s = as_half2(t == 0 ? turn.y : turn.w);
+        const __half2 c = as_half2(t == 0 ? turn.x : turn.z),
+                      s = as_half2(t == 0 ? turn.y : turn.w);
         operand[t] = as_bits(__hfma2(real, c, __hneg2(__hmul2(imag, s))));
         operand[2 + t] = as_bits(__hfma2(real, s, __hmul2(imag, c)));
       }
@@ -89,19 +90,18 @@ __device__ __forceinline__ void multiply_from(const Shared<Shape>& shared,
                                               int block, float (&scores)[2][4],
                                               float (&low)[2][2][4]) {
   constexpr int kLeft = Shape::kHighEights - kFirst;
-  constexpr int kCount = kLeft < Config::kEightsAtOnce ? kLeft : Config::kEightsAtOnce;
+  constexpr int kCount = kLeft < Shape::kEightsAtOnce ? kLeft : Shape::kEightsAtOnce;
   multiply_keys<Shape, kFirst, kCount, kFirst == 0 && (Shape::kLowEights > 0)>(
       shared, codes, step, tile, block, scores, low);
   if constexpr (kLeft > kCount)
     multiply_from<Shape, kFirst + kCount>(shared, codes, step, tile, block, scores, low);
 }
 
-/// Scores of a lane's four tokens of a block of the tile, in powers of two, for row q. `stage` holds
-/// the block.
+/// Scores of a lane's four tokens of a block of the tile, in powers of two, for row q. `stage`
+/// holds the block.
 template <class Shape>
-__device__ __forceinline__ void score_keys(const Shared<Shape>& shared,
-                                           const Half<Shape>* stage, int step, int tile, int block,
-                                           float (&scores)[4]) {
+__device__ __forceinline__ void score_keys(const Shared<Shape>& shared, const Half<Shape>* stage,
+                                           int step, int tile, int block, float (&scores)[4]) {
   float low[2][2][4] = {}, high[2][4] = {};
   const LaneCodes<Shape> codes(stage);
   multiply_from<Shape, 0>(shared, codes, step, tile, block, high, low);

@@ -59,9 +59,8 @@ cudaError_t launch(const binary_attention::Arguments& arguments, dim3 grid, cuda
 
 cudaError_t launch_binary_attention(const binary_attention::Arguments& arguments, dim3 grid,
                                     cudaStream_t stream) {
-  return with_shape(arguments.keys, [&](auto shape) {
-    return launch<decltype(shape)>(arguments, grid, stream);
-  });
+  return with_shape(arguments.keys,
+                    [&](auto shape) { return launch<decltype(shape)>(arguments, grid, stream); });
 }
 
 int binary_attention_bytes(const BinaryKeys& keys) {

@@ -114,7 +114,8 @@ __device__ __forceinline__ void multiply_queries(Shared<Shape>& shared, int step
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       auto* const target = reinterpret_cast<std::uint32_t*>(
-          &buffers.low_products[step % 3][bit_step][slot_of(bit_step, (2 * q + column) * 4 + word)]);
+          &buffers
+               .low_products[step % 3][bit_step][slot_of(bit_step, (2 * q + column) * 4 + word)]);
 #pragma unroll
       for (int n = 0; n < kNodes / 2; ++n)
         target[2 * n + g % 2] =

@@ -27,10 +27,12 @@ struct Shape {
   static constexpr int kLaneWords = kLaneWords_;
   static constexpr int kHighEights = kHighEights_;
   static constexpr int kLowEights = BinaryKeys::kPairs / 8 - kHighEights;
-  static constexpr int kSteps = 8 * kLaneWords;       ///< of sixteen key codes
-  static constexpr int kCodeTiles = 8 * kLaneWords;   ///< likewise, as rows of e^T q
-  static constexpr int kValueBits = 128 * kLaneWords; ///< of a head
+  static constexpr int kSteps = 8 * kLaneWords;        ///< of sixteen key codes
+  static constexpr int kCodeTiles = 8 * kLaneWords;    ///< likewise, as rows of e^T q
+  static constexpr int kValueBits = 128 * kLaneWords;  ///< of a head
   static constexpr int kValueTiles = kValueBits / 16;
+  /// Eights decoded at once: as many as the registers of the compiled kernel allow.
+  static constexpr int kEightsAtOnce = kHighEights == 3 ? 3 : 2;
   /// Sums take registers, of which fewer warps have more.
   static constexpr int kWarps = kLaneWords == 1 ? 12 : 8;
   static constexpr int kThreads = 32 * kWarps;
@@ -38,8 +40,8 @@ struct Shape {
   static constexpr int kStepBlocks = kTiles * kTileBlocks;
 };
 
-/// Some blocks of one sequence, and what its queries see. Kept in shared memory, since registers are
-/// scarce.
+/// Some blocks of one sequence, and what its queries see. Kept in shared memory, since registers
+/// are scarce.
 struct Segment {
   int seq;
   int count;          ///< blocks
@@ -48,9 +50,12 @@ struct Segment {
   int last_token;     ///< that has codes
   int seen_begin;     ///< every query sees the coded tokens from here ...
   int seen_end;       ///< ... to here
+  int step_blocks;    ///< blocks of a step
+  int waits_before;   ///< of every warp, on its tile's barrier, in earlier segments
   const std::int32_t* table;
 
-  __device__ Segment(const Problem& p, const Cursor& cursor) : seq(cursor.seq) {
+  __device__ Segment(const Problem& p, const Cursor& cursor, int step_blocks_, int waits_before_)
+      : seq(cursor.seq), step_blocks(step_blocks_), waits_before(waits_before_) {
     const Sequence sequence(p, seq);
     count = cursor.count(INT_MAX);
     first_token = cursor.block * kBlockTokens;
@@ -60,10 +65,12 @@ struct Segment {
     seen_end = sequence.coded_end(p, sequence.position(p, 0));
     table = p.block_table + Index{seq} * p.max_blocks;
   }
+  __device__ int num_steps() const { return (count + step_blocks - 1) / step_blocks; }
+  __device__ int waits_end() const { return waits_before + num_steps() + 2; }
 };
 
-/// What a warp reads of sixteen tokens, as it lies in shared memory. All parts are copied in vectors
-/// of 16 bytes.
+/// What a warp reads of sixteen tokens, as it lies in shared memory. All parts are copied in
+/// vectors of 16 bytes.
 template <class Shape>
 struct Half {
   static constexpr int kWords = 4 * Shape::kLaneWords - 1;
@@ -106,9 +113,10 @@ struct Shared {
   VectorPlace places[Half<Shape>::kVectors];
   Cursor cursor;  ///< at the segment's first block
   Segment segment;
-  int lags[kRows];                            ///< how far a row's position is from the last one
+  int lags[kRows];  ///< how far a row's position is from the last one
   RowSum sums[Shape::kWarps][kRows];
-  std::uint64_t made[Shape::kTiles];  ///< barriers: the tile's warps have made their share of a step
+  std::uint64_t
+      made[Shape::kTiles];  ///< barriers: the tile's warps have made their share of a step
   union {
     struct {
       TileBuffers<Shape> tiles[Shape::kTiles];

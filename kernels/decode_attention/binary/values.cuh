@@ -68,7 +68,8 @@ __device__ __forceinline__ void add_values(const Half<Shape>* stage,
                                            const std::uint32_t (&weights)[4],
                                            Gathered<Shape>& gathered) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  const std::uint32_t select_first = q < 2 ? 0x5410 : 0x5511, select_second = q < 2 ? 0x7632 : 0x7733;
+  const std::uint32_t select_first = q < 2 ? 0x5410 : 0x5511,
+                      select_second = q < 2 ? 0x7632 : 0x7733;
   const std::uint32_t lane_mask = 0x00010001u << (q % 2 * 4);
   constexpr int kLaneBits = Shape::kValueBits / 8;
 #pragma unroll
@@ -98,8 +99,7 @@ __device__ __forceinline__ void store(const Problem& p, Shared<Shape>& shared, I
                                       int first_row, int rows, Gathered<Shape>& gathered) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
-  for (int step = 4; step < 32; step *= 2)
-    gathered.sum += __shfl_xor_sync(~0u, gathered.sum, step);
+  for (int step = 4; step < 32; step *= 2) gathered.sum += __shfl_xor_sync(~0u, gathered.sum, step);
   __syncthreads();  // the tiles' memory serves the outputs now
   if (g == 0) shared.sums[warp][q] = {gathered.largest, gathered.sum};
   float* const mine = shared.outputs[warp][q] + g * (Shape::kValueBits / 8);
