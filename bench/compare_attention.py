@@ -8,6 +8,7 @@ table, then one line of JSON with every time and ratio (PyTorch's faster backend
 """
 import argparse
 import json
+import pathlib
 import statistics
 import subprocess
 
@@ -62,8 +63,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("binary", help="decode_attention_cuda_bench")
     parser.add_argument("--preset", nargs="*",
-                        default=["paper_1bit", "paper_2bit", "commvq_1bit", "commvq_2bit",
-                                 "7bit_10_books", "7bit_8_books"])
+                        default=["speed_1bit", "speed_2bit", "paper_1bit", "paper_2bit",
+                                 "commvq_1bit", "commvq_2bit"])
+    parser.add_argument("--json", help="also write the result to this file, for plot_attention.py")
     arguments = parser.parse_args()
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cases": []}
     for batch, tokens in CASES:
@@ -86,6 +88,8 @@ def main():
               + "  ".join(f"{key} {value:.1f}" if not key.endswith("ratio") else f"({value:.2f}x)"
                           for key, value in case.items() if key not in ("batch", "tokens")))
     print(json.dumps(result))
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -63,8 +63,7 @@ constexpr Preset kPresets[] = {
     {"paper_1bit", 64, 11, 1, false},   {"paper_2bit", 64, 21, 2, false},
     {"commvq_1bit", 64, 11, 1, true},   {"commvq_2bit", 64, 20, 2, true},
     {"speed_1bit", 2, 60, 1, true, true},
-    {"speed_2bit", 2, 124, 2, true, true},
-    {"7bit_10_books", 128, 5, 1, true}, {"7bit_8_books", 128, 4, 1, true}};
+    {"speed_2bit", 2, 124, 2, true, true}};
 
 LayerCodec random_codec(Rng& rng, const Preset& preset) {
   KeyCodecConfig config;

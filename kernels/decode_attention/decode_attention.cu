@@ -252,8 +252,6 @@ KeyScoresLauncher launcher_of(const DevicePageLayout& layout, const KeySlice& sl
   if (is(6, 20, 4, 1)) return launch_key_scores<64, Codes20, 4, 1>;
   if (is(6, 21, 4, 2)) return launch_key_scores<64, Codes21, 4, 2>;
   if (is(6, 20, 4, 2)) return launch_key_scores<64, Codes20, 4, 2>;
-  if (is(7, 10, 8, 1)) return launch_key_scores<64, WideCodes10>;
-  if (is(7, 8, 8, 1)) return launch_key_scores<64, WideCodes8>;
   return slice.width == 64 ? launch_key_scores<64, AnyCodes> : launch_key_scores<32, AnyCodes>;
 }
 

@@ -32,11 +32,6 @@ extern COMMVQ_KEY_SCORES(64, Codes21, 4, 1);
 extern COMMVQ_KEY_SCORES(64, Codes20, 4, 1);
 extern COMMVQ_KEY_SCORES(64, Codes21, 4, 2);
 extern COMMVQ_KEY_SCORES(64, Codes20, 4, 2);
-// Few wide books.
-using WideCodes10 = FixedCodes<7, 10>;
-using WideCodes8 = FixedCodes<7, 8>;
-extern COMMVQ_KEY_SCORES(64, WideCodes10);
-extern COMMVQ_KEY_SCORES(64, WideCodes8);
 
 /// Launches attention over binary codes, and beside it over the exact tokens.
 cudaError_t launch_binary_attention(const binary_attention::Arguments& arguments, dim3 grid,

