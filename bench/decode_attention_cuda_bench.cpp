@@ -60,10 +60,9 @@ struct Preset {
   bool value_blocks = false;  ///< one a head
 };
 constexpr Preset kPresets[] = {
-    {"paper_1bit", 64, 11, 1, false},   {"paper_2bit", 64, 21, 2, false},
-    {"commvq_1bit", 64, 11, 1, true},   {"commvq_2bit", 64, 20, 2, true},
-    {"speed_1bit", 2, 60, 1, true, true},
-    {"speed_2bit", 2, 124, 2, true, true}};
+    {"paper_1bit", 64, 11, 1, false},     {"paper_2bit", 64, 21, 2, false},
+    {"commvq_1bit", 64, 11, 1, true},     {"commvq_2bit", 64, 20, 2, true},
+    {"speed_1bit", 2, 60, 1, true, true}, {"speed_2bit", 2, 124, 2, true, true}};
 
 LayerCodec random_codec(Rng& rng, const Preset& preset) {
   KeyCodecConfig config;
@@ -88,8 +87,8 @@ LayerCodec random_codec(Rng& rng, const Preset& preset) {
   weights.hidden_bias.assign(static_cast<std::size_t>(values.num_blocks), 0.0f);
   weights.output_weight.assign(static_cast<std::size_t>(values.num_logits()), 0.0f);
   weights.output_bias.assign(static_cast<std::size_t>(values.num_logits()), 0.0f);
-  weights.decoder =
-      normal_floats(rng, static_cast<std::size_t>(values.num_code_bits() * kChannels / values.num_blocks), 1.0f);
+  weights.decoder = normal_floats(
+      rng, static_cast<std::size_t>(values.num_code_bits() * kChannels / values.num_blocks), 1.0f);
   return {std::make_shared<KeyCodec>(std::move(heads)),
           std::make_shared<ValueCodec>(values, std::move(weights))};
 }
