@@ -26,7 +26,16 @@ if(COMMVQ_COVERAGE)
   add_compile_options($<$<COMPILE_LANGUAGE:C,CXX>:--coverage>)
   add_link_options(--coverage)
 endif()
-if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
-  # It says so where it leaves a loop of #pragma omp simd as it is, which is no defect.
-  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-Wno-pass-failed>)
-endif()
+
+# The warnings of the library's own code. Sizes and positions are signed throughout (Index), so that
+# Clang's -Wsign-conversion, which GCC does not count to -Wconversion, is off. Known to be wrong: GCC
+# 12's -Wuninitialized and -Wmaybe-uninitialized on Eigen's vectors and -Wrestrict on
+# std::string (GCC bug 105651); Clang's -Wpass-failed, which names a loop of #pragma omp simd that
+# stays as it is. And -Wpsabi: vectors are passed between functions of the library alone, which share
+# one instruction set, so that it does not matter that their calling convention differs by it.
+add_library(commvq_warnings INTERFACE)
+target_compile_options(commvq_warnings INTERFACE
+  $<$<COMPILE_LANGUAGE:C,CXX>:-Wall -Wextra -Wconversion -Wshadow -Wno-uninitialized -Wno-psabi>
+  $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized -Wno-restrict>
+  $<$<COMPILE_LANG_AND_ID:CXX,Clang>:-Wno-sign-conversion -Wno-pass-failed>
+  $<$<AND:$<BOOL:${COMMVQ_WARNINGS_AS_ERRORS}>,$<COMPILE_LANGUAGE:C,CXX>>:-Werror>)
