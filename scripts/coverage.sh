@@ -1,15 +1,36 @@
 #!/usr/bin/env bash
-# Which lines of include/ and src/ the tests run: prints those that they do not, by file, and the
-# share of those that they do. Fails below 92%. HTML and all else: gcovr's arguments after --.
+# Which lines of include/ and src/ the tests run, as counted by the address stage of
+# scripts/test_sanitizers.sh, which runs first if it has not: prints by file the share that runs and
+# the lines that do not, and fails below 92% of all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-scripts/install_packages.sh gcovr libdlpack-dev
-cmake --preset coverage >/dev/null
-cmake --build --preset coverage --parallel "$(nproc)"
-find build-coverage -name '*.gcda' -delete
-export OMP_WAIT_POLICY=passive
-ctest --preset coverage --parallel "$(nproc)" --output-on-failure
-# Throw branches of require() are no lines of their own; only lines count.
-gcovr --root . --filter include/ --filter src/ --object-directory build-coverage \
-  --exclude-unreachable-branches --exclude-throw-branches --fail-under-line 92 "$@" build-coverage
+least=92
+[[ -d build-asan/profiles ]] || scripts/test_sanitizers.sh address
+llvm-profdata merge -sparse -o build-asan/profile build-asan/profiles/*.profraw
+objects=()
+for program in build-asan/tests/*_test build-asan/tests/fuzz/*_test build-asan/bundle/bin/*_fuzz; do
+  objects+=(-object "$program")
+done
+llvm-cov export -format=lcov -instr-profile build-asan/profile "${objects[@]}" include src \
+  >build-asan/coverage.info
+awk -F '[:,]' -v root="$PWD/" -v least="$least" '
+  function close_range() {
+    if (first) missed = missed (missed ? ", " : "") first (last > first ? "-" last : "")
+    first = 0
+  }
+  /^SF:/ { file = substr($0, 4); sub(root, "", file); ran = lines = first = 0; missed = "" }
+  /^DA:/ {
+    ++lines
+    if ($3 > 0) { ++ran; close_range() } else { if (!first) first = $2; last = $2 }
+  }
+  /^end_of_record/ {
+    close_range()
+    printf "%6.1f%%  %-45s %s\n", 100 * ran / lines, file, missed
+    all_ran += ran; all_lines += lines
+  }
+  END {
+    share = 100 * all_ran / all_lines
+    printf "%6.1f%%  of %d lines; at least %d%% must run\n", share, all_lines, least
+    exit (share < least)
+  }' build-asan/coverage.info

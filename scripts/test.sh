@@ -2,7 +2,7 @@
 # What CI runs: installs what is missing, then the stages named, all by default. Works on a bare
 # Debian 12.
 #   suite        builds everything, warnings being errors, and runs all tests
-#   sanitizers   scripts/test_sanitizers.sh
+#   sanitizers   scripts/test_sanitizers.sh and scripts/coverage.sh
 #   lint         scripts/lint.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,5 +18,8 @@ if has suite; then
   export OMP_WAIT_POLICY=passive  # tests run side by side: idle threads must not keep cores busy
   ctest --preset release --parallel "$(nproc)"
 fi
-if has sanitizers; then scripts/test_sanitizers.sh; fi
+if has sanitizers; then
+  scripts/test_sanitizers.sh
+  scripts/coverage.sh
+fi
 if has lint; then scripts/lint.sh; fi

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stages=${*:-address thread fuzz}
-fuzz_seconds=${COMMVQ_FUZZ_SECONDS:-12}
+fuzz_seconds=${COMMVQ_FUZZ_SECONDS:-5}
 has() { [[ " $stages " == *" $1 "* ]]; }
 
 scripts/install_packages.sh clang libclang-rt-14-dev libomp-dev llvm libdlpack-dev
@@ -20,7 +20,8 @@ run_tests() {
 
 if has address; then
   export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
-  run_tests asan
+  rm -rf build-asan/profiles  # which lines ran, for scripts/coverage.sh
+  LLVM_PROFILE_FILE=$PWD/build-asan/profiles/%4m.profraw run_tests asan
 fi
 if has thread; then
   # LLVM's OpenMP tells the sanitizer, through its tool Archer, when threads wait for each other;
@@ -29,4 +30,4 @@ if has thread; then
   export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=3
   run_tests tsan
 fi
-if has fuzz; then build-asan/bundle/run.sh "$fuzz_seconds" "$(nproc)"; fi
+if has fuzz; then LLVM_PROFILE_FILE=/dev/null build-asan/bundle/run.sh "$fuzz_seconds" "$(nproc)"; fi

@@ -9,11 +9,11 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
-#include "core/hasher.hpp"
 #include "io/saved_cache_format.hpp"
+#include "reference/crafted_cache.hpp"
 #include "reference/example_data.hpp"
 #include "reference/faulty_files.hpp"
-#include "reference/random_cache.hpp"
+#include "reference/small_cache.hpp"
 
 namespace commvq {
 namespace {
@@ -25,52 +25,16 @@ using testing_support::append_random;
 using testing_support::FaultyFiles;
 using testing_support::MemoryFile;
 using testing_support::normal_floats;
-using testing_support::random_key_codec;
-using testing_support::random_value_codec;
+using testing_support::random_cache;
 using testing_support::read_file;
 using testing_support::Rng;
+using testing_support::small_codec;
+using testing_support::small_codecs;
+using testing_support::small_config;
 using testing_support::TemporaryFolder;
 using testing_support::write_file;
 
 constexpr Index kChannels = 8;  // two heads of 4
-
-CacheConfig small_config() {
-  CacheConfig config;
-  config.rope.pairs.head_dim = config.rope.pairs.rotary_dim = 4;
-  config.num_kv_heads = 2;
-  config.window = 4;
-  config.sinks = 1;
-  config.page_size = 8;
-  return config;
-}
-
-/// Books of five rows: codes of three bits, some of which point nowhere.
-LayerCodec small_codec(std::uint64_t seed, bool norm_per_head = false) {
-  Rng rng(seed);
-  KeyCodecConfig keys;
-  keys.pairs = small_config().rope.pairs;
-  keys.group_pairs = 2;
-  keys.codebook_size = 5;
-  keys.num_stages = 2;
-  keys.norm_per_head = norm_per_head;
-  keys.tied = !norm_per_head;
-  return {random_key_codec(rng, keys, 2), random_value_codec(rng, kChannels, 1, 4)};
-}
-
-/// Both sides coded, one, the other, none.
-std::vector<LayerCodec> small_codecs() {
-  const LayerCodec both = small_codec(1), other = small_codec(2, true);
-  return {both, {other.keys, nullptr}, {nullptr, other.values}, {}};
-}
-
-Cache random_cache(const CacheConfig& config, Index tokens, std::uint64_t seed) {
-  Rng rng(seed);
-  Cache cache(config, small_codecs());
-  for (int i = 0; i < cache.num_layers(); ++i)
-    for (Index done = 0; done < tokens; done += 7)
-      append_random(cache.layer(i), rng, std::min(Index{7}, tokens - done));
-  return cache;
-}
 
 std::vector<float> attend_with(const LayerCache& cache, const std::vector<float>& queries) {
   std::vector<float> output(queries.size());
@@ -354,26 +318,15 @@ class CraftedCache : public SavedCache {
   }
   /// Writes the file anew with digests that fit, and tries to read it.
   std::string error_of_crafted() {
-    std::size_t at = 0;
-    for (detail::LayerRecord& layer : header_.layers) {
-      const std::size_t size = std::min<std::size_t>(layer.data_bytes, data_.size() - at);
-      layer.data = digest_of_bytes(std::span(data_).subspan(at, size));
-      at += size;
-    }
-    std::vector<std::uint8_t> header = detail::to_bytes(header_);
+    const std::vector<std::uint8_t> header = detail::to_bytes(header_);
     preamble_.header_bytes = static_cast<std::uint32_t>(header.size());
     preamble_.file_bytes = sizeof preamble_ + header.size() + data_.size();
-    preamble_.digest = detail::digest_of(preamble_, header);
     std::string text(reinterpret_cast<const char*>(&preamble_), sizeof preamble_);
     text.append(header.begin(), header.end());
     text.append(data_.begin(), data_.end());
+    testing_support::repair_digests({reinterpret_cast<std::uint8_t*>(text.data()), text.size()});
     write_file(file(), text);
     return load_error();
-  }
-  static Digest digest_of_bytes(std::span<const std::uint8_t> bytes) {
-    detail::Hasher hasher;
-    hasher.add(bytes);
-    return hasher.digest();
   }
 
   /// Where the page `page` of layer 0 begins in `data_`.
