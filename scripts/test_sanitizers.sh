@@ -20,6 +20,7 @@ run_tests() {
 
 if has address; then
   export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+  export LSAN_OPTIONS="suppressions=$PWD/cmake/leak_suppressions.txt print_suppressions=0"
   rm -rf build-asan/profiles  # which lines ran, for scripts/coverage.sh
   LLVM_PROFILE_FILE=$PWD/build-asan/profiles/%4m.profraw run_tests asan
 fi
