@@ -20,6 +20,8 @@ run_tests() {
 
 if has address; then
   export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+  # Threads are for the next stage: here tests run side by side.
+  export OMP_NUM_THREADS=1
   export LSAN_OPTIONS="suppressions=$PWD/cmake/leak_suppressions.txt print_suppressions=0"
   rm -rf build-asan/profiles  # which lines ran, for scripts/coverage.sh
   LLVM_PROFILE_FILE=$PWD/build-asan/profiles/%4m.profraw run_tests asan
@@ -28,7 +30,7 @@ if has thread; then
   # LLVM's OpenMP tells the sanitizer, through its tool Archer, when threads wait for each other;
   # GCC's would leave every barrier unseen and be full of reports. The library itself is not
   # instrumented and must be ignored.
-  export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=3
+  export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=2
   run_tests tsan
 fi
 if has fuzz; then LLVM_PROFILE_FILE=/dev/null build-asan/bundle/run.sh "$fuzz_seconds" "$(nproc)"; fi
