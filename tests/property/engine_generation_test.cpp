@@ -72,7 +72,7 @@ double deficit(std::span<const float> logits, int token) {
 }
 
 TEST_F(Generation, TwoThousandTokensEqualTheSameRunFromScratch) {
-  constexpr int kTokens = repeats(2000, 300);
+  constexpr int kTokens = repeats(2000, 150);
   commvq::Cache cache = model_->make_cache(codecs_);
   const std::vector<int> written = write(cache, kTokens);
   ASSERT_EQ(written.size(), std::size_t{kTokens});
@@ -109,7 +109,7 @@ TEST_F(Generation, EveryWindowAndEverySideEqualsTheSameRunFromScratch) {
       commvq::Cache cache = model_->make_cache(codecs, window, 2);
       std::vector<int> all = tokenizer_->encode(kPrompt);
       const std::size_t first = all.size() - 1;
-      const std::vector<int> written = write(cache, 150);
+      const std::vector<int> written = write(cache, repeats(150, 40));
       all.insert(all.end(), written.begin(), written.end() - 1);
       commvq::Cache fresh = model_->make_cache(codecs, window, 2);
       const std::vector<float> logits = recompute(*model_, fresh, all, 64);

@@ -12,6 +12,7 @@
 #include "engine/parallel.hpp"
 #include "engine/text_file.hpp"
 #include "reference/example_data.hpp"
+#include "reference/instrumented.hpp"
 
 namespace engine {
 namespace {
@@ -152,6 +153,7 @@ TEST(ForEachTask, RunsEachOnceAndPassesErrorsOn) {
 
 // Perplexity of the larger model over books is about 26 at this context length.
 TEST(Perplexity, OfTheLargerModelIsThatOfItsTraining) {
+  if (COMMVQ_INSTRUMENTED != 0) GTEST_SKIP() << "takes long, and runs what other tests run";
   const std::filesystem::path folder = shared_data() / "models" / "lm-29m";
   const std::filesystem::path text = shared_data() / "text" / "validation.txt";
   if (!std::filesystem::exists(folder) || !std::filesystem::exists(text))
