@@ -13,6 +13,7 @@
 #include "reference/crafted_cache.hpp"
 #include "reference/example_data.hpp"
 #include "reference/faulty_files.hpp"
+#include "reference/instrumented.hpp"
 #include "reference/small_cache.hpp"
 
 namespace commvq {
@@ -35,6 +36,8 @@ using testing_support::TemporaryFolder;
 using testing_support::write_file;
 
 constexpr Index kChannels = 8;  // two heads of 4
+/// Tests of every byte or bit take so many at a time.
+constexpr std::size_t kStep = testing_support::repeats(1, 13);
 
 std::vector<float> attend_with(const LayerCache& cache, const std::vector<float>& queries) {
   std::vector<float> output(queries.size());
@@ -181,7 +184,7 @@ TEST_F(SavedCache, EveryFlippedBitIsAnError) {
     return detail::load_cache(file(), small_config(), codecs_, "tag", memory);
   };
   expect_equal(load_memory(), cache);
-  for (std::size_t i = 0; i < 8 * memory.bytes.size(); ++i) {
+  for (std::size_t i = 0; i < 8 * memory.bytes.size(); i += kStep) {
     char& byte = memory.bytes[i / 8];
     byte = static_cast<char>(byte ^ (1 << i % 8));
     ASSERT_THAT(error_of(load_memory), HasSubstr(file().string()))
@@ -420,7 +423,7 @@ class InterruptedSave : public SavedCache {
 TEST_F(InterruptedSave, LeavesTheOldFileWholeAtEveryByte) {
   const std::string old_bytes = read_file(file());
   for (const int error : {EIO, ENOSPC}) {
-    for (std::size_t bytes = 0; bytes < size_; ++bytes) {
+    for (std::size_t bytes = 0; bytes < size_; bytes += kStep) {
       FaultyFiles files;
       files.bytes_until_fault = bytes;
       files.error = error;
@@ -439,14 +442,14 @@ TEST_F(InterruptedSave, LeavesTheOldFileWholeAtEveryByte) {
 
 TEST_F(InterruptedSave, LeavesTheOldFileWholeWhereTheProcessEnds) {
   const std::string old_bytes = read_file(file());
-  for (std::size_t bytes = 0; bytes < size_; ++bytes) {
+  for (std::size_t bytes = 0; bytes < size_; bytes += kStep) {
     FaultyFiles files;
     files.bytes_until_fault = bytes;
     files.dies = true;
     ASSERT_NE(save_error(files), "(no error)");
     ASSERT_EQ(read_file(file()), old_bytes) << bytes;
   }
-  EXPECT_GT(files_in_folder(), size_ / 2);  // what it left behind is in nobody's way
+  EXPECT_GT(files_in_folder(), size_ / kStep / 2);  // what it left behind is in nobody's way
   save_cache(file(), new_, "tag");
   expect_equal(load(), new_);
 }
@@ -481,7 +484,7 @@ TEST_F(InterruptedSave, ReadingThatFailsAtAnyByteIsAnError) {
   const auto load_with = [&](FaultyFiles& files) {
     return error_of([&] { detail::load_cache(file(), small_config(), codecs_, "tag", files); });
   };
-  for (std::size_t bytes = 0; bytes < size_; ++bytes) {
+  for (std::size_t bytes = 0; bytes < size_; bytes += kStep) {
     FaultyFiles files;
     files.bytes_until_fault = bytes;
     ASSERT_THAT(load_with(files), AllOf(HasSubstr("at byte " + std::to_string(bytes)),
