@@ -90,12 +90,13 @@ TEST(Retrieval, TheShippedModelAnswersWithAnExactCache) {
   const Model model(small_model());
   const Tokenizer tokenizer(small_model() / "tokenizer.json");
   const std::vector<int> text = write_text(model, {{0}}, 600, 1)[0];
+  constexpr int kCases = commvq::testing_support::repeats(10, 2);
   int right = 0;
-  for (int i = 0; i < 10; ++i) {
+  for (int i = 0; i < kCases; ++i) {
     commvq::Cache cache = model.make_cache({});
     right += retrieves(model, tokenizer, cache, retrieval_case(tokenizer, text, 512, 2, i));
   }
-  EXPECT_GE(right, 8);
+  EXPECT_GE(right, kCases - 2);
 }
 
 TEST(LogitProbe, MeasuresWhatARoundTripDoesToTheLogits) {
