@@ -33,11 +33,11 @@ function(commvq_add_cuda_library name)
   add_library(commvq_${name} STATIC ${sources})
   add_library(commvq::${name} ALIAS commvq_${name})
   target_include_directories(commvq_${name} PRIVATE ${PROJECT_SOURCE_DIR}/kernels)
-  target_link_libraries(commvq_${name} PUBLIC commvq PRIVATE CUDA::cudart_static)
+  target_link_libraries(commvq_${name} PUBLIC commvq
+    PRIVATE CUDA::cudart_static $<BUILD_INTERFACE:commvq_warnings>)
   set_target_properties(commvq_${name} PROPERTIES EXPORT_NAME ${name} CUDA_STANDARD_REQUIRED OFF)
   target_compile_options(commvq_${name} PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -Xcompiler=-Wall,-Wextra>
-    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wno-uninitialized -Wno-maybe-uninitialized>)
+    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -Xcompiler=-Wall,-Wextra>)
 endfunction()
 
 # What an inference engine links, and the learners apart: they need cuBLAS.

@@ -14,19 +14,52 @@ if(COMMVQ_SANITIZERS)
     $<$<COMPILE_LANGUAGE:C,CXX>:-fno-omit-frame-pointer>
     $<$<COMPILE_LANGUAGE:C,CXX>:-gline-tables-only>)
   add_link_options(-fsanitize=${COMMVQ_SANITIZERS})
+  if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+    add_compile_options(
+      $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize-ignorelist=${CMAKE_CURRENT_LIST_DIR}/sanitizer_ignorelist.txt>)
+  endif()
 endif()
 if(COMMVQ_BUILD_FUZZERS)
   if(NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
     message(FATAL_ERROR "COMMVQ_BUILD_FUZZERS needs Clang; the compiler is "
       "${CMAKE_CXX_COMPILER_ID}: use the preset fuzz")
   endif()
-  add_compile_options($<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=fuzzer-no-link>)
 endif()
 if(COMMVQ_COVERAGE)
-  add_compile_options($<$<COMPILE_LANGUAGE:C,CXX>:--coverage>)
-  add_link_options(--coverage)
+  if(NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+    message(FATAL_ERROR "COMMVQ_COVERAGE needs Clang; the compiler is ${CMAKE_CXX_COMPILER_ID}")
+  endif()
+  add_compile_options($<$<COMPILE_LANGUAGE:C,CXX>:-fprofile-instr-generate>
+    $<$<COMPILE_LANGUAGE:C,CXX>:-fcoverage-mapping>)
+  add_link_options(-fprofile-instr-generate)
 endif()
-if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
-  # It says so where it leaves a loop of #pragma omp simd as it is, which is no defect.
-  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-Wno-pass-failed>)
+
+# What fuzzers feed: tells libFuzzer which branches an input takes.
+add_library(commvq_fuzzed INTERFACE)
+if(COMMVQ_BUILD_FUZZERS)
+  target_compile_options(commvq_fuzzed INTERFACE
+    $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=fuzzer-no-link>)
 endif()
+
+# With a sanitizer half of the time that compiling takes is for headers of others: they are compiled
+# once for a target. Other builds prove that every file includes what it needs.
+function(commvq_precompile_headers target)
+  if(COMMVQ_SANITIZERS)
+    target_precompile_headers(${target} PRIVATE ${ARGN})
+    target_compile_options(${target} PRIVATE
+      $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CXX_COMPILER_ID:Clang>>:-fpch-instantiate-templates>)
+  endif()
+endfunction()
+
+# The warnings of the library's own code. Sizes and positions are signed throughout (Index), so that
+# Clang's -Wsign-conversion, which GCC does not count to -Wconversion, is off. Known to be wrong: GCC
+# 12's -Wuninitialized and -Wmaybe-uninitialized on Eigen's vectors and -Wrestrict on
+# std::string (GCC bug 105651); Clang's -Wpass-failed, which names a loop of #pragma omp simd that
+# stays as it is. And -Wpsabi: vectors are passed between functions of the library alone, which share
+# one instruction set, so that it does not matter that their calling convention differs by it.
+add_library(commvq_warnings INTERFACE)
+target_compile_options(commvq_warnings INTERFACE
+  $<$<COMPILE_LANGUAGE:C,CXX>:-Wall -Wextra -Wconversion -Wshadow -Wno-uninitialized -Wno-psabi>
+  $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized -Wno-restrict>
+  $<$<COMPILE_LANG_AND_ID:CXX,Clang>:-Wno-sign-conversion -Wno-pass-failed>
+  $<$<AND:$<BOOL:${COMMVQ_WARNINGS_AS_ERRORS}>,$<COMPILE_LANGUAGE:C,CXX>>:-Werror>)

@@ -58,6 +58,7 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
   const int first = model.config().first_token;
   const auto vocab = static_cast<std::uint64_t>(model.config().vocab_size);
   std::vector<std::vector<int>> texts;
+  texts.reserve(static_cast<std::size_t>(count));
   for (int i = 0; i < count; ++i) texts.push_back({first, static_cast<int>(random() % vocab)});
   engine::ProgressLine progress("Writing " + std::to_string(count * length) + " tokens");
   return engine::write_text(model, std::move(texts), length, options.seed,

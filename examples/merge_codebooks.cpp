@@ -16,6 +16,7 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   return engine::run_program([&] {
     std::vector<engine::CodecPart> parts;
+    parts.reserve(paths.size());
     for (const std::string& path : paths) parts.push_back({path, commvq::load_codecs(path)});
     const commvq::ModelCodecs whole = engine::merge_parts(parts);
     commvq::save_codecs(out, whole);

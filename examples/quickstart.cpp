@@ -54,5 +54,6 @@ int main() {
     total += std::pow(expected[i], 2);
   }
   std::printf("%.1f bytes a token instead of %.1f in FP16; relative error of attention %.3f\n",
-              cache.bytes_per_token(), 4.0 * channels, std::sqrt(error / total));
+              cache.bytes_per_token(), 4.0 * static_cast<double>(channels),
+              std::sqrt(error / total));
 }

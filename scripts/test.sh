@@ -1,10 +1,25 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds everything and runs all tests. Works on a bare Debian 12.
+# What CI runs: installs what is missing, then the stages named, all by default. Works on a bare
+# Debian 12.
+#   suite        builds everything, warnings being errors, and runs all tests
+#   sanitizers   scripts/test_sanitizers.sh and scripts/coverage.sh
+#   lint         scripts/lint.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-scripts/install_packages.sh doxygen dpkg-dev file libdlpack-dev python3-numpy
-cmake --preset release -DCOMMVQ_BUILD_TESTS=ON -DCOMMVQ_BUILD_BENCH=ON -DCOMMVQ_BUILD_EXAMPLES=ON
-cmake --build --preset release
-export OMP_WAIT_POLICY=passive  # tests run side by side: idle threads must not keep cores busy
-ctest --preset release --parallel "$(nproc)"
+stages=${*:-suite sanitizers lint}
+has() { [[ " $stages " == *" $1 "* ]]; }
+
+if has suite; then
+  scripts/install_packages.sh doxygen dpkg-dev file libdlpack-dev python3-numpy
+  cmake --preset release -DCOMMVQ_BUILD_TESTS=ON -DCOMMVQ_BUILD_BENCH=ON \
+    -DCOMMVQ_BUILD_EXAMPLES=ON -DCOMMVQ_WARNINGS_AS_ERRORS=ON
+  cmake --build --preset release
+  export OMP_WAIT_POLICY=passive  # tests run side by side: idle threads must not keep cores busy
+  ctest --preset release --parallel "$(nproc)"
+fi
+if has sanitizers; then
+  scripts/test_sanitizers.sh
+  scripts/coverage.sh
+fi
+if has lint; then scripts/lint.sh; fi

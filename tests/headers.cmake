@@ -1,6 +1,7 @@
 # Every public header compiles alone, with the host's compiler and no warning: one test each.
 get_target_property(eigen_directories Eigen3::Eigen INTERFACE_INCLUDE_DIRECTORIES)
-set(header_flags -fsyntax-only -Wall -Wextra -Wshadow -Werror -I${PROJECT_SOURCE_DIR}/include)
+set(header_flags -fsyntax-only -Wall -Wextra -Wconversion -Wno-sign-conversion -Wshadow -Werror
+  -I${PROJECT_SOURCE_DIR}/include)
 foreach(directory IN LISTS eigen_directories)
   list(APPEND header_flags -isystem ${directory})
 endforeach()

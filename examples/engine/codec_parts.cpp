@@ -32,7 +32,7 @@ std::string difference(const std::string& one, const std::string& other) {
     const std::string& counterpart = those.try_emplace(name, name + " absent").first->second;
     if (word == counterpart) continue;
     if (!text.empty()) text += ", ";
-    text += word + " and " + counterpart;
+    text.append(word).append(" and ").append(counterpart);
   }
   return text;
 }

@@ -49,6 +49,7 @@ int Sampler::pick(std::span<const float> logits) {
 
   const float largest = *std::max_element(logits.begin(), logits.end());
   std::vector<double> weights;
+  weights.reserve(order.size());
   for (const int token : order)
     weights.push_back(std::exp((logits[token] - largest) / options_.temperature));
   const double total = std::accumulate(weights.begin(), weights.end(), 0.0);

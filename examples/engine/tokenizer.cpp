@@ -155,7 +155,7 @@ std::string StreamingDecoder::add(int token) {
   const bool whole =
       pending_.empty() ||
       pending_.size() - start >= character_length(static_cast<unsigned char>(pending_[start]));
-  const std::string ready = whole ? pending_ : pending_.substr(0, start);
+  std::string ready = whole ? pending_ : pending_.substr(0, start);
   pending_.erase(0, ready.size());
   return ready;
 }

@@ -129,9 +129,9 @@ __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], const un
 /// The same for a warpgroup's 64 rows and all columns; the products of the step before are done
 /// then, this step's may not be.
 template <int kN>
-__device__ __forceinline__ void multiply_step_by_warpgroup(float (&sums)[1][kN][4],
-                                                           const unsigned char* from, int first_row,
-                                                           int num_rows) {
+__device__ __forceinline__ void multiply_step_by_warpgroup(
+    [[maybe_unused]] float (&sums)[1][kN][4], [[maybe_unused]] const unsigned char* from,
+    [[maybe_unused]] int first_row, [[maybe_unused]] int num_rows) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace append_instructions;
   begin_warpgroup_products();

@@ -346,7 +346,7 @@ bool HeadAttention::weigh_row(Segment segment, const Tile& tile, int row) {
     if (const float cap = problem_.options.soft_cap; cap > 0.0f)
       for (int lane = 0; lane < kLanes; ++lane) score[lane] = cap * std::tanh(score[lane] / cap);
     const IntVec token = kIota + t;
-    score = (token >= begin) & (token < end) ? score : simd::broadcast(kMinusInfinity);
+    score = ((token >= begin) & (token < end)) ? score : simd::broadcast(kMinusInfinity);
     largest = largest > score ? largest : score;
     simd::store(scores + t, score);
   }

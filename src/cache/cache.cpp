@@ -55,6 +55,26 @@ void require_codable_norms(MatrixView<const float> keys, const KeyCodec& codec, 
     }
 }
 
+/// Likewise a value that needs a scale beyond bf16: one so large is coded at once, to find out.
+void require_codable_scales(MatrixView<const float> values, const ValueCodec& codec,
+                            Index first_token) {
+  constexpr double kLarge = 1e30;  // others overflow with decoders of numbers below 1e-8 alone
+  std::vector<std::uint8_t> code(static_cast<std::size_t>(codec.code_bytes()));
+  std::uint16_t scale = 0;
+  for (Index t = 0; t < values.rows; ++t) {
+    double sum = 0;
+    for (Index i = 0; i < values.cols; ++i)
+      sum += static_cast<double>(values(t, i)) * values(t, i);
+    if (std::sqrt(sum) < kLarge) continue;
+    try {
+      codec.encode(values.middle_rows(t, 1), {code.data(), 1, codec.code_bytes()}, &scale);
+    } catch (const Error&) {
+      fail("value of token ", first_token + t, " has norm ", std::sqrt(sum),
+           " and needs a scale beyond bf16's range, 3.39e38; scale the values down");
+    }
+  }
+}
+
 void require_shape(MatrixView<const float> rows, const char* what, Index tokens, Index channels) {
   require(rows.rows == tokens && rows.cols == channels, what, " are [", rows.rows, ", ", rows.cols,
           "]; expected [", tokens, ", ", channels, "]");
@@ -194,6 +214,7 @@ void LayerCache::append(MatrixView<const float> keys, MatrixView<const float> va
   require_storable(keys, "key", length_, config_.exact_type);
   require_storable(values, "value", length_, config_.exact_type);
   if (codec_.keys) require_codable_norms(keys, *codec_.keys, length_);
+  if (codec_.values) require_codable_scales(values, *codec_.values, length_);
   if (keys.rows == 0) return;
 
   const Index count = keys.rows;

@@ -139,6 +139,7 @@ std::map<std::string, std::string> to_metadata(const json& object, const std::st
 void require_no_gaps(const std::map<std::string, TensorView>& tensors,
                      std::span<const std::uint8_t> buffer, const std::string& where) {
   std::vector<const TensorView*> in_file_order;
+  in_file_order.reserve(tensors.size());
   for (const auto& [name, tensor] : tensors) in_file_order.push_back(&tensor);
   std::ranges::sort(in_file_order, {}, [](const TensorView* tensor) {
     return std::pair(tensor->data.data(), tensor->data.size());

@@ -1,7 +1,4 @@
 // Codebook files: what loads must be usable, and saved and loaded again be the same file.
-#include <fstream>
-#include <iterator>
-
 #include "fuzz/input_file.hpp"
 #include "fuzz/use_codecs.hpp"
 
@@ -12,16 +9,12 @@ using namespace commvq;
 /// Of the file: a book of two by two numbers in F16 takes 8 bytes there, and an encoder here.
 constexpr std::size_t kMemoryMultiple = 128;
 
-std::string bytes_of(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
 void check_round_trip(const ModelCodecs& codecs, const fuzz::InputFile& file) {
   const std::filesystem::path first = file.folder() / "first", second = file.folder() / "second";
   save_codecs(first, codecs);
   save_codecs(second, load_codecs(first));
-  fuzz::demand(bytes_of(first) == bytes_of(second), "codecs that change in being saved");
+  fuzz::demand(fuzz::bytes_of(first) == fuzz::bytes_of(second),
+               "codecs that change in being saved");
 }
 
 }  // namespace

@@ -29,7 +29,8 @@ struct Tensor {
     const auto flags = input.take<std::uint8_t>();
     dl.data = (flags & 1) != 0 ? nullptr : elements().data();
     dl.ndim = (flags & 2) != 0 ? input.take<std::int32_t>() : 2 + (flags >> 7);
-    const std::int32_t device = (flags & 4) != 0 ? input.take<std::uint8_t>() : kDLCPU;
+    std::int32_t device = kDLCPU;
+    if ((flags & 4) != 0) device = input.take<std::uint8_t>();
     std::memcpy(&dl.device.device_type, &device, sizeof device);
     dl.dtype.code = (flags & 8) != 0 ? input.take<std::uint8_t>() : std::uint8_t{kDLFloat};
     dl.dtype.bits = (flags & 8) != 0 ? input.take<std::uint8_t>() : 32;

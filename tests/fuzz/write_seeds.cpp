@@ -7,11 +7,13 @@
 #include <string>
 
 #include "commvq/io/safetensors.hpp"
+#include "commvq/io/saved_cache.hpp"
 
 #include <nlohmann/json.hpp>
 
 #include "fuzz/byte_tokenizer.hpp"
 #include "fuzz/example_codecs.hpp"
+#include "reference/small_cache.hpp"
 
 namespace {
 
@@ -121,6 +123,17 @@ void write_configs() {
   write(seed("model_config", "linear"), linear.dump());
 }
 
+void write_caches() {
+  const CacheConfig config = testing_support::small_config();
+  save_cache(seed("saved_cache", "none"), Cache(config, testing_support::small_codecs()), "tag");
+  for (const Index tokens : {1, 4, 9, 30})
+    save_cache(seed("saved_cache", "tokens" + std::to_string(tokens)),
+               testing_support::random_cache(config, tokens, 6), "tag");
+  Cache truncated = testing_support::random_cache(config, 30, 7);
+  truncated.truncate(22);
+  save_cache(seed("saved_cache", "truncated"), truncated, "tag");
+}
+
 /// Inputs of harnesses that read rows of numbers.
 void write_calls() {
   write(seed("dlpack", "matrix"), std::string("\0\4\6\1\1\6\1\1\1", 9));
@@ -145,5 +158,6 @@ int main(int argc, char** argv) {
   write_codebooks();
   write_tokenizers();
   write_configs();
+  write_caches();
   write_calls();
 }

@@ -51,7 +51,8 @@ class BeamSearch : public testing::TestWithParam<Shape> {
     if (config_.tied) codebook.derive_tied_books();
     if (GetParam().weighted)
       for (int pair = 0; pair < config_.pairs.num_pairs(); ++pair)
-        codebook.pair_weights.push_back(std::uniform_real_distribution<Scalar>(0.2, 3)(rng_));
+        codebook.pair_weights.push_back(
+            std::uniform_real_distribution<Scalar>(Scalar(0.2), Scalar(3))(rng_));
     return codebook;
   }
 

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "reference/attention_reference.hpp"
+#include "reference/instrumented.hpp"
 #include "reference/random_cache.hpp"
 
 namespace commvq {
@@ -104,7 +105,7 @@ TEST_P(RandomCache, AttendsLikeTheReference) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Seeds, RandomCache, testing::Range(0, 40));
+INSTANTIATE_TEST_SUITE_P(Seeds, RandomCache, testing::Range(0, testing_support::repeats(40, 10)));
 
 // Blocks of one head, of several and of bits that are no multiple of a vector.
 TEST(CachedAttention, MatchesReferenceWithBlocksOfValues) {
@@ -152,7 +153,7 @@ TEST(CachedAttention, MatchesReferenceOverThousandsOfTokens) {
   LayerCache cache(config, {random_key_codec(rng, KeyCodecConfig::paper_2bit(config.rope.pairs), 1),
                             random_value_codec(rng, 32, 2, 32)});
   for (int chunk = 0; chunk < 10; ++chunk) append_random(cache, rng, 500);
-  for (const Index num_queries : {1, 3, 150})
+  for (const Index num_queries : {1, 3, testing_support::repeats(150, 20)})
     expect_matches_reference(cache, rng, 4, num_queries, {});
 }
 

@@ -306,7 +306,7 @@ class Soak {
   /// The heap holds the distinct pages, the exact copies and little else.
   void check_memory() {
     std::set<const Page*> pages;
-    std::int64_t bytes = 0;
+    [[maybe_unused]] std::int64_t bytes = 0;
     for (const Sequence& sequence : sequences_) {
       for (int i = 0; i < sequence.cache.num_layers(); ++i) {
         const LayerCache& cache = sequence.cache.layer(i);
@@ -340,7 +340,7 @@ class Soak {
 };
 
 TEST(Soak, SequencesEqualAPlainModel) {
-  const std::int64_t operations = from_environment("COMMVQ_SOAK_OPERATIONS", 20000);
+  const std::int64_t operations = from_environment("COMMVQ_SOAK_OPERATIONS", testing_support::repeats(20000, 3000));
   const auto seed = static_cast<std::uint64_t>(from_environment("COMMVQ_SOAK_SEED", 1));
   const int threads = omp_get_max_threads();
   omp_set_num_threads(1);  // the work is small

@@ -8,6 +8,7 @@
 #include "commvq/learner/value_trainer.hpp"
 
 #include "engine/generate.hpp"
+#include "reference/instrumented.hpp"
 
 namespace commvq::testing_support {
 
@@ -35,15 +36,15 @@ inline Calibration collect(const engine::Model& model, const std::vector<int>& t
 
 /// Codecs in the paper's 1-bit format, learnt briefly: the tests are about equality, not quality.
 inline std::vector<LayerCodec> learn_briefly(const engine::Model& model) {
-  const auto text = engine::write_text(model, {{0}}, 600, 1)[0];
+  const auto text = engine::write_text(model, {{0}}, repeats(600, 300), 1)[0];
   const Calibration data = collect(model, text);
   const Index channels = model.config().kv_size();
   KeyLearnerOptions keys;
   keys.codec = KeyCodecConfig::paper_1bit(model.config().rope.pairs);
-  keys.max_steps = 3;
+  keys.max_steps = repeats(3, 1);
   ValueTrainerOptions values;
   values.codec = {static_cast<int>(channels), 1, 64};
-  values.steps = 40;
+  values.steps = repeats(40, 10);
   values.batch_tokens = 64;
   std::vector<LayerCodec> codecs;
   for (std::size_t i = 0; i < data.keys.size(); ++i)

@@ -3,13 +3,16 @@
 // Counts what a program takes from the heap, and lets allocations fail, by functions that stand
 // before glibc's. For one source file of a program; with glibc and without sanitizers only.
 
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#include <cstdlib>
+
+#include "reference/instrumented.hpp"
+
+#if defined(__GLIBC__) && !COMMVQ_INSTRUMENTED
 #define COMMVQ_COUNTS_HEAP
 
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include <link.h>

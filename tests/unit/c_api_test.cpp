@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "c_api/guard.hpp"
+#include "reference/instrumented.hpp"
 #include "reference/random_cache.hpp"
 
 namespace commvq {
@@ -445,7 +446,7 @@ TEST_F(CApiTest, LastErrorBelongsToItsThreadAndSurvivesSuccess) {
   EXPECT_THAT(commvq_last_error(), AllOf(HasSubstr("17"), Not(HasSubstr("18"))));
 }
 
-#ifndef __SANITIZE_ADDRESS__
+#if !COMMVQ_INSTRUMENTED
 // Memory is limited in a child process of its own; a failing append must leave the cache usable.
 TEST_F(CApiTest, RunsOutOfMemoryWithAStatus) {
   const auto child = [&] {

@@ -8,11 +8,13 @@
 
 #include "engine/tokenizer.hpp"
 #include "reference/example_data.hpp"
+#include "reference/instrumented.hpp"
 
 namespace engine {
 namespace {
 
 using commvq::testing_support::read_file;
+using commvq::testing_support::repeats;
 using commvq::testing_support::small_model;
 using commvq::testing_support::TemporaryFolder;
 using commvq::testing_support::test_data;
@@ -92,7 +94,7 @@ TEST(Tokenizer, GivesTheIdsOfTheTokenizersPackage) {
 TEST(Tokenizer, AnyUtf8SurvivesTheRoundTrip) {
   const Tokenizer tokenizer(shipped());
   std::mt19937_64 random(1);
-  for (int repeat = 0; repeat < 300; ++repeat) {
+  for (int repeat = 0; repeat < repeats(300, 60); ++repeat) {
     const std::string text = random_text(random, static_cast<int>(random() % 200));
     ASSERT_EQ(tokenizer.decode(tokenizer.encode(text)), text);
   }
@@ -202,7 +204,7 @@ TEST(Tokenizer, RefusesDeepNesting) {
   const TemporaryFolder folder("tokenizer");
   const std::filesystem::path path = folder.path() / "tokenizer.json";
   std::string sequence = "null";
-  for (int i = 0; i < 20000; ++i)
+  for (int i = 0; i < repeats(20000, 5000); ++i)
     sequence = R"({"type":"Sequence","pretokenizers":[)" + sequence + "]}";
   for (const std::string& text : {R"({"model":{"type":)" + std::string(100000, '['),
                                   R"({"pre_tokenizer":)" + sequence + "}"}) {
@@ -267,7 +269,7 @@ TEST(Tokenizer, TextThatIsNotSplitMustBeUtf8Too) {
 
 // Searching for each of them anew after each of them would take half an hour.
 TEST(Tokenizer, ManyAddedTokensInALongText) {
-  constexpr int kAdded = 256, kOccurrences = 200000;
+  constexpr int kAdded = 256, kOccurrences = repeats(200000, 20000);
   const Tokenizer tokenizer = changed([](json& f) {
     for (int i = 0; i < kAdded; ++i)
       f["added_tokens"].push_back(

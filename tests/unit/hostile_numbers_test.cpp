@@ -414,6 +414,21 @@ TEST(CacheNumbers, AKeyWhoseNormCannotBeCodedIsRefusedAtOnce) {
   EXPECT_NO_THROW(append(exact, huge, good));  // nothing to code
 }
 
+TEST(CacheNumbers, AValueWhoseScaleCannotBeCodedIsRefusedAtOnce) {
+  Rng rng(12);
+  const auto random = random_value_codec(rng, kChannels, 1, 8);
+  ValueCodecWeights weights = random->weights();
+  for (float& x : weights.decoder) x *= 1e-3f;
+  LayerCache cache(cache_config(),
+                   {nullptr, std::make_shared<const ValueCodec>(random->config(), weights)});
+  const std::vector<float> good(kChannels, 1.0f), huge(kChannels, 1e38f);
+  append(cache, good, good);
+  EXPECT_THAT(error_of([&] { append(cache, good, huge); }),
+              AllOf(HasSubstr("value of token 1 has norm 4e+38"), HasSubstr("bf16")));
+  for (int t = 0; t < 60; ++t) append(cache, good, std::vector<float>(kChannels, 1e31f));
+  EXPECT_EQ(cache.length(), 61);
+}
+
 TEST(CacheNumbers, SizesWhoseSumsOverflowAreRefused) {
   for (Index CacheConfig::*const field : {&CacheConfig::window, &CacheConfig::sinks})
     for (const Index bad : {std::numeric_limits<Index>::max(), (Index{1} << 48) + 1, Index{-1}}) {

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "io/saved_cache_format.hpp"
+#include "reference/crafted_cache.hpp"
 #include "reference/example_data.hpp"
 #include "reference/heap.hpp"
 #include "reference/random_cache.hpp"
@@ -16,6 +17,7 @@ namespace {
 
 using testing_support::append_random;
 using testing_support::read_file;
+using testing_support::repair_digests;
 using testing_support::Rng;
 using testing_support::TemporaryFolder;
 using testing_support::write_file;
@@ -73,17 +75,10 @@ TEST_P(SavedCacheMemory, AFileThatClaimsMoreTakesNoMore) {
   const std::string good = read_file(path());
   for (std::size_t at = 8; at < sizeof(detail::CachePreamble) + 96 + 88; ++at)
     for (const char byte : {'\x7f', '\xff'}) {
-      // The header's digest is made to fit, so that its fields are believed.
+      // With digests that fit, so that its fields are believed.
       std::string bytes = good;
       bytes[at] = byte;
-      detail::CachePreamble preamble;
-      std::memcpy(&preamble, bytes.data(), sizeof preamble);
-      const std::size_t header_bytes =
-          std::min<std::size_t>(preamble.header_bytes, bytes.size() - sizeof preamble);
-      preamble.digest = detail::digest_of(
-          preamble,
-          {reinterpret_cast<const std::uint8_t*>(bytes.data()) + sizeof preamble, header_bytes});
-      std::memcpy(bytes.data(), &preamble, sizeof preamble);
+      repair_digests({reinterpret_cast<std::uint8_t*>(bytes.data()), bytes.size()});
       write_file(path(), bytes);
       EXPECT_LE(peak_of([&] {
                   try {

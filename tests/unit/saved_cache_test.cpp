@@ -9,11 +9,12 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
-#include "core/hasher.hpp"
 #include "io/saved_cache_format.hpp"
+#include "reference/crafted_cache.hpp"
 #include "reference/example_data.hpp"
 #include "reference/faulty_files.hpp"
-#include "reference/random_cache.hpp"
+#include "reference/instrumented.hpp"
+#include "reference/small_cache.hpp"
 
 namespace commvq {
 namespace {
@@ -25,52 +26,18 @@ using testing_support::append_random;
 using testing_support::FaultyFiles;
 using testing_support::MemoryFile;
 using testing_support::normal_floats;
-using testing_support::random_key_codec;
-using testing_support::random_value_codec;
+using testing_support::random_cache;
 using testing_support::read_file;
 using testing_support::Rng;
+using testing_support::small_codec;
+using testing_support::small_codecs;
+using testing_support::small_config;
 using testing_support::TemporaryFolder;
 using testing_support::write_file;
 
 constexpr Index kChannels = 8;  // two heads of 4
-
-CacheConfig small_config() {
-  CacheConfig config;
-  config.rope.pairs.head_dim = config.rope.pairs.rotary_dim = 4;
-  config.num_kv_heads = 2;
-  config.window = 4;
-  config.sinks = 1;
-  config.page_size = 8;
-  return config;
-}
-
-/// Books of five rows: codes of three bits, some of which point nowhere.
-LayerCodec small_codec(std::uint64_t seed, bool norm_per_head = false) {
-  Rng rng(seed);
-  KeyCodecConfig keys;
-  keys.pairs = small_config().rope.pairs;
-  keys.group_pairs = 2;
-  keys.codebook_size = 5;
-  keys.num_stages = 2;
-  keys.norm_per_head = norm_per_head;
-  keys.tied = !norm_per_head;
-  return {random_key_codec(rng, keys, 2), random_value_codec(rng, kChannels, 1, 4)};
-}
-
-/// Both sides coded, one, the other, none.
-std::vector<LayerCodec> small_codecs() {
-  const LayerCodec both = small_codec(1), other = small_codec(2, true);
-  return {both, {other.keys, nullptr}, {nullptr, other.values}, {}};
-}
-
-Cache random_cache(const CacheConfig& config, Index tokens, std::uint64_t seed) {
-  Rng rng(seed);
-  Cache cache(config, small_codecs());
-  for (int i = 0; i < cache.num_layers(); ++i)
-    for (Index done = 0; done < tokens; done += 7)
-      append_random(cache.layer(i), rng, std::min(Index{7}, tokens - done));
-  return cache;
-}
+/// Tests of every byte or bit take so many at a time.
+constexpr std::size_t kStep = testing_support::repeats(1, 13);
 
 std::vector<float> attend_with(const LayerCache& cache, const std::vector<float>& queries) {
   std::vector<float> output(queries.size());
@@ -247,7 +214,7 @@ TEST_F(SavedCache, EveryFlippedBitIsAnError) {
     return detail::load_cache(file(), small_config(), codecs_, "tag", memory);
   };
   expect_equal(load_memory(), cache);
-  for (std::size_t i = 0; i < 8 * memory.bytes.size(); ++i) {
+  for (std::size_t i = 0; i < 8 * memory.bytes.size(); i += kStep) {
     char& byte = memory.bytes[i / 8];
     byte = static_cast<char>(byte ^ (1 << i % 8));
     ASSERT_THAT(error_of(load_memory), HasSubstr(file().string()))
@@ -384,26 +351,15 @@ class CraftedCache : public SavedCache {
   }
   /// Writes the file anew with digests that fit, and tries to read it.
   std::string error_of_crafted() {
-    std::size_t at = 0;
-    for (detail::LayerRecord& layer : header_.layers) {
-      const std::size_t size = std::min<std::size_t>(layer.data_bytes, data_.size() - at);
-      layer.data = digest_of_bytes(std::span(data_).subspan(at, size));
-      at += size;
-    }
-    std::vector<std::uint8_t> header = detail::to_bytes(header_);
+    const std::vector<std::uint8_t> header = detail::to_bytes(header_);
     preamble_.header_bytes = static_cast<std::uint32_t>(header.size());
     preamble_.file_bytes = sizeof preamble_ + header.size() + data_.size();
-    preamble_.digest = detail::digest_of(preamble_, header);
     std::string text(reinterpret_cast<const char*>(&preamble_), sizeof preamble_);
     text.append(header.begin(), header.end());
     text.append(data_.begin(), data_.end());
+    testing_support::repair_digests({reinterpret_cast<std::uint8_t*>(text.data()), text.size()});
     write_file(file(), text);
     return load_error();
-  }
-  static Digest digest_of_bytes(std::span<const std::uint8_t> bytes) {
-    detail::Hasher hasher;
-    hasher.add(bytes);
-    return hasher.digest();
   }
 
   /// Where the page `page` of layer 0 begins in `data_`.
@@ -496,7 +452,7 @@ class InterruptedSave : public SavedCache {
 TEST_F(InterruptedSave, LeavesTheOldFileWholeAtEveryByte) {
   const std::string old_bytes = read_file(file());
   for (const int error : {EIO, ENOSPC}) {
-    for (std::size_t bytes = 0; bytes < size_; ++bytes) {
+    for (std::size_t bytes = 0; bytes < size_; bytes += kStep) {
       FaultyFiles files;
       files.bytes_until_fault = bytes;
       files.error = error;
@@ -515,14 +471,14 @@ TEST_F(InterruptedSave, LeavesTheOldFileWholeAtEveryByte) {
 
 TEST_F(InterruptedSave, LeavesTheOldFileWholeWhereTheProcessEnds) {
   const std::string old_bytes = read_file(file());
-  for (std::size_t bytes = 0; bytes < size_; ++bytes) {
+  for (std::size_t bytes = 0; bytes < size_; bytes += kStep) {
     FaultyFiles files;
     files.bytes_until_fault = bytes;
     files.dies = true;
     ASSERT_NE(save_error(files), "(no error)");
     ASSERT_EQ(read_file(file()), old_bytes) << bytes;
   }
-  EXPECT_GT(files_in_folder(), size_ / 2);  // what it left behind is in nobody's way
+  EXPECT_GT(files_in_folder(), size_ / kStep / 2);  // what it left behind is in nobody's way
   save_cache(file(), new_, "tag");
   expect_equal(load(), new_);
 }
@@ -557,7 +513,7 @@ TEST_F(InterruptedSave, ReadingThatFailsAtAnyByteIsAnError) {
   const auto load_with = [&](FaultyFiles& files) {
     return error_of([&] { detail::load_cache(file(), small_config(), codecs_, "tag", files); });
   };
-  for (std::size_t bytes = 0; bytes < size_; ++bytes) {
+  for (std::size_t bytes = 0; bytes < size_; bytes += kStep) {
     FaultyFiles files;
     files.bytes_until_fault = bytes;
     ASSERT_THAT(load_with(files), AllOf(HasSubstr("at byte " + std::to_string(bytes)),

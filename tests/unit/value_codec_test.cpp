@@ -108,7 +108,8 @@ TEST_P(ValueCodecTest, DecodedValueIsTheSumOfRowsWithTheNormRestored) {
     double length = 0;
     for (int c = 0; c < kChannels; ++c) {
       for (std::size_t i = 0; i < bits.size(); ++i)
-        sum[static_cast<std::size_t>(c)] += bits[i] * codec_->decoder()(static_cast<Index>(i), c);
+        sum[static_cast<std::size_t>(c)] +=
+            static_cast<float>(bits[i]) * codec_->decoder()(static_cast<Index>(i), c);
       length += std::pow(sum[static_cast<std::size_t>(c)], 2);
     }
     const double norm = length_of(values_, t);

@@ -28,7 +28,7 @@ struct Decoded {
     for (int c = 0; c < kChannels; ++c) {
       double& total = sum[static_cast<std::size_t>(c)];
       for (std::size_t i = 0; i < bits.size(); ++i)
-        total += bits[i] * codec.decoder()(static_cast<Index>(i), c);
+        total += static_cast<float>(bits[i]) * codec.decoder()(static_cast<Index>(i), c);
       product += value[c] * total;
       square += total * total;
       value_square += double(value[c]) * value[c];
@@ -55,7 +55,7 @@ bool reference_sweep(const ValueCodec& codec, const float* value, std::vector<in
     const int change = bits[i] != 0 ? -1 : 1;
     for (int c = 0; c < kChannels; ++c)
       changed.sum[static_cast<std::size_t>(c)] +=
-          change * codec.decoder()(static_cast<Index>(i), c);
+          static_cast<float>(change) * codec.decoder()(static_cast<Index>(i), c);
     if (!(changed.error(value) < current.error(value))) continue;
     changed.bits[i] = bits[i] += change;
     current = changed;

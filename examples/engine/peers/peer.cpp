@@ -91,6 +91,7 @@ std::vector<PeerLayer> Peer::make_layers(const ModelConfig& config, const Calibr
   commvq::require(!learnt() || static_cast<int>(data.layers.size()) == config.num_layers, "peer ",
                   name, " learns its codebooks: it needs calibration text");
   std::vector<PeerLayer> layers;
+  layers.reserve(static_cast<std::size_t>(config.num_layers));
   for (int i = 0; i < config.num_layers; ++i)
     layers.push_back(
         LayerMaker(*this, config, seed * 1000003 + static_cast<std::uint64_t>(i))

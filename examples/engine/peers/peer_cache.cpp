@@ -153,7 +153,8 @@ void PeerCache::append_and_attend(int layer_index, MatrixView<const float> queri
   append_rows(rotated, queries);
   rope_.apply(MatrixView<float>(rotated.data(), queries.rows, queries.cols), first);
   const auto head_of = [&](const std::vector<float>& rows, Index channel) {
-    return Strided(rows.data() + channel, static_cast<Index>(rows.size()) / num_channels_, head_dim,
+    return Strided(rows.empty() ? nullptr : rows.data() + channel,
+                   static_cast<Index>(rows.size()) / num_channels_, head_dim,
                    Eigen::OuterStride<>(num_channels_));
   };
 #pragma omp parallel for if (!omp_in_parallel())

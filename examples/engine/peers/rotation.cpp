@@ -38,6 +38,7 @@ std::vector<float> lloyd_max_levels(int bits) {
                   " bits; it must have 1 to 8");
   const int count = 1 << bits;
   std::vector<double> levels;
+  levels.reserve(static_cast<std::size_t>(count));
   for (int i = 0; i < count; ++i) levels.push_back(4.0 * (i + 0.5) / count - 2.0);
   // Alternates borders and means until no level moves.
   for (double moved = 1; moved > 1e-9;) {
