@@ -202,8 +202,6 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
   if (view.layout.is_binary()) {
     binary = add_binary(keys, Rope(rope), view, image);
   } else {
-    require(view.layout.value_blocks == 1, "the value codec has num_blocks ",
-            view.layout.value_blocks, "; with these key codes the device needs 1");
     slices = add_slices(keys, Rope(rope), view, image);
   }
   const Index turns = image.add(turns_of(Rope(rope)));

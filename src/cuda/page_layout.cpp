@@ -62,8 +62,6 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
           "; the device supports 64, 128 and 256");
   require(values.num_channels == num_kv_heads * head_dim, "the value codec has ",
           values.num_channels, " channels; the keys have ", num_kv_heads, " heads of ", head_dim);
-  require(num_kv_heads % value_blocks == 0, "the value codec has num_blocks ", value_blocks,
-          "; it must divide the ", num_kv_heads, " KV heads");
   const int width = slice_width(keys);
   const int step = width == 32 ? 2 : 1;  // books that share a line
   const Index bytes_per_step = IntegerKeySlice::image_bytes(width, 8, 0, step, codebook_size);
@@ -101,6 +99,10 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
   }
   key_norms_offset = at;
   at = align(at + Index{norms_per_token} * page_size * 2);
+  require(
+      value_blocks == 1 || is_binary(), "the value codec has num_blocks ", value_blocks,
+      "; with these key codes the device supports 1, and a block a head with those of speed_1bit ",
+      "and speed_2bit at head_dim 128");
   value_scales_offset = at;
   page_bytes = align(at + Index{value_blocks} * page_size * 2);
 }

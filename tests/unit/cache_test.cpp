@@ -346,7 +346,7 @@ TEST(LayerCache, BytesPerTokenOfSpeedPresets) {
     const Index two_bit =
         bits_of(KeyCodecConfig::speed_2bit(pairs), ValueCodecConfig::speed_2bit(2 * head_dim, 2));
     EXPECT_EQ(one_bit, 2 * (120 * head_dim / 128 + 16 + head_dim + 16));
-    EXPECT_EQ(two_bit, 2 * (244 * head_dim / 128 + 16 + 2 * head_dim + 16));
+    EXPECT_EQ(two_bit, 2 * (248 * head_dim / 128 + 16 + 2 * head_dim + 16));
     if (head_dim < 128) continue;
     EXPECT_LE(one_bit, 1.10 * 4 * head_dim);
     EXPECT_LE(two_bit, 2.10 * 4 * head_dim);

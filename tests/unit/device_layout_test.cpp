@@ -1,4 +1,5 @@
 // The order of codes in a device page, and codebooks in integers. Needs no device.
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -275,7 +276,53 @@ TEST(DeviceLayoutRefusals, NameBlocksOfValues) {
         DevicePageLayout(KeyCodecConfig::commvq_1bit(pairs), 8,
                          ValueCodecConfig::speed_1bit(1024, 8), 64, key_plane_bytes(90));
       },
-      testing::ThrowsMessage<Error>(testing::HasSubstr("num_blocks 8; the device supports 1")));
+      testing::ThrowsMessage<Error>(
+          testing::HasSubstr("num_blocks 8; with these key codes the device supports 1")));
+}
+
+TEST(DeviceLayout, KeepsBinaryTokens) {
+  const PairLayout pairs{128, 128, RopeLayout::kHalfSplit};
+  std::mt19937_64 rng(3);
+  for (const bool two : {false, true}) {
+    const KeyCodecConfig keys =
+        two ? KeyCodecConfig::speed_2bit(pairs) : KeyCodecConfig::speed_1bit(pairs);
+    const ValueCodecConfig values =
+        two ? ValueCodecConfig::speed_2bit(384, 3) : ValueCodecConfig::speed_1bit(384, 3);
+    const DevicePageLayout layout(keys, 3, values, 32, key_plane_bytes(90));
+    ASSERT_TRUE(layout.is_binary());
+    EXPECT_EQ(layout.bytes_per_token(), two ? 3 * (31 + 2 + 32 + 2) : 3 * (15 + 2 + 16 + 2));
+    struct Token {
+      std::vector<std::uint16_t> codes, norms, scales;
+      std::vector<std::uint8_t> value;
+    };
+    std::vector<std::uint8_t> page(static_cast<std::size_t>(layout.page_bytes));
+    std::vector<Token> tokens(32);
+    for (int slot = 0; slot < 32; ++slot) {
+      Token& token = tokens[static_cast<std::size_t>(slot)];
+      for (int i = 0; i < 3 * keys.num_codes(); ++i)
+        token.codes.push_back(static_cast<std::uint16_t>(rng() % 2));
+      for (int i = 0; i < 3; ++i) {
+        token.norms.push_back(static_cast<std::uint16_t>(rng()));
+        token.scales.push_back(static_cast<std::uint16_t>(rng()));
+      }
+      for (int i = 0; i < values.num_code_bits() / 8; ++i)
+        token.value.push_back(static_cast<std::uint8_t>(rng()));
+      put_token(layout, page.data(), slot, token.codes.data(), token.norms.data(),
+                token.value.data(), token.scales.data());
+    }
+    for (int slot = 0; slot < 32; ++slot) {
+      const Token& token = tokens[static_cast<std::size_t>(slot)];
+      Token read = token;
+      for (auto* numbers : {&read.codes, &read.norms, &read.scales})
+        std::fill(numbers->begin(), numbers->end(), std::uint16_t{9});
+      get_token(layout, page.data(), slot, read.codes.data(), read.norms.data(), read.value.data(),
+                read.scales.data());
+      EXPECT_EQ(read.codes, token.codes);
+      EXPECT_EQ(read.norms, token.norms);
+      EXPECT_EQ(read.scales, token.scales);
+      EXPECT_EQ(read.value, token.value);
+    }
+  }
 }
 
 TEST(DeviceLayoutRefusals, NameTheLimit) {

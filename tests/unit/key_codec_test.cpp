@@ -224,7 +224,7 @@ TEST(KeyCodecConfigTest, SpeedPresetsAreBinaryCodesOfWholeHeads) {
     }
   }
   EXPECT_EQ(KeyCodecConfig::speed_1bit({}).bits_per_head(), 120);
-  EXPECT_EQ(KeyCodecConfig::speed_2bit({}).bits_per_head(), 244);
+  EXPECT_EQ(KeyCodecConfig::speed_2bit({}).bits_per_head(), 248);
 }
 
 TEST(KeyCodecConfigTest, NamesTheFieldThatIsOutOfRange) {
