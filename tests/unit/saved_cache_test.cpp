@@ -27,6 +27,7 @@ using testing_support::FaultyFiles;
 using testing_support::MemoryFile;
 using testing_support::normal_floats;
 using testing_support::random_cache;
+using testing_support::random_value_codec;
 using testing_support::read_file;
 using testing_support::Rng;
 using testing_support::small_codec;

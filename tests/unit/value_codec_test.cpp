@@ -252,7 +252,7 @@ TEST(ValueCodecBlocks, AreCodecsSideBySide) {
         config.polish_sweeps = sweeps;
         ValueCodecWeights weights = plain->weights();
         if (scaled)
-          for (int c = 0; c < kChannels; ++c) weights.channel_scales.push_back(0.5f + c % 5);
+          for (int c = 0; c < kChannels; ++c) weights.channel_scales.push_back(0.5f + static_cast<float>(c % 5));
         const ValueCodec codec(config, weights);
         EXPECT_EQ(codec.bits_per_token(), kChannels * bits + kBlocks * 16);
         const Coded whole(codec, view);
