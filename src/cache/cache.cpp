@@ -63,8 +63,7 @@ void require_codable_scales(MatrixView<const float> values, const ValueCodec& co
   std::uint16_t scale = 0;
   for (Index t = 0; t < values.rows; ++t) {
     double sum = 0;
-    for (Index i = 0; i < values.cols; ++i)
-      sum += static_cast<double>(values(t, i)) * values(t, i);
+    for (Index i = 0; i < values.cols; ++i) sum += static_cast<double>(values(t, i)) * values(t, i);
     if (std::sqrt(sum) < kLarge) continue;
     try {
       codec.encode(values.middle_rows(t, 1), {code.data(), 1, codec.code_bytes()}, &scale);

@@ -340,7 +340,8 @@ class Soak {
 };
 
 TEST(Soak, SequencesEqualAPlainModel) {
-  const std::int64_t operations = from_environment("COMMVQ_SOAK_OPERATIONS", testing_support::repeats(20000, 3000));
+  const std::int64_t operations =
+      from_environment("COMMVQ_SOAK_OPERATIONS", testing_support::repeats(20000, 3000));
   const auto seed = static_cast<std::uint64_t>(from_environment("COMMVQ_SOAK_SEED", 1));
   const int threads = omp_get_max_threads();
   omp_set_num_threads(1);  // the work is small

@@ -298,7 +298,8 @@ TEST(LayerCache, BytesPerTokenAreThosePagesAllocate) {
       append_random(cache, rng, 1000);
       Index pages = 0;
       for (const PagePtr& page : cache.pages()) pages += static_cast<Index>(page->capacity());
-      const Index per_page = static_cast<Index>(cache.bytes_per_token() * static_cast<double>(config.page_size));
+      const Index per_page =
+          static_cast<Index>(cache.bytes_per_token() * static_cast<double>(config.page_size));
       EXPECT_EQ(pages, per_page * static_cast<Index>(cache.pages().size()));
       EXPECT_GE(cache.allocated_bytes(), pages);
       EXPECT_EQ(cache.allocated_bytes() - pages,
