@@ -3,7 +3,7 @@
 # Debian 12.
 #   suite        builds everything, warnings being errors, and runs all tests
 #   sanitizers   scripts/test_sanitizers.sh and scripts/coverage.sh
-#   lint         scripts/lint.sh
+#   lint         scripts/lint.sh src
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,4 +22,4 @@ if has sanitizers; then
   scripts/test_sanitizers.sh
   scripts/coverage.sh
 fi
-if has lint; then scripts/lint.sh; fi
+if has lint; then scripts/lint.sh src; fi
