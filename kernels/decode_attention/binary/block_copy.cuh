@@ -10,6 +10,7 @@ template <class Shape>
 __device__ __forceinline__ void find_places(const Problem& p, const KeyCodes& codes, int head,
                                             VectorPlace (&places)[Half<Shape>::kVectors]) {
   using OneHalf = Half<Shape>;
+  static_assert(sizeof(OneHalf) == 16 * OneHalf::kVectors);
   const int vector = static_cast<int>(threadIdx.x);
   if (vector >= OneHalf::kVectors) return;
   VectorPlace place{};

@@ -115,8 +115,8 @@ struct Shared {
   Segment segment;
   int lags[kRows];  ///< how far a row's position is from the last one
   RowSum sums[Shape::kWarps][kRows];
-  std::uint64_t
-      made[Shape::kTiles];  ///< barriers: the tile's warps have made their share of a step
+  /// Barriers: the tile's warps have made their share of a step.
+  std::uint64_t made[Shape::kTiles];
   union {
     struct {
       TileBuffers<Shape> tiles[Shape::kTiles];
