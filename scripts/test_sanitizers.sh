@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 
 stages=${*:-address thread fuzz}
 fuzz_seconds=${COMMVQ_FUZZ_SECONDS:-5}
+jobs=$(nproc)  # before OMP_NUM_THREADS is set, which it heeds
 has() { [[ " $stages " == *" $1 "* ]]; }
 
 scripts/install_packages.sh clang libclang-rt-14-dev libomp-dev llvm libdlpack-dev
@@ -14,8 +15,8 @@ export OMP_WAIT_POLICY=passive
 
 run_tests() {
   cmake --preset "$1" >/dev/null
-  cmake --build --preset "$1" --parallel "$(nproc)"
-  ctest --preset "$1" --parallel "$(nproc)"
+  cmake --build --preset "$1" --parallel "$jobs"
+  ctest --preset "$1" --parallel "$jobs"
 }
 
 if has address; then
@@ -33,4 +34,4 @@ if has thread; then
   export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=2
   run_tests tsan
 fi
-if has fuzz; then LLVM_PROFILE_FILE=/dev/null build-asan/bundle/run.sh "$fuzz_seconds" "$(nproc)"; fi
+if has fuzz; then LLVM_PROFILE_FILE=/dev/null build-asan/bundle/run.sh "$fuzz_seconds" "$jobs"; fi
