@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <fstream>
 #include <system_error>
 
@@ -31,8 +32,12 @@ std::string read_index(const std::filesystem::path& path) {
 
 /// A shard is a file of the folder itself: a path in the index could read any file of the machine.
 void require_plain_name(const std::string& shard, const std::filesystem::path& index) {
+  // Control characters would also reach whoever reads the error of a file that is not there.
+  const auto is_strange = [](unsigned char c) {
+    return c < 0x20 || c == 0x7f || c == '/' || c == '\\';
+  };
   const bool plain = !shard.empty() && shard != "." && shard != ".." &&
-                     shard.find_first_of(std::string_view("/\\\0", 3)) == std::string::npos;
+                     std::none_of(shard.begin(), shard.end(), is_strange);
   require(plain, index.string(), ": shard ", in_quotes(shard),
           " is not the plain name of a file beside the index");
 }

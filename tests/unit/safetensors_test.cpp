@@ -428,7 +428,8 @@ TEST_F(SafetensorsTest, RefusesBadIndexes) {
   EXPECT_EQ(error_for_shard(R"("one.safetensors")"), "(no error)");
   for (const char* escape :
        {R"("../one.safetensors")", R"("/etc/passwd")", R"("x/one.safetensors")", R"("..")",
-        R"(".")", R"("")", R"("one\u0000.safetensors")", R"("..\\one.safetensors")"})
+        R"(".")", R"("")", R"("one\u0000.safetensors")", R"("one\u007f.safetensors")",
+        R"("\u0001one.safetensors")", R"("..\\one.safetensors")"})
     EXPECT_THAT(error_for_shard(escape), HasSubstr("not the plain name")) << escape;
   EXPECT_THAT(error_for_shard("3"), HasSubstr("is not a string"));
   EXPECT_THAT(error_for_shard(R"("two.safetensors")"), HasSubstr("cannot be opened"));
