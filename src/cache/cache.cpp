@@ -60,13 +60,13 @@ void require_codable_scales(MatrixView<const float> values, const ValueCodec& co
                             Index first_token) {
   constexpr double kLarge = 1e30;  // others overflow with decoders of numbers below 1e-8 alone
   std::vector<std::uint8_t> code(static_cast<std::size_t>(codec.code_bytes()));
-  std::uint16_t scale = 0;
+  std::vector<std::uint16_t> scales(static_cast<std::size_t>(codec.config().num_blocks));
   for (Index t = 0; t < values.rows; ++t) {
     double sum = 0;
     for (Index i = 0; i < values.cols; ++i) sum += static_cast<double>(values(t, i)) * values(t, i);
     if (std::sqrt(sum) < kLarge) continue;
     try {
-      codec.encode(values.middle_rows(t, 1), {code.data(), 1, codec.code_bytes()}, &scale);
+      codec.encode(values.middle_rows(t, 1), {code.data(), 1, codec.code_bytes()}, scales.data());
     } catch (const Error&) {
       fail("value of token ", first_token + t, " has norm ", std::sqrt(sum),
            " and needs a scale beyond bf16's range, 3.39e38; scale the values down");

@@ -415,18 +415,20 @@ TEST(CacheNumbers, AKeyWhoseNormCannotBeCodedIsRefusedAtOnce) {
 }
 
 TEST(CacheNumbers, AValueWhoseScaleCannotBeCodedIsRefusedAtOnce) {
-  Rng rng(12);
-  const auto random = random_value_codec(rng, kChannels, 1, 8);
-  ValueCodecWeights weights = random->weights();
-  for (float& x : weights.decoder) x *= 1e-3f;
-  LayerCache cache(cache_config(),
-                   {nullptr, std::make_shared<const ValueCodec>(random->config(), weights)});
-  const std::vector<float> good(kChannels, 1.0f), huge(kChannels, 1e38f);
-  append(cache, good, good);
-  EXPECT_THAT(error_of([&] { append(cache, good, huge); }),
-              AllOf(HasSubstr("value of token 1 has norm 4e+38"), HasSubstr("bf16")));
-  for (int t = 0; t < 60; ++t) append(cache, good, std::vector<float>(kChannels, 1e31f));
-  EXPECT_EQ(cache.length(), 61);
+  for (const int num_blocks : {1, 2}) {
+    Rng rng(12);
+    const auto random = random_value_codec(rng, kChannels, 1, 8, num_blocks);
+    ValueCodecWeights weights = random->weights();
+    for (float& x : weights.decoder) x *= 1e-3f;
+    LayerCache cache(cache_config(),
+                     {nullptr, std::make_shared<const ValueCodec>(random->config(), weights)});
+    const std::vector<float> good(kChannels, 1.0f), huge(kChannels, 1e38f);
+    append(cache, good, good);
+    EXPECT_THAT(error_of([&] { append(cache, good, huge); }),
+                AllOf(HasSubstr("value of token 1 has norm 4e+38"), HasSubstr("bf16")));
+    for (int t = 0; t < 60; ++t) append(cache, good, std::vector<float>(kChannels, 1e31f));
+    EXPECT_EQ(cache.length(), 61);
+  }
 }
 
 TEST(CacheNumbers, SizesWhoseSumsOverflowAreRefused) {
