@@ -59,7 +59,7 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   // A sequence may begin and end within a block.
   p.max_workspace_blocks =
       (limits.total_tokens + kBlockTokens - 1) / kBlockTokens + Index{2} * limits.batch;
-  const bool binary = view.binary.high_eights > 0;
+  const bool binary = view.layout.is_binary();
   const int row_blocks =
       divide_up(p.rows_per_head, binary ? BinaryAttentionConfig::kRows : KeyScoresConfig::kMaxRows);
   p.num_key_parts = std::max(1, view.num_multiprocessors / (p.num_kv_heads * row_blocks));
@@ -108,7 +108,7 @@ class Workspace {
 std::size_t place(Problem& p, const CodebooksView& view, void* memory) {
   Workspace workspace(memory);
   // Attention over binary codes passes nothing from block to block.
-  const Index blocks = view.binary.high_eights > 0 ? 0 : p.max_workspace_blocks;
+  const Index blocks = view.layout.is_binary() ? 0 : p.max_workspace_blocks;
   const Index parts = Index{p.num_value_parts} + p.batch;
   const Index batch_rows = Index{p.batch} * p.num_rows;
   p.weights = workspace.take<std::uint32_t>(blocks * p.row_stride * 16);
@@ -324,7 +324,7 @@ Status decode_attention(const DeviceCodebooks& codebooks, const DecodeAttention&
   const Problem p = problem_of(codebooks, call);
   const CodebooksView& view = codebooks.view();
   cudaError_t error = cudaSuccess;
-  if (view.binary.high_eights > 0) {
+  if (view.layout.is_binary()) {
     error = attend_binary(view, p, call.stream);
   } else {
     error = score_keys(view, p, call.stream);

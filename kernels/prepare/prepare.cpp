@@ -212,7 +212,7 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
   const auto* const base = static_cast<const std::uint8_t*>(result.memory_.get());
   for (int i = 0; i < view.num_slices; ++i)
     point_to(base, slices[static_cast<std::size_t>(i)], view.slices[i]);
-  if (view.binary.high_eights > 0) point_to(base, binary, view.binary);
+  if (view.layout.is_binary()) point_to(base, binary, view.binary);
   view.turns = reinterpret_cast<const std::uint64_t*>(base + turns);
   view.channels = reinterpret_cast<const std::uint16_t*>(base + channels);
   view.decoder = reinterpret_cast<const float*>(base + decoder);

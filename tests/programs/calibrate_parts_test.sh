@@ -3,23 +3,10 @@
 # undisturbed process writes. calibrate_parts_test.sh FOLDER_OF_PROGRAMS MODEL
 set -euo pipefail
 programs=$1 model=$2
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+source "$(dirname "$0")/checks.sh"
 text=$work/text
 export OMP_WAIT_POLICY=passive  # two processes share the cores
 
-fail() {
-  echo "FAILED: $*" >&2
-  exit 1
-}
-# refuses PATTERN COMMAND...: the command ends with an error that matches the pattern, not a crash.
-refuses() {
-  local pattern=$1 status=0
-  shift
-  "$@" >"$work/output" 2>&1 || status=$?
-  ((status > 0 && status < 126)) || fail "status $status of: $*"
-  grep -q -- "$pattern" "$work/output" || fail "no '$pattern' from: $* ($(cat "$work/output"))"
-}
 calibrate() {
   "$programs/calibrate" "$model" --text "$text" --tokens 256 --context 128 --method paper \
     --em-steps 1 --value-steps 4 "$@"

@@ -43,7 +43,7 @@ struct BinaryKeys {
   static constexpr int kTileTokens = 256;
   static constexpr int kNodes = 4;
 
-  int high_eights = 0;  ///< eights of pairs that are decoded: 3, 5 or 8; 0: another kernel's codec
+  int high_eights = 0;  ///< eights of pairs that are decoded: 3, 5 or 8
   int lane_words = 0;   ///< words of codes that a lane reads of a token: 1 or 2
   int nodes[kNodes] = {};  ///< places in a tile
   /// device, fp16 operands: [num_kv_heads][8 lane_words][high_eights][32 lanes] of 16 bytes
@@ -65,7 +65,7 @@ struct CodebooksView {
   DevicePageLayout layout;
   int num_slices = 0;
   KeySlice slices[kMaxSlices] = {};
-  BinaryKeys binary;                        ///< instead of slices, where high_eights > 0
+  BinaryKeys binary;                        ///< instead of slices, where layout.is_binary()
   const std::uint64_t* turns = nullptr;     ///< device, [num_pairs]: RoPE, in 2^-64 turns a token
   const std::uint16_t* channels = nullptr;  ///< device, [2 * num_pairs]: channel of planar index
   /// device, [num_code_bits][num_kv_heads * head_dim / value_blocks]
