@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -48,6 +51,21 @@ class KeyEncoder {
     int candidate;
     std::uint16_t a;
     std::uint16_t b;
+
+    /// The better of two comes first, of equally good ones the smaller (candidate, A, B).
+    bool operator<(const Choice& other) const {
+      return std::tie(error, candidate, a, b) <
+             std::tie(other.error, other.candidate, other.a, other.b);
+    }
+  };
+  /// Scratch memory of the search for the best extensions of one token's candidates.
+  struct Search {
+    using Row = Eigen::Matrix<Scalar, 1, Eigen::Dynamic>;
+
+    Matrix parts;            ///< [width][2 * codebook_size]: of an error, what depends on A, on B
+    Matrix least;            ///< [width][codebook_size]: the least error with each B
+    Row of_columns, sorted;  ///< [codebook_size]: the least of all candidates
+    std::vector<Choice> best;
   };
   /// The candidates of a block of tokens within one group, `width` of them a token.
   struct Beam {
@@ -82,7 +100,8 @@ class KeyEncoder {
   Beam first_beam(MatrixView<const Scalar> keys, int group) const;
   void extend(Beam& beam, int group, int stage, int beam_width) const;
   void best_choices(const Beam& beam, const Matrix& products, Index token, int group, int stage,
-                    std::size_t limit, std::vector<Choice>& best) const;
+                    std::size_t limit, Search& search) const;
+  static void least_of_columns(const ConstMatrixMap& cross, const Scalar* part_a, Scalar* least);
 
   KeyCodebook<Scalar> codebook_;
   std::vector<Scalar> weighted_rows_;  ///< as the codebook's; empty without weights
@@ -222,11 +241,11 @@ void KeyEncoder<Scalar>::extend(Beam& beam, int group, int stage, int beam_width
   next.residuals.resize(tokens * width, both.cols());
   next.errors.resize(static_cast<std::size_t>(tokens * width));
   next.codes.resize(static_cast<std::size_t>(tokens * width * path));
-  std::vector<Choice> best;
+  Search search;
   for (Index t = 0; t < tokens; ++t) {
-    best_choices(beam, products, t, group, stage, static_cast<std::size_t>(width), best);
+    best_choices(beam, products, t, group, stage, static_cast<std::size_t>(width), search);
     for (Index i = 0; i < width; ++i) {
-      const Choice& choice = best[static_cast<std::size_t>(i)];
+      const Choice& choice = search.best[static_cast<std::size_t>(i)];
       const Index from = t * beam.width + choice.candidate;
       const Index to = t * width + i;
       next.residuals.row(to) =
@@ -242,41 +261,80 @@ void KeyEncoder<Scalar>::extend(Beam& beam, int group, int stage, int beam_width
 }
 
 /// The `limit` smallest errors |r - Z_0[a] - Z_1[b]|^2, sorted, over all candidates r of a token:
-///     |r|^2 + (|Z_0[a]|^2 - 2 <r, Z_0[a]>) + (|Z_1[b]|^2 - 2 <r, Z_1[b]>) + 2 <Z_0[a], Z_1[b]>.
+///     (|r|^2 + |Z_1[b]|^2 - 2 <r, Z_1[b]>) + ((|Z_0[a]|^2 - 2 <r, Z_0[a]>) + 2 <Z_0[a], Z_1[b]>).
+/// First the least error of each (r, b): most of them exceed `limit` others, and need no closer look.
 template <class Scalar>
 void KeyEncoder<Scalar>::best_choices(const Beam& beam, const Matrix& products, Index token,
                                       int group, int stage, std::size_t limit,
-                                      std::vector<Choice>& best) const {
-  const int size = codebook_.config.codebook_size;
+                                      Search& search) const {
+  const Index size = codebook_.config.codebook_size;
   const std::size_t at = stage_index(group, stage);
   const Scalar* const norms = &squared_norms_[at * 2 * size];
-  std::vector<Scalar> part_b(static_cast<std::size_t>(size)), row(part_b.size());
-  best.clear();
-  for (int candidate = 0; candidate < beam.width; ++candidate) {
-    const Index index = token * beam.width + candidate;
-    const Scalar* const dots = products.row(index).data();
-    const Scalar error = beam.errors[static_cast<std::size_t>(index)];
-    for (int b = 0; b < size; ++b) part_b[b] = norms[size + b] - 2 * dots[size + b];
-    for (int a = 0; a < size; ++a) {
-      const Scalar part_a = error + norms[a] - 2 * dots[a];
-      const Scalar* const cross = &cross_terms_[(at * size + a) * size];
-      Scalar least = part_a + part_b[0] + cross[0];
-#pragma omp simd reduction(min : least)
-      for (int b = 0; b < size; ++b) {
-        row[b] = part_a + part_b[b] + cross[b];
-        least = row[b] < least ? row[b] : least;
-      }
-      if (best.size() == limit && !(least < best.back().error)) continue;
-      for (int b = 0; b < size; ++b) {
-        if (best.size() == limit && !(row[b] < best.back().error)) continue;
-        if (best.size() == limit) best.pop_back();
-        const auto place =
-            std::upper_bound(best.begin(), best.end(), row[b],
-                             [](Scalar value, const Choice& other) { return value < other.error; });
-        best.insert(place, {row[b], candidate, static_cast<std::uint16_t>(a),
-                            static_cast<std::uint16_t>(b)});
+  const ConstMatrixMap cross(&cross_terms_[at * size * size], size, size);
+  const auto row_of = [&](Index candidate) { return token * beam.width + candidate; };
+  search.parts.resize(beam.width, 2 * size);
+  search.least.resize(beam.width, size);
+  for (Index candidate = 0; candidate < beam.width; ++candidate) {
+    auto parts = search.parts.row(candidate).array();
+    parts = Eigen::Map<const Eigen::Array<Scalar, 1, Eigen::Dynamic>>(norms, 2 * size) -
+            2 * products.row(row_of(candidate)).array();
+    parts.tail(size) += beam.errors[static_cast<std::size_t>(row_of(candidate))];
+    least_of_columns(cross, parts.data(), search.least.row(candidate).data());
+    search.least.row(candidate) += parts.tail(size).matrix();
+  }
+
+  // Columns that do not exceed `bound` hold at least `limit` extensions that do not.
+  Scalar bound = std::numeric_limits<Scalar>::max();
+  search.of_columns = search.least.row(0);
+  for (Index candidate = 1; candidate < beam.width; ++candidate)
+    search.of_columns = search.of_columns.cwiseMin(search.least.row(candidate));
+  if (limit <= static_cast<std::size_t>(size)) {
+    search.sorted = search.of_columns;
+    Scalar* const sorted = search.sorted.data();
+    std::nth_element(sorted, sorted + limit - 1, sorted + size);
+    bound = sorted[limit - 1];
+  }
+  search.best.clear();
+  for (Index b = 0; b < size; ++b) {
+    if (search.of_columns[b] > bound) continue;
+    for (Index candidate = 0; candidate < beam.width; ++candidate) {
+      if (search.least(candidate, b) > bound) continue;
+      const Scalar* const part_a = search.parts.row(candidate).data();
+      const Scalar part_b = part_a[size + b];
+      const Scalar* const column = cross.data() + b;
+      for (Index a = 0; a < size; ++a) {
+        const Scalar error = part_b + (part_a[a] + column[a * size]);
+        if (error <= bound)
+          search.best.push_back({error, static_cast<int>(candidate), static_cast<std::uint16_t>(a),
+                                 static_cast<std::uint16_t>(b)});
       }
     }
+  }
+  const auto middle = search.best.begin() + static_cast<std::ptrdiff_t>(limit);
+  std::partial_sort(search.best.begin(), middle, search.best.end());
+}
+
+/// The least part_a[a] + cross(a, b) of every b.
+template <class Scalar>
+void KeyEncoder<Scalar>::least_of_columns(const ConstMatrixMap& cross, const Scalar* part_a,
+                                          Scalar* least) {
+  constexpr Index kColumns = 64;  // few enough to stay in registers
+  const Index size = cross.rows();
+  for (Index first = 0; first < size; first += kColumns) {
+    const Index count = std::min(kColumns, size - first);
+    const auto extend_by = [&](auto columns) {
+      constexpr int kFixed = decltype(columns)::value;
+      using Row = Eigen::Array<Scalar, 1, kFixed>;
+      Row least_here = Row::Constant(count, std::numeric_limits<Scalar>::max());
+      for (Index a = 0; a < size; ++a)
+        least_here = least_here.min(
+            part_a[a] + Eigen::Map<const Row>(cross.row(a).data() + first, count));
+      Eigen::Map<Row>(least + first, count) = least_here;
+    };
+    if (count == kColumns)
+      extend_by(std::integral_constant<int, kColumns>());
+    else
+      extend_by(std::integral_constant<int, Eigen::Dynamic>());
   }
 }
 
