@@ -28,6 +28,9 @@ namespace {
 
 using engine::Index;
 
+/// Facts that are planted in one text, which is read once for their questions.
+constexpr int kQuestionsOfText = 10;
+
 struct Options {
   std::string model, text, json, exact;
   bool self = false;
@@ -177,7 +180,8 @@ std::string key_of_exact(const Options& options, const engine::Model& model,
   hash.add_numbers(std::span(text));
   return "model " + model.digest() + ", text " + hash.text() + ", context " +
          std::to_string(options.context) + ", contexts " + std::to_string(options.windows) +
-         ", questions " + std::to_string(options.questions) + ", seed " +
+         ", questions " + std::to_string(options.questions) + " of " +
+         std::to_string(kQuestionsOfText) + " a text, seed " +
          std::to_string(options.seed);
 }
 
@@ -208,15 +212,20 @@ void ask_questions(const Options& options, const engine::Model& model,
                    const engine::Tokenizer& tokenizer, const std::vector<int>& text,
                    const std::vector<Row*>& rows) {
   for (Row* row : rows) row->results.retrieved.resize(static_cast<std::size_t>(options.questions));
-  const std::size_t num_tasks = rows.size() * static_cast<std::size_t>(options.questions);
+  const std::size_t num_texts =
+      static_cast<std::size_t>((options.questions + kQuestionsOfText - 1) / kQuestionsOfText);
+  const std::size_t num_tasks = rows.size() * num_texts;
   TaskCount count("Retrieval", num_tasks);
   engine::for_each_task(static_cast<Index>(num_tasks), [&](Index task) {
-    const std::size_t i = static_cast<std::size_t>(task) / rows.size();
+    const auto i = static_cast<int>(static_cast<std::size_t>(task) / rows.size());
     Row& row = *rows[static_cast<std::size_t>(task) % rows.size()];
-    const auto question =
-        engine::retrieval_case(tokenizer, text, options.context, options.seed, static_cast<int>(i));
-    const auto cache = row.method.new_cache();
-    row.results.retrieved[i] = engine::retrieves(model, tokenizer, *cache, question) ? 1 : 0;
+    const int first = i * kQuestionsOfText;
+    const auto asked = engine::retrieval_case(
+        tokenizer, text, options.context, std::min(kQuestionsOfText, options.questions - first),
+        options.seed, i);
+    const std::vector<char> right =
+        engine::retrieve(model, tokenizer, *row.method.new_cache(), asked);
+    std::copy(right.begin(), right.end(), row.results.retrieved.begin() + first);
     count.ended(row.method.name);
   });
 }
@@ -327,7 +336,7 @@ int main(int argc, char** argv) {
   app.add_option("--contexts", options.windows, "Contexts to measure; 0: the whole text")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
-  app.add_option("--questions", options.questions, "Retrieval questions")
+  app.add_option("--questions", options.questions, "Retrieval questions, ten of one text")
       ->check(CLI::Range(0, 100000))
       ->capture_default_str();
   app.add_option("--window", options.window, "Newest tokens that stay exact")

@@ -83,7 +83,7 @@ class Unfinished(Exception):
     """Something was not done by the deadline, or failed."""
 
 
-def run(args, name, program, *arguments):
+def run(args, name, program, *arguments, threads=None):
     """Runs a program of the examples; what it says goes to NAME.log."""
     left = args.deadline - time.monotonic()
     if left <= 0:
@@ -94,7 +94,7 @@ def run(args, name, program, *arguments):
         try:
             status = subprocess.run(command, stdout=log, stderr=log,
                                     timeout=left if left < float("inf") else None,
-                                    env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
+                                    env={**os.environ, "OMP_NUM_THREADS": str(threads or args.threads)})
         except subprocess.TimeoutExpired:
             raise Unfinished(f"{name}: stopped after {time.monotonic() - begun:.0f} s") from None
     if status.returncode != 0:
@@ -113,9 +113,9 @@ class Comparison:
         self.learnt_from = digest(args.calibration)
 
     def runs(self):
-        """Every cache with every seed it has."""
-        return [(cache, seed) for cache in self.args.only
-                for seed in ([0] if cache in PLAIN_PEERS else self.args.seeds)]
+        """Every cache with every seed it has; what one seed needs before the next."""
+        return [(cache, seed) for seed in [0, *self.args.seeds] for cache in self.args.only
+                if (cache in PLAIN_PEERS) == (seed == 0)]
 
     def recipe(self, cache, seed):
         """How a cache is made: a result with another recipe is not used."""
@@ -140,11 +140,12 @@ class Comparison:
     def path(self, cache, seed, suffix):
         return self.args.out / (f"{cache}-{seed}.{suffix}" if seed else f"{cache}.{suffix}")
 
-    def produce(self, cache, seed):
-        """Calibrates and evaluates, as far as that was not done before."""
+    def produce(self, cache, seed, exact):
+        """Calibrates and, once the exact cache is done, evaluates, as far as that was not done."""
         if self.result(cache, seed) is not None:
             return
         source = self.calibrated(cache, seed) if cache in CALIBRATED else self.peer(cache, seed)
+        exact.result()
         report = self.args.out / f"{cache}-{seed}.report.json"
         run(self.args, f"evaluate-{cache}-{seed}", "evaluate", "--text", self.args.validation,
             "--context", self.args.context, "--contexts", self.args.contexts,
@@ -154,6 +155,8 @@ class Comparison:
         report.unlink()
         kept = {"evaluated_on": self.evaluated_on, "recipe": self.recipe(cache, seed),
                 "commit": commit(), "report": report_of}
+        if cache in CALIBRATED:
+            kept["made"] = provenance_of(source[-1])
         self.path(cache, seed, "json").write_text(json.dumps(kept, indent=1))
 
     def calibrated(self, cache, seed):
@@ -175,24 +178,27 @@ class Comparison:
                 "--calibration-tokens", self.args.peer_tokens]
 
     def produce_all(self):
-        """Returns what could not be done. The exact cache comes first: all are compared with it."""
+        """Returns what could not be done."""
         missing = [run_ for run_ in self.runs() if self.result(*run_) is None]
         if not missing:
             return []
         problems = []
-        try:
-            run(self.args, "exact", "evaluate", "--text", self.args.validation,
-                "--context", self.args.context, "--contexts", self.args.contexts,
-                "--questions", self.args.questions, "--exact", self.args.out / "exact.json")
-        except Unfinished as problem:
-            return [problem]
-        with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
-            for done in [pool.submit(self.produce, *run_) for run_ in missing]:
+        with concurrent.futures.ThreadPoolExecutor(self.args.jobs + 1) as pool:
+            exact = pool.submit(self.exact)
+            for done in [pool.submit(self.produce, *run_, exact) for run_ in missing]:
                 try:
                     done.result()
                 except Unfinished as problem:
                     problems.append(problem)
         return problems
+
+    def exact(self):
+        """The exact cache, with which all others are compared, a thread a context."""
+        cores = self.args.threads * self.args.jobs
+        run(self.args, "exact", "evaluate", "--text", self.args.validation,
+            "--context", self.args.context, "--contexts", self.args.contexts,
+            "--questions", self.args.questions, "--exact", self.args.out / "exact.json",
+            threads=min(cores, self.args.contexts or cores))
 
     def rows(self):
         """The caches that are there, each with the results of its seeds."""
@@ -248,10 +254,9 @@ def table(comparison, rows):
             f"| {Figures(results, 'logit_relative_error', 100).text('.1f')} "
             f"| {Figures(results, 'retrieved').text('.3g')} |")
     lines.append("")
-    for cache in rows:
-        path = comparison.path(cache, args.seeds[0], "safetensors")
-        if cache in CALIBRATED and path.exists():
-            lines.append(f"- {cache}: {provenance_of(path)}")
+    for cache, results in rows.items():
+        if cache in CALIBRATED:
+            lines.append(f"- {cache}: {results[0]['made']}")
     if any(cache.startswith(("pq", "rq")) for cache in rows):
         lines.append(f"- pq, rq: k-means on {args.peer_tokens} tokens of the same text")
     return "\n".join(lines)

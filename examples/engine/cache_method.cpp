@@ -19,6 +19,9 @@ class HostCache final : public SequenceCache {
   }
   Index length() const override { return cache_.length(); }
   Index allocated_bytes() const override { return cache_.allocated_bytes(); }
+  std::unique_ptr<SequenceCache> fork() const override {
+    return std::make_unique<HostCache>(cache_.fork());
+  }
 
  private:
   commvq::Cache cache_;

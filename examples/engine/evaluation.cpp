@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <random>
 
 #include "commvq/core/error.hpp"
@@ -68,39 +69,65 @@ Predictions predict(const Model& model, CacheHandle cache, std::span<const int> 
 }
 
 RetrievalCase retrieval_case(const Tokenizer& tokenizer, const std::vector<int>& text, int context,
-                             std::uint64_t seed, int index) {
+                             int num_facts, std::uint64_t seed, int index) {
+  static_assert(std::size(kNames) == kMaxFacts);
+  commvq::require(num_facts >= 1 && num_facts <= kMaxFacts, "there are ", num_facts,
+                  " facts to plant; a text holds 1 to ", kMaxFacts);
   std::mt19937_64 random(seed * 1000003 + static_cast<std::uint64_t>(index));
-  const std::string name = kNames[random() % std::size(kNames)];
+  const auto below = [&](std::size_t limit) { return static_cast<std::size_t>(random() % limit); };
+  std::vector<std::string> names(std::begin(kNames), std::end(kNames));
   RetrievalCase result;
-  for (int i = 0; i < 5; ++i) result.answer += static_cast<char>('0' + random() % 10);
-  const auto planted =
-      tokenizer.encode(" The secret code of " + name + " is " + result.answer + ".");
-  const auto question = tokenizer.encode(" Remember, the secret code of " + name + " is");
-  const auto filler = static_cast<std::ptrdiff_t>(context) -
-                      static_cast<std::ptrdiff_t>(planted.size() + question.size());
-  commvq::require(filler >= 1, "a context of ", context, " tokens has no room for a question");
-  commvq::require(static_cast<std::ptrdiff_t>(text.size()) >= filler, "the text has ", text.size(),
-                  " tokens; a question needs ", filler);
-  const auto first =
-      static_cast<std::ptrdiff_t>(random() % (text.size() - static_cast<std::size_t>(filler) + 1));
-  const auto depth = static_cast<std::ptrdiff_t>(random() % static_cast<std::uint64_t>(filler));
-  const auto begin = text.begin() + first;
-  result.prompt.assign(begin, begin + depth);
-  result.prompt.insert(result.prompt.end(), planted.begin(), planted.end());
-  result.prompt.insert(result.prompt.end(), begin + depth, begin + filler);
-  result.prompt.insert(result.prompt.end(), question.begin(), question.end());
+  std::vector<std::vector<int>> facts;
+  std::size_t num_planted = 0, longest = 0;
+  for (int i = 0; i < num_facts; ++i) {
+    const std::size_t chosen = below(names.size());
+    const std::string name = names[chosen];
+    names.erase(names.begin() + static_cast<std::ptrdiff_t>(chosen));
+    std::string answer;
+    for (int digit = 0; digit < 5; ++digit) answer += static_cast<char>('0' + random() % 10);
+    facts.push_back(tokenizer.encode(" The secret code of " + name + " is " + answer + "."));
+    num_planted += facts.back().size();
+    result.questions.push_back(
+        {tokenizer.encode(" Remember, the secret code of " + name + " is"), answer});
+    longest = std::max(longest, result.questions.back().tokens.size());
+  }
+  const std::size_t needed = num_planted + longest;
+  commvq::require(static_cast<std::size_t>(context) > needed, "a context of ", context,
+                  " tokens has no room for ", num_facts, " facts and a question");
+  const std::size_t filler = static_cast<std::size_t>(context) - needed;
+  commvq::require(text.size() >= filler, "the text has ", text.size(), " tokens; a question needs ",
+                  filler);
+  const auto begin =
+      text.begin() + static_cast<std::ptrdiff_t>(below(text.size() - filler + 1));
+  std::vector<std::size_t> depths;
+  for (int i = 0; i < num_facts; ++i) depths.push_back(below(filler));
+  std::sort(depths.begin(), depths.end());
+  std::size_t done = 0;
+  for (std::size_t i = 0; i <= depths.size(); ++i) {
+    const std::size_t depth = i < depths.size() ? depths[i] : filler;
+    result.text.insert(result.text.end(), begin + static_cast<std::ptrdiff_t>(done),
+                       begin + static_cast<std::ptrdiff_t>(depth));
+    if (i < facts.size()) result.text.insert(result.text.end(), facts[i].begin(), facts[i].end());
+    done = depth;
+  }
   return result;
 }
 
-bool retrieves(const Model& model, const Tokenizer& tokenizer, CacheHandle cache,
-               const RetrievalCase& question) {
-  Sampler greedy{SamplerOptions{}};
-  // A digit may be a token of its own, and a space may stand before the first.
-  const auto tokens =
-      generate(model, cache, question.prompt, static_cast<int>(question.answer.size()) + 1, greedy);
-  std::string text = tokenizer.decode(tokens);
-  text.erase(0, std::min(text.find_first_not_of(' '), text.size()));
-  return text.rfind(question.answer, 0) == 0;
+std::vector<char> retrieve(const Model& model, const Tokenizer& tokenizer, SequenceCache& cache,
+                           const RetrievalCase& asked) {
+  model.prefill(asked.text, cache, Logits::kNone);
+  std::vector<char> right;
+  for (const RetrievalCase::Question& question : asked.questions) {
+    const std::unique_ptr<SequenceCache> fork = cache.fork();
+    Sampler greedy{SamplerOptions{}};
+    // A digit may be a token of its own, and a space may stand before the first.
+    const auto tokens = generate(model, *fork, question.tokens,
+                                 static_cast<int>(question.answer.size()) + 1, greedy);
+    std::string text = tokenizer.decode(tokens);
+    text.erase(0, std::min(text.find_first_not_of(' '), text.size()));
+    right.push_back(text.rfind(question.answer, 0) == 0 ? 1 : 0);
+  }
+  return right;
 }
 
 }  // namespace engine

@@ -26,20 +26,30 @@ struct Predictions {
 /// Runs a window through `cache`, which must be empty.
 Predictions predict(const Model& model, CacheHandle cache, std::span<const int> window);
 
-/// One retrieval question: a fact planted among text, asked for at the end.
+/// A text with facts planted in it, and a question for each: every question follows the text, not
+/// the other questions, so that the text is read once for all.
 struct RetrievalCase {
-  std::vector<int> prompt;
-  std::string answer;  ///< five digits
+  struct Question {
+    std::vector<int> tokens;
+    std::string answer;  ///< five digits
+  };
+  std::vector<int> text;
+  std::vector<Question> questions;
 };
 
-/// `The secret code of NAME is 12345.` planted at a random depth of `context` tokens of `text`,
-/// and `Remember, the secret code of NAME is` at their end. Case `index` of a seed is always the
-/// same. Throws `commvq::Error` if the text is shorter than the context.
-RetrievalCase retrieval_case(const Tokenizer& tokenizer, const std::vector<int>& text, int context,
-                             std::uint64_t seed, int index);
+/// At most so many facts are planted in one text: each has a name of its own.
+inline constexpr int kMaxFacts = 26;
 
-/// True if the model's most probable continuation begins with the answer.
-bool retrieves(const Model& model, const Tokenizer& tokenizer, CacheHandle cache,
-               const RetrievalCase& question);
+/// `The secret code of NAME is 12345.` planted at `num_facts` random places of a piece of `text`,
+/// asked for with `Remember, the secret code of NAME is`; text and longest question are `context`
+/// tokens. Case `index` of a seed is always the same. Throws `commvq::Error` if the text is shorter
+/// than the context, or the context than the facts.
+RetrievalCase retrieval_case(const Tokenizer& tokenizer, const std::vector<int>& text, int context,
+                             int num_facts, std::uint64_t seed, int index);
+
+/// For each question 1 if the model's most probable continuation begins with the answer, else 0.
+/// `cache` must be empty; it ends up with the text.
+std::vector<char> retrieve(const Model& model, const Tokenizer& tokenizer, SequenceCache& cache,
+                           const RetrievalCase& asked);
 
 }  // namespace engine

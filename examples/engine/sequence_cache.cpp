@@ -4,6 +4,10 @@
 
 namespace engine {
 
+std::unique_ptr<SequenceCache> SequenceCache::fork() const {
+  commvq::fail("a cache of this kind cannot be forked");
+}
+
 void CacheHandle::append_and_attend(int layer, MatrixView<const float> queries,
                                     MatrixView<const float> keys, MatrixView<const float> values,
                                     Index sliding_window, MatrixView<float> attended) const {

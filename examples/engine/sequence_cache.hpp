@@ -1,5 +1,7 @@
 #pragma once
 
+#include <memory>
+
 #include "commvq/cache/cache.hpp"
 
 namespace engine {
@@ -21,6 +23,9 @@ class SequenceCache {
   virtual Index length() const = 0;
   /// Bytes of pages and exact copies of all layers.
   virtual Index allocated_bytes() const = 0;
+  /// The same sequence once more, to go on with in another way. Throws `commvq::Error` for kinds
+  /// that cannot.
+  virtual std::unique_ptr<SequenceCache> fork() const;
 };
 
 /// The cache of a sequence, of either kind. Does not own it.

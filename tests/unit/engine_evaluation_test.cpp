@@ -5,6 +5,7 @@
 
 #include <gmock/gmock.h>
 
+#include "engine/cache_method.hpp"
 #include "engine/cache_results.hpp"
 #include "engine/evaluation.hpp"
 #include "engine/generate.hpp"
@@ -61,29 +62,37 @@ TEST(Predict, IsTheNegativeLogLikelihoodOfEachNextToken) {
   }
 }
 
-TEST(Retrieval, PlantsTheFactAndAsksForItAtTheEnd) {
+TEST(Retrieval, PlantsFactsAndAsksForEach) {
   const Tokenizer tokenizer(small_model() / "tokenizer.json");
   const std::vector<int> text = tokenizer.encode(std::string(3000, '.'));
-  std::set<std::string> names;
-  for (int i = 0; i < 200; ++i) {
-    const RetrievalCase question = retrieval_case(tokenizer, text, 60, 5, i);
-    ASSERT_EQ(question.prompt.size(), 60u);
-    const std::string prompt = tokenizer.decode(question.prompt);
-    const std::string fact = " The secret code of ", ask = " Remember, the secret code of ";
-    const std::size_t planted = prompt.find(fact), asked = prompt.find(ask);
-    ASSERT_NE(planted, std::string::npos);
-    ASSERT_GT(asked, planted);
-    const std::string name =
-        prompt.substr(planted + fact.size(), prompt.find(" is ", planted) - planted - fact.size());
-    EXPECT_EQ(prompt.substr(asked), ask + name + " is");
-    EXPECT_NE(prompt.find(name + " is " + question.answer + "."), std::string::npos);
-    EXPECT_EQ(question.answer.size(), 5u);
-    names.insert(name);
-    EXPECT_EQ(retrieval_case(tokenizer, text, 60, 5, i).prompt, question.prompt);
+  std::set<std::string> all_names;
+  for (int i = 0; i < 60; ++i) {
+    const RetrievalCase asked = retrieval_case(tokenizer, text, 120, 4, 5, i);
+    const std::string planted = tokenizer.decode(asked.text);
+    std::set<std::string> names;
+    std::size_t longest = 0;
+    ASSERT_EQ(asked.questions.size(), 4u);
+    for (const RetrievalCase::Question& question : asked.questions) {
+      longest = std::max(longest, question.tokens.size());
+      const std::string words = tokenizer.decode(question.tokens);
+      const std::string ask = " Remember, the secret code of ";
+      ASSERT_EQ(words.rfind(ask, 0), 0u);
+      const std::string name = words.substr(ask.size(), words.rfind(" is") - ask.size());
+      EXPECT_EQ(words, ask + name + " is");
+      EXPECT_EQ(question.answer.size(), 5u);
+      EXPECT_NE(planted.find(" The secret code of " + name + " is " + question.answer + "."),
+                std::string::npos);
+      names.insert(name);
+    }
+    EXPECT_EQ(asked.text.size() + longest, 120u);
+    EXPECT_EQ(names.size(), 4u);
+    all_names.merge(names);
+    EXPECT_EQ(retrieval_case(tokenizer, text, 120, 4, 5, i).text, asked.text);
   }
-  EXPECT_EQ(names.size(), 26u);
-  EXPECT_THROW(retrieval_case(tokenizer, text, 10, 5, 0), commvq::Error);
-  EXPECT_THROW(retrieval_case(tokenizer, {1, 2, 3}, 60, 5, 0), commvq::Error);
+  EXPECT_EQ(all_names.size(), static_cast<std::size_t>(kMaxFacts));
+  EXPECT_THROW(retrieval_case(tokenizer, text, 10, 1, 5, 0), commvq::Error);
+  EXPECT_THROW(retrieval_case(tokenizer, {1, 2, 3}, 60, 1, 5, 0), commvq::Error);
+  EXPECT_THROW(retrieval_case(tokenizer, text, 1000, kMaxFacts + 1, 5, 0), commvq::Error);
 }
 
 TEST(Retrieval, TheShippedModelAnswersWithAnExactCache) {
@@ -91,12 +100,11 @@ TEST(Retrieval, TheShippedModelAnswersWithAnExactCache) {
   const Tokenizer tokenizer(small_model() / "tokenizer.json");
   const std::vector<int> text = write_text(model, {{0}}, 600, 1)[0];
   constexpr int kCases = commvq::testing_support::repeats(10, 2);
-  int right = 0;
-  for (int i = 0; i < kCases; ++i) {
-    commvq::Cache cache = model.make_cache({});
-    right += retrieves(model, tokenizer, cache, retrieval_case(tokenizer, text, 512, 2, i));
-  }
-  EXPECT_GE(right, kCases - 2);
+  const CacheMethod exact = codec_method("exact", model, {}, 128, 0);
+  const auto cache = exact.new_cache();
+  const std::vector<char> right =
+      retrieve(model, tokenizer, *cache, retrieval_case(tokenizer, text, 512, kCases, 2, 0));
+  EXPECT_GE(std::count(right.begin(), right.end(), 1), kCases - 2);
 }
 
 TEST(LogitProbe, MeasuresWhatARoundTripDoesToTheLogits) {
