@@ -231,6 +231,21 @@ void add_decoded_of(const float* decoder, Index decoder_stride, Index num_code_b
         sums[r * stride + d] += codes[r * codes_stride + i] * decoder[i * decoder_stride + d];
 }
 
+/// Adds up the values of a tile for `rows` rows: each load serves all of them.
+template <int rows>
+void add_values_of(const float* values, int count, int width, const float* weights, float* sums,
+                   Index stride) {
+  for (int i = 0; i < width; i += kLanes) {
+    Vec block[rows];
+    for (int r = 0; r < rows; ++r) block[r] = simd::load(sums + r * stride + i);
+    for (int t = 0; t < count; ++t) {
+      const Vec value = simd::load(values + t * width + i);
+      for (int r = 0; r < rows; ++r) block[r] += weights[r * kTile + t] * value;
+    }
+    for (int r = 0; r < rows; ++r) simd::store(sums + r * stride + i, block[r]);
+  }
+}
+
 }  // namespace
 
 void unpack_codes(const std::uint8_t* stream, int width, Index count, std::uint16_t* codes) {
@@ -350,13 +365,11 @@ void add_decoded(const float* decoder, Index decoder_stride, Index num_code_bits
 
 void add_values(const float* values, int count, int width, const float* weights, int rows,
                 float* sums, Index stride) {
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < width; i += kLanes) {
-      Vec sum = simd::load(sums + r * stride + i);
-      for (int t = 0; t < count; ++t)
-        sum += weights[r * kTile + t] * simd::load(values + t * width + i);
-      simd::store(sums + r * stride + i, sum);
-    }
+  int r = 0;
+  for (; r + 8 <= rows; r += 8)
+    add_values_of<8>(values, count, width, weights + r * kTile, sums + r * stride, stride);
+  for (; r < rows; ++r)
+    add_values_of<1>(values, count, width, weights + r * kTile, sums + r * stride, stride);
 }
 
 }  // namespace commvq::attention

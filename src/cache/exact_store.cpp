@@ -23,6 +23,7 @@ void widen_floats(const std::uint8_t* bytes, Index count, FloatType type, float*
     return;
   }
   const auto widen_all = [&](auto widen) {
+#pragma omp simd
     for (Index i = 0; i < count; ++i) {
       std::uint16_t bits;
       std::memcpy(&bits, bytes + 2 * i, 2);
