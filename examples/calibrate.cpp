@@ -27,8 +27,8 @@ struct Options {
   bool self = false;
   int bits = 1;
   int context = 1024;
-  int tokens = 65536;
-  int key_tokens = 32768;
+  int tokens = 0;      ///< 0: by the width of a layer
+  int key_tokens = 0;  ///< 0: half of the tokens
   std::string method = "commvq";
   std::string device = "cpu";
   // Of the key codec; 0: the method's.
@@ -37,12 +37,26 @@ struct Options {
   int group_pairs = 0;
   int em_steps = 0;     ///< 0: the method's
   int refine = -1;      ///< -1: the method's
-  int value_steps = 0;  ///< 0: the method's
+  int value_steps = 0;   ///< 0: the method's
   int value_blocks = 0;  ///< 0: the method's
   int ranks = 1;        ///< devices that share the KV heads of every layer
   int rank = 0;         ///< whose heads to learn
   std::uint64_t seed = 1;
 };
+
+/// Decides what was left open. The wider a layer, the more there is to learn of its values, and the
+/// more text that takes; what the network makes of a third pass over it, flips of bits and least
+/// squares make as well.
+Options with_defaults(Options options, const engine::ModelConfig& config) {
+  constexpr int kFewest = 16384, kMost = 65536, kTokensOfChannel = 96;
+  if (options.tokens == 0)
+    options.tokens = std::clamp(kTokensOfChannel * config.kv_size(), kFewest, kMost);
+  if (options.key_tokens == 0) options.key_tokens = std::max(1, options.tokens / 2);
+  const commvq::ValueTrainerOptions own = commvq::ValueTrainerOptions::commvq({});
+  if (options.value_steps == 0 && options.method != "paper")
+    options.value_steps = std::clamp(2 * options.tokens / own.batch_tokens, 1, own.steps);
+  return options;
+}
 
 std::vector<std::vector<int>> calibration_text(const Options& options, const engine::Model& model,
                                                const engine::Tokenizer& tokenizer) {
@@ -211,10 +225,11 @@ void learn_layers(const Options& options, const engine::Learner& learner,
   }
 }
 
-int calibrate(const Options& options) {
+int calibrate(const Options& given) {
   const engine::Learner learner =
-      options.device == "cuda" ? engine::device_learner() : engine::host_learner();
-  const engine::Model model(options.model);
+      given.device == "cuda" ? engine::device_learner() : engine::host_learner();
+  const engine::Model model(given.model);
+  const Options options = with_defaults(given, model.config());
   const int num_layers = model.config().num_layers, num_kv_heads = model.config().num_kv_heads;
   commvq::require(num_kv_heads % options.ranks == 0, "--ranks is ", options.ranks,
                   "; it must divide the model's ", num_kv_heads, " KV heads");
@@ -274,15 +289,14 @@ int main(int argc, char** argv) {
   app.add_option("--layers", options.layers,
                  "A:B: only layers A up to B, B left out, counted from 0; merge_codebooks joins "
                  "such files");
-  app.add_option("--tokens", options.tokens, "Tokens to calibrate on, spread over the text")
-      ->check(CLI::Range(64, 1 << 24))
-      ->capture_default_str();
+  app.add_option("--tokens", options.tokens, "Tokens to calibrate on, spread over the text; by default 96 for each channel of a "
+                 "layer's keys, from 16,384 to 65,536")
+      ->check(CLI::Range(64, 1 << 24));
   app.add_option("--context", options.context, "Tokens of one context")
       ->check(CLI::Range(16, 1 << 20))
       ->capture_default_str();
-  app.add_option("--key-tokens", options.key_tokens, "At most so many of them for the keys")
-      ->check(CLI::Range(64, 1 << 24))
-      ->capture_default_str();
+  app.add_option("--key-tokens", options.key_tokens, "At most so many of them for the keys; by default half")
+      ->check(CLI::Range(64, 1 << 24));
   app.add_option(
          "--method", options.method,
          "commvq: this library's own; speed: with codes that attention reads faster; paper: "
@@ -308,7 +322,8 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(-1, 1000))
       ->capture_default_str();
   app.add_option("--value-steps", options.value_steps,
-                 "Training steps of each value codec; 0: the method's")
+                 "Training steps of each value codec; 0: the method's, for commvq and speed at most "
+                 "two passes over the text")
       ->check(CLI::Range(0, 10000000))
       ->capture_default_str();
   app.add_option("--value-blocks", options.value_blocks,
