@@ -31,8 +31,8 @@ struct Options {
   int key_tokens = 0;  ///< 0: half of the tokens
   std::string method = "commvq";
   std::string device = "cpu";
+  std::vector<int> stages;  ///< of the keys of all layers, or of each; empty, 0: the method's
   // Of the key codec; 0: the method's.
-  int stages = 0;
   int codebook_size = 0;
   int group_pairs = 0;
   int em_steps = 0;     ///< 0: the method's
@@ -79,7 +79,14 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
                             [&](int written) { progress.update(double(written) / length); });
 }
 
-commvq::KeyLearnerOptions key_options(const Options& options, const commvq::PairLayout& pairs,
+/// Stages of a layer's keys; 0: the method's.
+int stages_of(const Options& options, std::size_t layer) {
+  if (options.stages.empty()) return 0;
+  return options.stages[options.stages.size() == 1 ? 0 : layer];
+}
+
+commvq::KeyLearnerOptions key_options(const Options& options, std::size_t layer,
+                                      const commvq::PairLayout& pairs,
                                       const commvq::QueryStatistics& queries) {
   using commvq::KeyCodecConfig;
   using commvq::KeyLearnerOptions;
@@ -95,7 +102,7 @@ commvq::KeyLearnerOptions key_options(const Options& options, const commvq::Pair
                 : (speed ? KeyCodecConfig::speed_2bit(pairs) : KeyCodecConfig::commvq_2bit(pairs)));
     keys.pair_weights = queries.pair_weights();
   }
-  if (options.stages > 0) keys.codec.num_stages = options.stages;
+  if (const int stages = stages_of(options, layer); stages > 0) keys.codec.num_stages = stages;
   if (options.codebook_size > 0) keys.codec.codebook_size = options.codebook_size;
   if (options.group_pairs > 0) keys.codec.group_pairs = options.group_pairs;
   keys.max_tokens = options.key_tokens;
@@ -138,11 +145,12 @@ std::vector<float> share_of(const Options& options, const std::vector<float>& nu
 }
 
 commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& options,
-                               const engine::ModelConfig& config, engine::LayerData data,
+                               const engine::ModelConfig& config, std::size_t layer,
+                               engine::LayerData data,
                                const commvq::ProgressCallback& progress, std::uint64_t seed) {
   const Index channels = config.kv_size() / options.ranks;
   const auto rows = static_cast<Index>(data.keys.size()) / config.kv_size();
-  commvq::KeyLearnerOptions keys = key_options(options, config.rope.pairs, data.queries);
+  commvq::KeyLearnerOptions keys = key_options(options, layer, config.rope.pairs, data.queries);
   if (options.ranks > 1) {
     if (!keys.pair_weights.empty()) keys.pair_weights = share_of(options, keys.pair_weights, 1);
     data.keys = share_of(options, data.keys, rows);
@@ -168,6 +176,13 @@ commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& op
               learner.train_value_codec({all_values.data(), rows, channels}, values))};
 }
 
+std::string stages_text(const Options& options) {
+  std::string text;
+  for (const int stages : options.stages)
+    text += (text.empty() ? "" : ",") + std::to_string(stages);
+  return text.empty() ? "0" : text;
+}
+
 /// Everything that decides what is learnt but the model, as words "name=value".
 std::string provenance_of(const Options& options, const std::vector<std::vector<int>>& contexts) {
   engine::Hash text;
@@ -176,7 +191,7 @@ std::string provenance_of(const Options& options, const std::vector<std::vector<
   words << "calibrate method=" << options.method << " bits=" << options.bits
         << " tokens=" << contexts.size() * contexts[0].size() << " context=" << options.context
         << " source=" << (options.self ? "self" : "file") << " text=" << text.text()
-        << " key_tokens=" << options.key_tokens << " stages=" << options.stages
+        << " key_tokens=" << options.key_tokens << " stages=" << stages_text(options)
         << " codebook_size=" << options.codebook_size << " group_pairs=" << options.group_pairs
         << " em_steps=" << options.em_steps << " refine=" << options.refine
         << " value_steps=" << options.value_steps << " device=" << options.device
@@ -216,7 +231,7 @@ void learn_layers(const Options& options, const engine::Learner& learner,
     const std::string title =
         "layer " + std::to_string(at + 1) + "/" + std::to_string(layers.size()) + ", ";
     layers[at] = learn_layer(
-        learner, options, model.config(), std::move(data.layers[at]),
+        learner, options, model.config(), at, std::move(data.layers[at]),
         [&](const commvq::Progress& step) {
           progress.update((double(i) + step.fraction) / double(missing.size()), title + step.phase);
         },
@@ -235,6 +250,10 @@ int calibrate(const Options& given) {
                   "; it must divide the model's ", num_kv_heads, " KV heads");
   commvq::require(options.rank < options.ranks, "--rank is ", options.rank, "; there are ",
                   options.ranks, " ranks, the first of them 0");
+  commvq::require(options.stages.size() <= 1 ||
+                      static_cast<int>(options.stages.size()) == num_layers,
+                  "--stages has ", options.stages.size(), " numbers; give one, or one for each of ",
+                  num_layers, " layers");
   const int rank_heads = num_kv_heads / options.ranks;
   commvq::require(rank_heads % value_blocks(options, rank_heads) == 0, "--value-blocks is ",
                   options.value_blocks, "; it must divide the ", rank_heads,
@@ -261,8 +280,11 @@ int calibrate(const Options& given) {
   commvq::CacheConfig config;
   config.rope = codecs.rope;
   config.num_kv_heads = codecs.num_kv_heads;
-  const auto first = static_cast<std::size_t>(range.begin);
-  const double bytes = commvq::LayerCache(config, codecs.layers[first]).bytes_per_token();
+  double bytes = 0;  // mean over the layers
+  for (int layer = range.begin; layer < range.end; ++layer)
+    bytes += commvq::LayerCache(config, codecs.layers[static_cast<std::size_t>(layer)])
+                 .bytes_per_token() /
+             (range.end - range.begin);
   const double fp16 = 4.0 * double(config.num_channels());
   std::printf("%s: %d of %d layers, %.3f bytes a token and layer, 1/%.2f of FP16\n",
               options.out.c_str(), range.end - range.begin, num_layers, bytes, fp16 / bytes);
@@ -303,9 +325,10 @@ int main(int argc, char** argv) {
          "that of the CommVQ paper")
       ->check(CLI::IsMember({"commvq", "speed", "paper"}))
       ->capture_default_str();
-  app.add_option("--stages", options.stages, "Residual stages of the keys; 0: the method's")
-      ->check(CLI::Range(0, 256))
-      ->capture_default_str();
+  app.add_option("--stages", options.stages, "Residual stages of the keys, of all layers or a list A,B,... with those of each "
+                 "(evaluate --by-layer proposes one); 0: the method's")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 256));
   app.add_option("--codebook-size", options.codebook_size,
                  "Centroids of a key codebook; 0: the method's")
       ->check(CLI::Range(0, 65536))

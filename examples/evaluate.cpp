@@ -37,7 +37,7 @@ struct Options {
   std::vector<std::string> codebooks, peers;
   std::string calibration;
   int calibration_tokens = 16384;
-  bool device_keys = false;
+  bool device_keys = false, by_layer = false;
   int context = 4096;
   int windows = 4;
   int questions = 20;
@@ -282,6 +282,43 @@ void write_json(const Options& options, std::size_t num_windows, const engine::M
   commvq::require(file.flush().good(), "cannot write ", options.json);
 }
 
+/// What coding one side of one layer alone does to the next token's distribution, and how the stages
+/// of the keys could be spread over the layers.
+void measure_layers(const Options& options, const engine::Model& model,
+                    const std::vector<int>& window) {
+  commvq::Cache exact = model.make_cache({});
+  const std::vector<float> logits = model.prefill(window, exact, engine::Logits::kAll);
+  for (const std::string& path : options.codebooks) {
+    const std::vector<commvq::LayerCodec> codecs = commvq::load_codecs(path).layers;
+    std::vector<double> divergences(2 * codecs.size());  // keys, then values
+    TaskCount count("Layer by layer", divergences.size());
+    engine::for_each_task(static_cast<Index>(divergences.size()), [&](Index task) {
+      const auto at = static_cast<std::size_t>(task), layer = at % codecs.size();
+      std::vector<commvq::LayerCodec> alone(codecs.size());
+      if (at < codecs.size())
+        alone[layer].keys = codecs[layer].keys;
+      else
+        alone[layer].values = codecs[layer].values;
+      commvq::Cache cache = model.make_cache(alone, options.window, options.sinks);
+      divergences[at] = engine::divergence(model, cache, window, options.window, logits);
+      count.ended(path);
+    });
+    std::printf("\n%s, each side of each layer coded alone:\n%-8s %12s %12s\n", path.c_str(),
+                "layer", "keys", "values");
+    for (std::size_t layer = 0; layer < codecs.size(); ++layer)
+      std::printf("%-8zu %12.6f %12.6f\n", layer, divergences[layer],
+                  divergences[codecs.size() + layer]);
+    if (!codecs[0].keys) continue;
+    divergences.resize(codecs.size());
+    std::printf("as many stages of the keys, spread over the layers: --stages ");
+    const auto spread =
+        engine::spread_stages(divergences, codecs[0].keys->config().num_stages);
+    for (std::size_t layer = 0; layer < spread.size(); ++layer)
+      std::printf("%s%d", layer > 0 ? "," : "", spread[layer]);
+    std::printf("\n");
+  }
+}
+
 int evaluate(const Options& options) {
   const engine::Model model(options.model);
   const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
@@ -289,6 +326,10 @@ int evaluate(const Options& options) {
   const std::vector<int> text = text_of(options, model, tokenizer);
   const auto windows =
       engine::windows_of(text, options.context, options.windows, tokenizer.prefix());
+  if (options.by_layer) {
+    measure_layers(options, model, windows[0]);
+    return 0;
+  }
   const std::string key = key_of_exact(options, model, text);
   if (!options.exact.empty())
     if (auto results = engine::load_results(options.exact, key)) {
@@ -330,6 +371,10 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_flag("--device-keys", options.device_keys,
                "Also with keys in integers, as CUDA devices read them");
+  app.add_flag("--by-layer", options.by_layer,
+               "Instead: the divergence of the next token's distribution when one side of one "
+               "layer is coded, in one context, and stages for calibrate --stages. Give text that "
+               "nothing is evaluated on");
   app.add_option("--context", options.context, "Tokens of one context")
       ->check(CLI::Range(64, 1 << 20))
       ->capture_default_str();

@@ -202,12 +202,12 @@ class Comparison:
 
     def rows(self):
         """The caches that are there, each with the results of its seeds."""
-        rows = {}
+        rows = {cache: [] for cache in self.args.only}
         for cache, seed in self.runs():
             kept = self.result(cache, seed)
             if kept is not None:
-                rows.setdefault(cache, []).append(kept)
-        return rows
+                rows[cache].append(kept)
+        return {cache: results for cache, results in rows.items() if results}
 
 
 class Figures:
@@ -235,24 +235,24 @@ def table(comparison, rows):
     args = comparison.args
     some = next(iter(rows.values()))[0]["report"]
     commits = sorted({result["commit"] for results in rows.values() for result in results})
-    seeds = ", ".join(map(str, args.seeds))
-    lines = [f"Model {args.model.name}, commit {', '.join(commits)}, seeds {seeds}: mean ± standard "
-             f"deviation over seeds. {some['contexts']} contexts of {some['context']} tokens and "
+    lines = [f"Model {args.model.name}, commit {', '.join(commits)}: mean ± standard deviation over "
+             f"seeds. {some['contexts']} contexts of {some['context']} tokens and "
              f"{some['questions']} questions of unseen text, the newest {some['window']} tokens "
              "exact.", "",
-             "| cache | bits a number | perplexity | increase [%] | top-1 [%] | logit error [%] "
-             f"| retrieved of {some['questions']} |", "|---|---|---|---|---|---|---|"]
+             "| cache | seeds | bits a number | perplexity | increase [%] | top-1 [%] | logit error [%] "
+             f"| retrieved of {some['questions']} |", "|---|---|---|---|---|---|---|---|"]
     exact = some["caches"][0]
-    lines.append(f"| exact fp16 | 16.000 | {exact['perplexity']:.3f} | | 100.0 | 0.0 "
+    lines.append(f"| exact fp16 | | 16.000 | {exact['perplexity']:.3f} | | 100.0 | 0.0 "
                  f"| {exact['retrieved']} |")
     for cache, results in rows.items():
         increase = Figures(results, "perplexity_increase", 100)
         lines.append(
-            f"| {cache} | {Figures(results, 'bits_per_number').mean:.3f} "
+            f"| {cache} | {'any' if cache in PLAIN_PEERS else len(results)} "
+            f"| {Figures(results, 'bits_per_number').mean:.3f} "
             f"| {Figures(results, 'perplexity').mean:.3f} | {increase.text('+.2f')} "
             f"| {Figures(results, 'top1_agreement', 100).text('.1f')} "
             f"| {Figures(results, 'logit_relative_error', 100).text('.1f')} "
-            f"| {Figures(results, 'retrieved').text('.3g')} |")
+            f"| {Figures(results, 'retrieved').text('.1f')} |")
     lines.append("")
     for cache, results in rows.items():
         if cache in CALIBRATED:
@@ -279,7 +279,8 @@ def plot(comparison, rows):
         bits, increase, spread = zip(*sorted(points))
         axes.errorbar(bits, increase, yerr=spread, marker="o", markersize=4, capsize=2,
                       linewidth=2 if method == "commvq" else 1, label=method)
-    axes.set(xlabel="bits a number: codes, norms, scales and zeros", ylabel="perplexity over the exact cache [%]", title=comparison.args.model.name)
+    axes.set(xlabel="bits a number: codes, norms, scales and zeros",
+             ylabel="perplexity over the exact cache [%]", title=comparison.args.model.name)
     axes.set_yscale("symlog", linthresh=0.1)  # logarithmic, but noise may fall below zero
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")

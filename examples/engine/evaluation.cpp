@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <random>
 
 #include "commvq/core/error.hpp"
+
+#include <Eigen/Core>
 
 #include "engine/generate.hpp"
 
@@ -66,6 +69,50 @@ Predictions predict(const Model& model, CacheHandle cache, std::span<const int> 
     }
   }
   return result;
+}
+
+double divergence(const Model& model, CacheHandle cache, std::span<const int> window, Index first,
+                  std::span<const float> exact_logits) {
+  const Index vocab = model.config().vocab_size, chunk = Model::kChunkTokens;
+  const auto tokens = static_cast<Index>(window.size());
+  const auto log_probabilities = [&](const float* logits) -> Eigen::ArrayXd {
+    const Eigen::ArrayXd all = Eigen::Map<const Eigen::ArrayXf>(logits, vocab).cast<double>();
+    return all - all.maxCoeff() - std::log((all - all.maxCoeff()).exp().sum());
+  };
+  double sum = 0;
+  for (Index begin = 0; begin < tokens; begin += chunk) {
+    const Index count = std::min(chunk, tokens - begin);
+    const std::vector<float> logits =
+        model.prefill(window.subspan(static_cast<std::size_t>(begin),
+                                     static_cast<std::size_t>(count)),
+                      cache, Logits::kAll);
+    for (Index t = std::max(begin, first); t < begin + count; ++t) {
+      const Eigen::ArrayXd exact = log_probabilities(exact_logits.data() + t * vocab);
+      const Eigen::ArrayXd coded = log_probabilities(logits.data() + (t - begin) * vocab);
+      sum += (exact.exp() * (exact - coded)).sum();
+    }
+  }
+  return sum / static_cast<double>(tokens - first);
+}
+
+std::vector<int> spread_stages(const std::vector<double>& divergences, int stages) {
+  constexpr double kFactor = 0.9;
+  const int fewest = (stages + 1) / 2, most = 2 * stages;
+  std::vector<int> spread(divergences.size(), stages);
+  const auto at = [&](std::size_t layer, int change) {
+    return divergences[layer] * std::pow(kFactor, spread[layer] + change - stages);
+  };
+  while (true) {
+    std::size_t taker = spread.size(), giver = spread.size();
+    double gain = 0, loss = std::numeric_limits<double>::infinity();
+    for (std::size_t i = 0; i < spread.size(); ++i) {
+      if (spread[i] < most && at(i, 0) - at(i, 1) > gain) gain = at(taker = i, 0) - at(i, 1);
+      if (spread[i] > fewest && at(i, -1) - at(i, 0) < loss) loss = at(giver = i, -1) - at(i, 0);
+    }
+    if (taker == spread.size() || giver == spread.size() || !(gain > loss)) return spread;
+    ++spread[taker];
+    --spread[giver];
+  }
 }
 
 RetrievalCase retrieval_case(const Tokenizer& tokenizer, const std::vector<int>& text, int context,

@@ -13,7 +13,9 @@ prints "bytes a token" "$programs/quickstart"
 prints "1/14.84 of FP16" "$programs/calibrate" "$model" --self --bits 1 --method paper \
   --tokens 512 --em-steps 1 --value-steps 5 --out "$work/paper.safetensors"
 prints "1/14.42 of FP16" "$programs/calibrate" "$model" --self --bits 1 --tokens 512 \
-  --em-steps 1 --value-steps 5 --out "$work/1-bit.safetensors"
+  --em-steps 1 --value-steps 5 --stages 10,11,11,11,11,12 --out "$work/1-bit.safetensors"
+refuses "stages has 2 numbers; give one, or one for each of 6 layers" "$programs/calibrate" "$model" \
+  --self --stages 10,11 --out "$work/stages.safetensors"
 prints "1/14.63 of FP16" "$programs/calibrate" "$model" --self --bits 1 --method speed \
   --tokens 512 --em-steps 1 --refine 1 --value-steps 5 --layers 0:1 --out "$work/speed.safetensors"
 refuses "value-blocks is 3; it must divide the 2" "$programs/calibrate" "$model" --self \
@@ -23,6 +25,8 @@ prints "of them coded" "$programs/generate" "$model" --codebooks "$work/1-bit.sa
 prints "^1-bit" "$programs/evaluate" "$model" --self --context 192 --contexts 1 --questions 1 \
   --window 32 --codebooks "$work/1-bit.safetensors" --json "$work/result.json"
 grep -q perplexity_increase "$work/result.json" || fail "evaluate --json"
+prints "spread over the layers: --stages [0-9,]*$" "$programs/evaluate" "$model" --self --context 64 \
+  --contexts 1 --window 32 --codebooks "$work/1-bit.safetensors" --by-layer
 sed 's/[0-9]/& and /g' "$model/config.json" >"$work/text"
 for _ in 1 2 3 4 5; do cat "$work/text" "$work/text" >"$work/more"; mv "$work/more" "$work/text"; done
 head -c 12000 "$work/text" >"$work/short.txt"

@@ -62,6 +62,28 @@ TEST(Predict, IsTheNegativeLogLikelihoodOfEachNextToken) {
   }
 }
 
+TEST(Divergence, IsZeroWithAnExactCacheAndGrowsWithTheWindowThatIsCoded) {
+  const Model model(small_model());
+  const std::vector<int> window = counting(80);
+  commvq::Cache first = model.make_cache({}), second = model.make_cache({});
+  const std::vector<float> logits = model.prefill(window, first, Logits::kAll);
+  EXPECT_EQ(divergence(model, second, window, 10, logits), 0);
+  std::vector<float> other = logits;
+  const auto vocab = static_cast<std::size_t>(model.config().vocab_size);
+  for (std::size_t i = 0; i < other.size(); i += vocab) other[i] += 5;
+  commvq::Cache third = model.make_cache({});
+  EXPECT_GT(divergence(model, third, window, 10, other), 0);
+}
+
+TEST(SpreadStages, GivesTheWorstLayerMoreAtTheSameTotal) {
+  EXPECT_EQ(spread_stages({1, 1, 1}, 11), (std::vector<int>{11, 11, 11}));
+  const std::vector<int> spread = spread_stages({1, 1, 4, 1}, 11);
+  EXPECT_EQ(std::accumulate(spread.begin(), spread.end(), 0), 44);
+  EXPECT_GT(spread[2], spread[0] + 10);  // log(4) / -log(0.9) = 13.2
+  EXPECT_LT(spread[2], spread[0] + 15);
+  EXPECT_EQ(spread_stages({0, 1e9}, 10), (std::vector<int>{5, 15}));
+}
+
 TEST(Retrieval, PlantsFactsAndAsksForEach) {
   const Tokenizer tokenizer(small_model() / "tokenizer.json");
   const std::vector<int> text = tokenizer.encode(std::string(3000, '.'));
