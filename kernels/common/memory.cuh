@@ -52,6 +52,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 }
 
+/// Base-2 logarithm of a number in the normal range, to about 2^-22.
+__device__ __forceinline__ float log2_approx(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+
 /// Element `i` of an array of bf16 or fp16.
 __device__ __forceinline__ float load_float(const void* data, FloatType type, Index i) {
   if (type == FloatType::kBf16) return bf16_to_float(static_cast<const std::uint16_t*>(data)[i]);

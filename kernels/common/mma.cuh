@@ -19,6 +19,17 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], std::uint32_t a0, std
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/// Four matrices of 8 rows x 16 bytes from shared memory: lane 8 i + j names the address of row j
+/// of matrix i, and lane 4 g + q gets word q of row g of every one.
+__device__ __forceinline__ uint4 load_matrices(std::uint32_t row_address) {
+  uint4 words;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(row_address)
+               : "memory");
+  return words;
+}
+
 __device__ __forceinline__ __half2 as_half2(std::uint32_t bits) {
   return *reinterpret_cast<const __half2*>(&bits);
 }

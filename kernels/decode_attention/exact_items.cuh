@@ -4,6 +4,13 @@
 
 namespace commvq::cuda {
 
+/// For the combination, which counts the blocks that are done: by the first kernel of a call.
+template <int kThreads>
+__device__ __forceinline__ void clear_counters(const Problem& p) {
+  if (blockIdx.x > 0 || blockIdx.y > 0) return;
+  for (int i = threadIdx.x; i < p.num_counters; i += kThreads) p.counters[i] = 0;
+}
+
 /// The exact items, a query token, KV head and piece of the tokens each, of thread block `block` of
 /// this launch. The blocks that score no keys take what they can in the time that the others need
 /// for theirs; the rest is shared out evenly.

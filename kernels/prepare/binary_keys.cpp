@@ -111,33 +111,34 @@ class HeadWriter {
     to.push_back(to_fp16(static_cast<float>(std::ldexp(value, 7 - bit % 8))));
   }
 
+  /// Code `place` of eight `eight`: see `BinaryKeys::high_entries`.
+  static int bit_of(int eight, int place) { return eight % 16 + 16 * (place % 2); }
+  static int code_of(int eight, int place) {
+    return 32 * (4 * (eight / 16) + place / 2) + bit_of(eight, place);
+  }
+
   void write_high(double factor) {
-    for (int step = 0; step < 8 * image_.keys.lane_words; ++step)
-      for (int eight = 0; eight < image_.keys.high_eights; ++eight)
-        for (int lane = 0; lane < 32; ++lane) {
-          const int pair = 8 * eight + lane / 4, word = step / 8 * 4 + lane % 4;
-          for (const bool imag : {false, true})
-            for (int odd = 0; odd < 2; ++odd)
-              for (int half = 0; half < 2; ++half) {
-                const int bit = 2 * (step % 8) + odd;
-                append(image_.high_entries, factor * entry(32 * word + bit + 16 * half, pair, imag),
-                       bit);
-              }
-        }
+    for (int pairs = 0; pairs < image_.keys.high_eights; ++pairs)
+      for (const bool imag : {false, true})
+        for (int codes = 0; codes < 16 * image_.keys.lane_words; ++codes)
+          for (int pair = 8 * pairs; pair < 8 * pairs + 8; ++pair)
+            for (int place = 0; place < 8; ++place)
+              append(image_.high_entries, factor * entry(code_of(codes, place), pair, imag),
+                     bit_of(codes, place));
   }
   void write_low(double factor) {
-    for (int tile = 0; tile < 8 * image_.keys.lane_words; ++tile)
-      for (int eight = image_.keys.high_eights; eight < kPairs / 8; ++eight)
-        for (int lane = 0; lane < 32; ++lane) {
-          const int word = tile / 8 * 4 + tile % 8 / 2, bit = tile % 2 * 8 + lane / 4;
-          for (const bool imag : {false, true})
-            for (int half = 0; half < 2; ++half)
-              for (int odd = 0; odd < 2; ++odd)
+    for (int codes = 0; codes < 16 * image_.keys.lane_words; codes += 2)
+      for (int pairs = image_.keys.high_eights; pairs < kPairs / 8; ++pairs)
+        for (int lane = 0; lane < 32; ++lane)
+          for (int odd_codes = 0; odd_codes < 2; ++odd_codes)
+            for (const bool imag : {false, true})
+              for (int odd_pair = 0; odd_pair < 2; ++odd_pair) {
+                const int eight = codes + odd_codes, place = lane / 4;
                 append(image_.low_entries,
-                       factor * entry(32 * word + bit + 16 * half, 8 * eight + 2 * (lane % 4) + odd,
+                       factor * entry(code_of(eight, place), 8 * pairs + 2 * (lane % 4) + odd_pair,
                                       imag),
-                       bit);
-        }
+                       bit_of(eight, place));
+              }
   }
 
   BinaryKeyImage& image_;
@@ -148,7 +149,7 @@ class HeadWriter {
 std::vector<std::uint16_t> turns_of(const Rope& rope, int high_eights) {
   std::vector<std::uint16_t> turns;
   std::vector<double> rotation(2 * static_cast<std::size_t>(rope.pairs().num_pairs()));
-  for (int block = 0; block < kTileTokens / 32; ++block)
+  for (int block = 0; block < BinaryKeys::kTurnTokens / 32; ++block)
     for (int eight = 0; eight < high_eights; ++eight)
       for (int m = 0; m < 2; ++m)
         for (int lane = 0; lane < 32; ++lane)

@@ -41,16 +41,20 @@ struct KeySlice {
 struct BinaryKeys {
   static constexpr int kPairs = 64;
   static constexpr int kTileTokens = 256;
+  static constexpr int kTurnTokens = 128;
   static constexpr int kNodes = 4;
 
-  int high_eights = 0;  ///< eights of pairs that are decoded: 3, 5 or 8
-  int lane_words = 0;   ///< words of codes that a lane reads of a token: 1 or 2
+  int high_eights = 0;     ///< eights of pairs that are decoded: 3, 5 or 8
+  int lane_words = 0;      ///< words of codes that a lane reads of a token: 1 or 2
   int nodes[kNodes] = {};  ///< places in a tile
-  /// device, fp16 operands: [num_kv_heads][8 lane_words][high_eights][32 lanes] of 16 bytes
+  /// device, fp16: [num_kv_heads][high_eights][real, imaginary parts][16 lane_words][8 pairs][8
+  /// codes]; code c of eight i is bit i % 16 + 16 (c % 2) of word 4 (i / 16) + c / 2
   const std::uint32_t* high_entries = nullptr;
-  /// likewise [num_kv_heads][8 lane_words][8 - high_eights][32 lanes]
+  /// device, fp16: [num_kv_heads][8 lane_words][8 - high_eights][32 lanes] of 16 bytes: lane 4g + q
+  /// has pairs 2q, 2q + 1 of code g, real parts and imaginary ones, of two eights of codes
   const std::uint32_t* low_entries = nullptr;
-  /// device, pairs of fp16, [8 blocks][high_eights][2][32 lanes] of 16 bytes: RoPE by a token's place
+  /// device, pairs of fp16, [kTurnTokens / 32][high_eights][2][32 lanes] of 16 bytes: RoPE by 0 to
+  /// kTurnTokens - 1 tokens
   const std::uint32_t* turns = nullptr;
   const float* node_weights = nullptr;  ///< device, [kTileTokens][kNodes]
   const float* high_factors = nullptr;  ///< device, [num_kv_heads]: of products with decoded keys
@@ -70,7 +74,7 @@ struct CodebooksView {
   const std::uint16_t* channels = nullptr;  ///< device, [2 * num_pairs]: channel of planar index
   /// device, [num_code_bits][num_kv_heads * head_dim / value_blocks]
   const float* decoder = nullptr;
-  int num_multiprocessors = 0;              ///< of the device that holds them
+  int num_multiprocessors = 0;  ///< of the device that holds them
 };
 
 /// The codecs of one layer on the device, made once by `prepare`. Owns its memory; moves, does not

@@ -27,41 +27,58 @@ __device__ __forceinline__ void find_places(const Problem& p, const KeyCodes& co
   places[vector] = place;
 }
 
-/// Copies blocks to shared memory, some vectors a lane.
+/// Copies blocks to shared memory: the lower lanes the first half, the upper ones the second.
 template <class Shape>
 class BlockCopy {
   static constexpr int kVectors = Half<Shape>::kVectors;
+  static constexpr int kLanes = 16;
 
  public:
-  /// Reads where the halves of a block lie. Beyond the last token there may be no page: the first
-  /// half stands for the second, whose weights will be zero.
+  /// Reads where a half of a block lies. Beyond the last token there may be no page: the first half
+  /// stands for the second, whose weights will be zero.
   __device__ __forceinline__ void find(const Problem& p, const Segment& segment, int block) {
-    const int token = segment.first_token + block * kBlockTokens;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = token + 16 * half <= segment.last_token ? token + 16 * half : token;
-      pages_[half] = segment.table[at >> p.page.shift];
-      slots_[half] = at & (p.page.size - 1);
-    }
+    int token = segment.first_token + block * kBlockTokens + threadIdx.x % 32 / kLanes * 16;
+    if (token > segment.last_token) token -= 16;
+    page_ = segment.table[token >> p.page.shift];
+    slot_ = token & (p.page.size - 1);
   }
   /// Starts copying the block that was found last.
   __device__ __forceinline__ void start(const Problem& p, const VectorPlace (&places)[kVectors],
                                         Half<Shape>* stage) const {
-    const std::uint8_t* const pages[2] = {p.pages + pages_[0] * p.page_stride,
-                                          p.pages + pages_[1] * p.page_stride};
+    const std::uint8_t* const page = p.pages + page_ * p.page_stride;
+    const int lane = threadIdx.x % kLanes;
+    const std::uint32_t target = shared_address(stage + threadIdx.x % 32 / kLanes) + lane * 16;
 #pragma unroll
-    for (int vector = threadIdx.x % 32; vector < 2 * kVectors; vector += 32) {
-      const bool second = vector >= kVectors;
-      const VectorPlace place = places[second ? vector - kVectors : vector];
-      copy_async_16(shared_address(reinterpret_cast<uint4*>(stage) + vector),
-                    (second ? pages[1] : pages[0]) + place.base +
-                        (second ? slots_[1] : slots_[0]) * place.per_slot);
+    for (int first = 0; first < kVectors; first += kLanes) {
+      if (first + kLanes > kVectors && first + lane >= kVectors) break;
+      const VectorPlace place = places[first + lane];
+      copy_async_16(target + first * 16,
+                    page + static_cast<std::uint32_t>(place.base + slot_ * place.per_slot));
     }
     commit_copies();
   }
 
  private:
-  int pages_[2], slots_[2];
+  int page_, slot_;
+};
+
+/// Where a lane finds the key codes of its four tokens in a stage: bytes to the first one's and
+/// from one to the next.
+struct CodePlace {
+  int first;
+  int stride;
+
+  template <class Shape>
+  static __device__ __forceinline__ CodePlace of_lane() {
+    using OneHalf = Half<Shape>;
+    const int lane = threadIdx.x % 32, q = lane % 4;
+    const int half = lane_token(lane) / 16, slot = lane_token(lane) % 16;
+    // The last lane's last word is the tail: three words hold those of four tokens.
+    const bool is_tail = q == 3;
+    const int in_half = is_tail ? static_cast<int>(offsetof(OneHalf, tails)) + slot / 4 * 12
+                                : (slot * OneHalf::kWords + q) * 4;
+    return {half * static_cast<int>(sizeof(OneHalf)) + in_half, is_tail ? 4 : OneHalf::kWords * 4};
+  }
 };
 
 /// The key codes of a lane's four tokens.
@@ -69,20 +86,23 @@ template <class Shape>
 struct LaneCodes {
   std::uint32_t words[4][Shape::kLaneWords];
 
-  __device__ __forceinline__ explicit LaneCodes(const Half<Shape>* stage) {
-    const int q = threadIdx.x % 4, slot = lane_token() % 16;
-    const Half<Shape>& half = stage[lane_token() / 16];
+  __device__ __forceinline__ LaneCodes(const Half<Shape>* stage, CodePlace place, int lane) {
+    constexpr int kLast = Shape::kLaneWords - 1;
+    const bool is_tail = lane % 4 == 3;
+    const auto* const bytes = reinterpret_cast<const std::uint8_t*>(stage);
+    const auto word = [&](int offset) {
+      return *reinterpret_cast<const std::uint32_t*>(bytes + offset);
+    };
+    if constexpr (kLast > 0) {
+      const Half<Shape>& half = stage[lane_token(lane) / 16];
 #pragma unroll
-    for (int w = 0; w < Shape::kLaneWords; ++w) {
-      // The last lane's last word is the tail: three words hold those of four tokens.
-      const bool is_tail = q == 3 && w + 1 == Shape::kLaneWords;
-      const std::uint32_t* const source =
-          is_tail ? half.tails + slot / 4 * 3 : &half.words[slot][4 * w + q];
-      const int stride = is_tail ? 1 : Half<Shape>::kWords;
-#pragma unroll
-      for (int t = 0; t < 4; ++t) words[t][w] = source[is_tail && t == 3 ? 2 : t * stride];
+      for (int t = 0; t < 4; ++t) words[t][0] = half.words[lane_token(lane) % 16 + t][lane % 4];
     }
-    if (q == 3) spread_tails();
+    const int first = place.first + (is_tail ? 0 : kLast * 16);
+#pragma unroll
+    for (int t = 0; t < 3; ++t) words[t][kLast] = word(first + t * place.stride);
+    words[3][kLast] = word(first + (is_tail ? 2 : 3) * place.stride);
+    if (is_tail) spread_tails();
   }
 
  private:

@@ -1,126 +1,156 @@
 #pragma once
 
 #include "common/mma.cuh"
+#include "common/wgmma.cuh"
 #include "decode_attention/binary/block_copy.cuh"
 
 namespace commvq::cuda::binary_attention {
 
-/// Sixteen bits of the keys of tokens 2m and 2m + 1 as an operand: bits 2 k, 2 k + 1 of the words'
-/// halves.
-__device__ __forceinline__ void bits_of(const std::uint32_t (&words)[4], int k, int m,
+/// The sixteen codes of step `k` of a word, of two tokens (rows g and g + 8), as an operand: bits 2
+/// k and 2 k + 1 of the word's halves. Only the four steps of the lower bytes are fp16 numbers that
+/// entries are scaled for; the others' bits are shifted to theirs.
+__device__ __forceinline__ void bits_of(std::uint32_t first, std::uint32_t second, int k,
                                         std::uint32_t (&bits)[4]) {
-  const std::uint32_t mask = 0x00010001u << (2 * k);
-#pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    bits[t] = words[2 * m + t] & mask;
-    bits[2 + t] = words[2 * m + t] & mask << 1;
-  }
+  const std::uint32_t mask = 0x00010001u << (2 * (k % 4));
+  const int shift = k / 4 * 8;
+  bits[0] = first >> shift & mask;
+  bits[1] = second >> shift & mask;
+  bits[2] = first >> shift & mask << 1;
+  bits[3] = second >> shift & mask << 1;
 }
 
-/// Decodes eights of pairs `[kFirst, kFirst + kCount)`, turns them and adds their products with the
-/// queries to `scores`, and if asked for the products of the other pairs at the nodes.
-template <class Shape, int kFirst, int kCount, bool kWithLow>
-__device__ __forceinline__ void multiply_keys(const Shared<Shape>& shared,
-                                              const LaneCodes<Shape>& codes, int step, int tile,
-                                              int block, float (&scores)[2][4],
-                                              float (&low)[2][2][4]) {
-  const int lane = threadIdx.x % 32;
-  const TileBuffers<Shape>& buffers = shared.tiles[tile];
-  float keys[kCount][2][2][4] = {};  // [eight][real, imaginary][tokens]
+/// Products of the codes of sixteen tokens, 2 `half` and 2 `half` + 1 of every lane, with columns
+/// `[8 kFirst, 8 (kFirst + kCount))`.
+template <class Shape, int kFirst, int kCount>
+__device__ __forceinline__ void multiply_codes(const CodeOperand<Shape>& operand,
+                                               const LaneCodes<Shape>& codes, int half,
+                                               float (&products)[kCount][4]) {
+  const auto word = [&](int token, int w) {
+    return half == 0 ? codes.words[token][w] : codes.words[2 + token][w];
+  };
+#if COMMVQ_WGMMA
+  const WgmmaOperand columns(shared_address(operand[kFirst]), sizeof(operand[0][0]),
+                             sizeof(operand[0]));
+  // A word's products at once: operands of more would take more registers than there are.
 #pragma unroll
   for (int w = 0; w < Shape::kLaneWords; ++w) {
-    std::uint32_t words[4] = {codes.words[0][w], codes.words[1][w], codes.words[2][w],
-                              codes.words[3][w]};
-    // Operands of all steps, read ahead, would take more registers than there are.
-#pragma unroll 1
-    for (int byte = 2 * w; byte < 2 * w + 2; ++byte) {
+    std::uint32_t bits[8][4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        std::uint32_t bits[2][4];
-        bits_of(words, k, 0, bits[0]);
-        bits_of(words, k, 1, bits[1]);
-        if constexpr (kWithLow) {
-          const uint4 b = buffers.low_products[step % 3][4 * byte + k][slot_of(k, lane)];
+    for (int k = 0; k < 8; ++k) {
+      bits_of(word(0, w), word(1, w), k, bits[k]);
+      // Not later than here.
+      asm volatile("" : "+r"(bits[k][0]), "+r"(bits[k][1]), "+r"(bits[k][2]), "+r"(bits[k][3]));
+    }
+    wgmma_begin();
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            mma_16x8x16(low[m][0], bits[m][0], bits[m][1], bits[m][2], bits[m][3], b.x, b.y);
-            mma_16x8x16(low[m][1], bits[m][0], bits[m][1], bits[m][2], bits[m][3], b.z, b.w);
-          }
-        }
+    for (int k = 0; k < 8; ++k)
+      wgmma(products, bits[k],
+            columns.at((8 * w + k) * 2 * static_cast<int>(sizeof(operand[0][0]))), w + k > 0);
+    wgmma_end(products);
+  }
+#else
+  const int lane = threadIdx.x % 32;
+  // Lane 8 i + j reads column j of matrix i: of two eights of codes of two eights of columns.
+  const std::uint32_t column =
+      shared_address(&operand[kFirst + lane / 16][lane / 8 % 2][lane % 8 * 4]);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          const uint4 e = shared.high_entries[4 * byte + k][kFirst + i][lane];
+  for (int i = 0; i < kCount; ++i)
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            mma_16x8x16(keys[i][0][m], bits[m][0], bits[m][1], bits[m][2], bits[m][3], e.x, e.y);
-            mma_16x8x16(keys[i][1][m], bits[m][0], bits[m][1], bits[m][2], bits[m][3], e.z, e.w);
-          }
-        }
+    for (float& product : products[i]) product = 0;
+#pragma unroll
+  for (int w = 0; w < Shape::kLaneWords; ++w) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      std::uint32_t bits[4];
+      bits_of(word(0, w), word(1, w), k, bits);
+#pragma unroll
+      for (int i = 0; i < kCount; i += 2) {
+        const uint4 e = load_matrices(column + i * sizeof(operand[0]) +
+                                      (8 * w + k) * 2 * sizeof(operand[0][0]));
+        mma_16x8x16(products[i], bits[0], bits[1], bits[2], bits[3], e.x, e.y);
+        mma_16x8x16(products[i + 1], bits[0], bits[1], bits[2], bits[3], e.z, e.w);
       }
-#pragma unroll
-      for (std::uint32_t& word : words) word >>= 8;
     }
   }
+#endif
+}
+
+/// The score of two tokens' products at the nodes: the polynomial through them, at the tokens'
+/// places in their tile.
+__device__ __forceinline__ void add_low(const float4* weights, const float (&first)[4],
+                                        const float (&second)[4], float factor,
+                                        float (&scores)[2]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const uint2 query = buffers.high_queries[step % 4][kFirst + i][lane];
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      // Cosines and sines of two pairs: of token 2m, then of token 2m + 1.
-      const uint4 turn = shared.turns[block][kFirst + i][m][lane];
-      std::uint32_t operand[4];
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const __half2 real = __floats2half2_rn(keys[i][0][m][2 * t], keys[i][0][m][2 * t + 1]);
-        const __half2 imag = __floats2half2_rn(keys[i][1][m][2 * t], keys[i][1][m][2 * t + 1]);
-        const __half2 c = as_half2(t == 0 ? turn.x : turn.z),
-                      s = as_half2(t == 0 ? turn.y : turn.w);
-        operand[t] = as_bits(__hfma2(real, c, __hneg2(__hmul2(imag, s))));
-        operand[2 + t] = as_bits(__hfma2(real, s, __hmul2(imag, c)));
-      }
-      mma_16x8x16(scores[m], operand[0], operand[1], operand[2], operand[3], query.x, query.y);
-    }
+  for (int t = 0; t < 2; ++t) {
+    const float4 weight = weights[t];
+    scores[t] += factor * (weight.x * first[2 * t] + weight.y * first[2 * t + 1] +
+                           weight.z * second[2 * t] + weight.w * second[2 * t + 1]);
   }
 }
 
-/// All pairs from eight `kFirst` on, some at once: as many as there are registers for.
+/// Turns an eight of decoded pairs by the tokens' places and adds its products with the queries.
+__device__ __forceinline__ void add_high(uint4 turn, uint2 query, const float (&real_parts)[4],
+                                         const float (&imag_parts)[4], float (&scores)[4]) {
+  std::uint32_t operand[4];
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    const __half2 real = __floats2half2_rn(real_parts[2 * t], real_parts[2 * t + 1]);
+    const __half2 imag = __floats2half2_rn(imag_parts[2 * t], imag_parts[2 * t + 1]);
+    // Cosines and sines of two pairs.
+    const __half2 c = as_half2(t == 0 ? turn.x : turn.z), s = as_half2(t == 0 ? turn.y : turn.w);
+    operand[t] = as_bits(__hfma2(real, c, __hneg2(__hmul2(imag, s))));
+    operand[2 + t] = as_bits(__hfma2(real, s, __hmul2(imag, c)));
+  }
+  mma_16x8x16(scores, operand[0], operand[1], operand[2], operand[3], query.x, query.y);
+}
+
+/// Adds what columns from 8 kFirst on give: some at once.
 template <class Shape, int kFirst>
-__device__ __forceinline__ void multiply_from(const Shared<Shape>& shared,
-                                              const LaneCodes<Shape>& codes, int step, int tile,
-                                              int block, float (&scores)[2][4],
-                                              float (&low)[2][2][4]) {
-  constexpr int kLeft = Shape::kHighEights - kFirst;
-  constexpr int kCount = kLeft < Shape::kEightsAtOnce ? kLeft : Shape::kEightsAtOnce;
-  multiply_keys<Shape, kFirst, kCount, kFirst == 0 && (Shape::kLowEights > 0)>(
-      shared, codes, step, tile, block, scores, low);
+__device__ __forceinline__ void score_from(const Shared<Shape>& shared,
+                                           const LaneCodes<Shape>& codes, int step, int tile,
+                                           int block, int half, int lane, float (&high)[4],
+                                           float (&low)[2]) {
+  constexpr int kLeft = Shape::kColumns - kFirst;
+  constexpr int kCount = kLeft < Shape::kColumnsAtOnce ? kLeft : Shape::kColumnsAtOnce;
+  constexpr int kLow = kFirst == 0 ? Shape::kLowColumns : 0;
+  constexpr int kFirstEight = (kFirst + kLow - Shape::kLowColumns) / 2;
+  float products[kCount][4];
+  multiply_codes<Shape, kFirst>(shared.operand(tile), codes, half, products);
+  if constexpr (kLow > 0)
+    add_low(&shared.node_weights[block * kBlockTokens + lane_token(lane) + 2 * half], products[0],
+            products[1], shared.low_factors[lane % 4], low);
+#pragma unroll
+  for (int i = 0; i < (kCount - kLow) / 2; ++i)
+    add_high(shared.turns[block % kTileWarps][kFirstEight + i][half][lane],
+             shared.turned[tile].high[step % 2][block / kTileWarps][kFirstEight + i][lane],
+             products[kLow + 2 * i], products[kLow + 2 * i + 1], high);
   if constexpr (kLeft > kCount)
-    multiply_from<Shape, kFirst + kCount>(shared, codes, step, tile, block, scores, low);
+    score_from<Shape, kFirst + kCount>(shared, codes, step, tile, block, half, lane, high, low);
 }
 
 /// Scores of a lane's four tokens of a block of the tile, in powers of two, for row q. `stage`
-/// holds the block.
+/// holds the block. Called by all warps of the tile together.
 template <class Shape>
 __device__ __forceinline__ void score_keys(const Shared<Shape>& shared, const Half<Shape>* stage,
-                                           int step, int tile, int block, float (&scores)[4]) {
-  float low[2][2][4] = {}, high[2][4] = {};
-  const LaneCodes<Shape> codes(stage);
-  multiply_from<Shape, 0>(shared, codes, step, tile, block, high, low);
-  const int place = block * kBlockTokens + lane_token();
+                                           CodePlace code_place, int step, int tile, int block,
+                                           int lane, float (&scores)[4]) {
+  const LaneCodes<Shape> codes(stage, code_place, lane);
   float norms[4];
-  widen(stage[lane_token() / 16].norms + lane_token() % 16, norms);
-  const float low_factor = shared.low_factors[threadIdx.x % 4];
-  const float high_factor = shared.high_factors[threadIdx.x % 4];
+  widen(stage[lane_token(lane) / 16].norms + lane_token(lane) % 16, norms);
+  const float high_factor = shared.high_factors[lane % 4];
+#pragma unroll Shape::kHalvesAtOnce
+  for (int half = 0; half < 2; ++half) {
+    float low[2] = {}, high[4] = {};
+    score_from<Shape, 0>(shared, codes, step, tile, block, half, lane, high, low);
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    const int m = t / 2, at = t % 2 * 2;
-    float score = high[m][at] * high_factor;
-    if constexpr (Shape::kLowEights > 0) {
-      const float4 weight = shared.node_weights[place + t];
-      const float sum = weight.x * low[m][0][at] + weight.y * low[m][0][at + 1] +
-                        weight.z * low[m][1][at] + weight.w * low[m][1][at + 1];
-      score += sum * low_factor;
+    for (int t = 0; t < 2; ++t) {
+      const float score = high[2 * t] * high_factor + low[t];
+      if (half == 0) {
+        scores[t] = score * norms[t];
+      } else {
+        scores[2 + t] = score * norms[2 + t];
+      }
     }
-    scores[t] = score * norms[t];
   }
 }
 

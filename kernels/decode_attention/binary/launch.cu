@@ -10,6 +10,7 @@ namespace commvq::cuda {
 namespace {
 
 static_assert(BinaryAttentionConfig::kTileTokens == BinaryKeys::kTileTokens);
+static_assert(binary_attention::kRoundTokens == BinaryKeys::kTurnTokens);
 
 /// Thread blocks (part and head, block of rows) attend over coded tokens; they and
 /// num_exact_blocks others also over the exact ones.
@@ -20,11 +21,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const Problem& problem = arguments.problem;
   let_next_kernel_start();
   const int block = static_cast<int>(blockIdx.x);
-  if (block == 0 && blockIdx.y == 0)
-    for (int i = threadIdx.x; i < problem.num_counters; i += Shape::kThreads)
-      problem.counters[i] = 0;
-  if (block < problem.num_kv_heads * problem.num_key_parts)
+  if (block < problem.num_kv_heads * problem.num_key_parts) {
     binary_attention::run<Shape>(arguments, binary_memory);
+  } else {
+    wait_for_previous_kernel();
+  }
+  clear_counters<Shape::kThreads>(problem);
   if (blockIdx.y == 0) run_exact_items<Shape::kThreads>(problem, block, binary_memory);
 }
 
@@ -51,8 +53,7 @@ cudaError_t launch(const binary_attention::Arguments& arguments, dim3 grid, cuda
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<grid, Shape::kThreads, bytes, stream>>>(arguments);
-  return cudaGetLastError();
+  return launch_early(kernel, grid, Shape::kThreads, bytes, stream, arguments);
 }
 
 }  // namespace

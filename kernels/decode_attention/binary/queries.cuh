@@ -12,7 +12,8 @@ template <class Shape>
 __device__ __forceinline__ void load_queries(const Arguments& a, Shared<Shape>& shared, int seq,
                                              int head, int first_row, int rows) {
   const Problem& p = a.problem;
-  const int row = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int thread = forgotten(static_cast<int>(threadIdx.x));
+  const int row = thread / 32, lane = thread % 32;
   if (row >= kRows) return;
   float2 query[2] = {};
   float largest = 0;
@@ -53,28 +54,31 @@ __device__ __forceinline__ uint2 turned(float4 query, float2 first, float2 secon
                                               query.z * second.y + query.w * second.x)));
 }
 
-/// Turns the queries for step `step` of the segment.
+/// Turns the queries of a tile for step `step` of the segment.
 template <class Shape>
 __device__ __forceinline__ void turn_queries(const Arguments& a, Shared<Shape>& shared, int step,
                                              int tile) {
   // A thread turns two pairs to one place.
-  constexpr int kHighItems = 4 * Shape::kHighEights;
+  constexpr int kHighItems = 4 * Shape::kHighEights * kRounds;
   constexpr int kItems = kHighItems + Shape::kLowEights * 4 * kNodes;
   static_assert(kItems <= kTileWarps * 32, "one item a thread");
-  const int item = threadIdx.x % (kTileWarps * 32);
+  const int item = forgotten(static_cast<int>(threadIdx.x) % (kTileWarps * 32));
   if (item >= kItems) return;
-  TileBuffers<Shape>& buffers = shared.tiles[tile];
+  TurnedQueries<Shape>& queries = shared.turned[tile];
   const bool is_high = item < kHighItems;
-  const int node = is_high ? 0 : (item - kHighItems) % kNodes;
-  const int pair = 2 * (is_high ? item : kHighItems + (item - kHighItems) / kNodes);
-  const int place =
-      (step * Shape::kTiles + tile) * Config::kTileTokens + (is_high ? 0 : a.keys.nodes[node]);
+  const int round = item % kRounds, node = (item - kHighItems) % kNodes;
+  const int pair =
+      2 * (is_high ? item / kRounds : 4 * Shape::kHighEights + (item - kHighItems) / kNodes);
+  const int place = (step * Shape::kTiles + tile) * Config::kTileTokens +
+                    (is_high ? round * kRoundTokens : a.keys.nodes[node]);
   const Index distance = shared.segment.last_position - shared.segment.first_token - place;
-  // Lane 4g + q of an operand holds column g, pairs 2q and 2q + 1 of eight.
-  uint2* const target =
-      (is_high ? buffers.high_queries[step % 4][pair / 8]
-               : buffers.low_queries[step % 2][pair / 8 - Shape::kHighEights][node / 2]) +
-      node % 2 * 4 + pair % 8 / 2;
+  // High: lane 4g + q of an operand holds column g, pairs 2q and 2q + 1 of eight; rows take the
+  // even columns. Low: row g of an operand is row g / 2 at node g % 2, row 8 + g at node 2 + g % 2.
+  std::uint32_t* const target =
+      is_high
+          ? &queries.high[step % 2][round][pair / 8][pair % 8 / 2].x
+          : &queries.low[pair / 8 - Shape::kHighEights][node % 2 * 4 + pair % 8 / 2].x + node / 2;
+  const int row_stride = is_high ? 8 * 2 : 8 * 4, imag = is_high ? 1 : 2;
   float2 first = make_float2(1, 0), second = first;
   int lag = -1;
 #pragma unroll
@@ -84,42 +88,38 @@ __device__ __forceinline__ void turn_queries(const Arguments& a, Shared<Shape>& 
       first = rotation_of(distance - lag, shared.pair_turns[pair]);
       second = rotation_of(distance - lag, shared.pair_turns[pair + 1]);
     }
-    target[row * 8] =
+    const uint2 parts =
         turned(*reinterpret_cast<const float4*>(&shared.queries[row][pair]), first, second);
+    target[row * row_stride] = parts.x;
+    target[row * row_stride + imag] = parts.y;
   }
 }
 
-/// e^T q of sixteen codes a warp for step `step`, for the queries at all nodes: rows g and g + 8 of
-/// a tile of codes are those of bits s and s + 16 of a word, operands together.
+/// e^T q at the nodes: the tile's own columns of what key codes are multiplied with. A warp takes
+/// some pairs of eights of codes.
 template <class Shape>
-__device__ __forceinline__ void multiply_queries(Shared<Shape>& shared, int step, int tile) {
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  TileBuffers<Shape>& buffers = shared.tiles[tile];
-#pragma unroll 1
-  for (int code_tile = threadIdx.x / 32 % kTileWarps; code_tile < Shape::kCodeTiles;
-       code_tile += kTileWarps) {
-    float products[kNodes / 2][4] = {};
+__device__ __forceinline__ void multiply_queries(Shared<Shape>& shared, int tile) {
+  if constexpr (Shape::kLowEights > 0) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kTileWarps;
+    uint4 queries[Shape::kLowEights];
 #pragma unroll
-    for (int k = 0; k < Shape::kLowEights; ++k) {
-      const uint4 e = shared.low_entries[code_tile][k][lane];
+    for (int k = 0; k < Shape::kLowEights; ++k) queries[k] = shared.turned[tile].low[k][lane];
 #pragma unroll
-      for (int n = 0; n < kNodes / 2; ++n) {
-        const uint2 query = buffers.low_queries[step % 2][k][n][lane];
-        mma_16x8x16(products[n], e.x, e.y, e.z, e.w, query.x, query.y);
+    for (int i = 0; i < Shape::kCodeEights / 2 / kTileWarps; ++i) {
+      const int eights = 2 * (i * kTileWarps + warp);
+      float products[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < Shape::kLowEights; ++k) {
+        const uint4 query = queries[k], e = shared.low_entries[eights / 2][k][lane];
+        mma_16x8x16(products[0], query.x, query.y, query.z, query.w, e.x, e.y);
+        mma_16x8x16(products[1], query.x, query.y, query.z, query.w, e.z, e.w);
       }
-    }
-    // Word q of a lane's four, bit s = 8 (tile % 2) + g.
-    const int bit_step = code_tile / 8 * 8 + code_tile % 2 * 4 + g / 2;
-    const int word = code_tile % 8 / 2;
 #pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      auto* const target = reinterpret_cast<std::uint32_t*>(
-          &buffers
-               .low_products[step % 3][bit_step][slot_of(bit_step, (2 * q + column) * 4 + word)]);
+      for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
-      for (int n = 0; n < kNodes / 2; ++n)
-        target[2 * n + g % 2] =
-            as_bits(__floats2half2_rn(products[n][column], products[n][2 + column]));
+        for (int column = 0; column < 2; ++column)
+          shared.operand(tile)[column][eights + odd][lane] =
+              as_bits(__floats2half2_rn(products[odd][2 * column], products[odd][2 * column + 1]));
     }
   }
 }

@@ -11,6 +11,7 @@ using Config = BinaryAttentionConfig;
 constexpr int kTileWarps = Config::kTileWarps;
 constexpr int kTileBlocks = Config::kTileTokens / kBlockTokens;
 constexpr int kRounds = kTileBlocks / kTileWarps;  ///< blocks of a tile that a warp takes
+constexpr int kRoundTokens = kTileWarps * kBlockTokens;
 constexpr int kNodes = BinaryKeys::kNodes;
 constexpr int kRows = Config::kRows;
 
@@ -27,14 +28,20 @@ struct Shape {
   static constexpr int kLaneWords = kLaneWords_;
   static constexpr int kHighEights = kHighEights_;
   static constexpr int kLowEights = BinaryKeys::kPairs / 8 - kHighEights;
-  static constexpr int kSteps = 8 * kLaneWords;        ///< of sixteen key codes
-  static constexpr int kCodeTiles = 8 * kLaneWords;    ///< likewise, as rows of e^T q
+  static constexpr int kCodeEights = 16 * kLaneWords;  ///< eights of key codes
+  /// Eights of columns that key codes are multiplied with: four nodes of four rows, where pairs are
+  /// not decoded, then real and imaginary parts of those that are.
+  static constexpr int kLowColumns = kLowEights > 0 ? 2 : 0;
+  static constexpr int kColumns = kLowColumns + 2 * kHighEights;
+  /// As many as there are registers for; of the halves of a block, whose products may overlap,
+  /// likewise.
+  static constexpr int kColumnsAtOnce = 8;
+  static constexpr int kHalvesAtOnce = kHighEights == 3 && kLaneWords == 1 ? 2 : 1;
   static constexpr int kValueBits = 128 * kLaneWords;  ///< of a head
-  static constexpr int kValueTiles = kValueBits / 16;
-  /// Eights decoded at once: as many as the registers of the compiled kernel allow.
-  static constexpr int kEightsAtOnce = kHighEights == 3 ? 3 : 2;
   /// Sums take registers, of which fewer warps have more.
-  static constexpr int kWarps = kLaneWords == 1 ? 12 : 8;
+  static constexpr int kWarps = kHighEights == 3   ? (kLaneWords == 1 ? 16 : 12)
+                                : kHighEights == 5 ? (kLaneWords == 1 ? 12 : 8)
+                                                   : 8;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTiles = kWarps / kTileWarps;  ///< of a step
   static constexpr int kStepBlocks = kTiles * kTileBlocks;
@@ -51,11 +58,10 @@ struct Segment {
   int seen_begin;     ///< every query sees the coded tokens from here ...
   int seen_end;       ///< ... to here
   int step_blocks;    ///< blocks of a step
-  int waits_before;   ///< of every warp, on its tile's barrier, in earlier segments
   const std::int32_t* table;
 
-  __device__ Segment(const Problem& p, const Cursor& cursor, int step_blocks_, int waits_before_)
-      : seq(cursor.seq), step_blocks(step_blocks_), waits_before(waits_before_) {
+  __device__ Segment(const Problem& p, const Cursor& cursor, int step_blocks_)
+      : seq(cursor.seq), step_blocks(step_blocks_) {
     const Sequence sequence(p, seq);
     count = cursor.count(INT_MAX);
     first_token = cursor.block * kBlockTokens;
@@ -66,7 +72,6 @@ struct Segment {
     table = p.block_table + Index{seq} * p.max_blocks;
   }
   __device__ int num_steps() const { return (count + step_blocks - 1) / step_blocks; }
-  __device__ int waits_end() const { return waits_before + num_steps() + 2; }
 };
 
 /// What a warp reads of sixteen tokens, as it lies in shared memory. All parts are copied in
@@ -91,21 +96,29 @@ struct VectorPlace {
   int per_slot;
 };
 
-/// What a tile's warps share, made two steps ahead and one. A warp may be a step behind the others:
-/// what keys are multiplied with is kept so much longer.
+/// What key codes are multiplied with: matrices of 8 columns x 8 codes, a column after the other.
+/// Code c of eight i is bit i % 16 + 16 (c % 2) of word 4 (i / 16) + c / 2 of a token.
 template <class Shape>
-struct TileBuffers {
-  uint2 low_queries[2][Shape::kLowEights > 0 ? Shape::kLowEights : 1][kNodes / 2][32];
-  uint2 high_queries[4][Shape::kHighEights][32];
-  uint4 low_products[3][Shape::kSteps][32];  ///< e^T q at the nodes, slots permuted: see `slot_of`
+using CodeOperand = std::uint32_t[Shape::kColumns][Shape::kCodeEights][32];
+
+/// Turned queries of a tile, as operands.
+template <class Shape>
+struct TurnedQueries {
+  uint4 low[Shape::kLowEights > 0 ? Shape::kLowEights : 1][32];  ///< at the nodes
+  uint2 high[2][kRounds][Shape::kHighEights]
+            [32];  ///< of even and odd steps, to the round's first token
 };
 
 template <class Shape>
 struct Shared {
-  uint4 high_entries[Shape::kSteps][Shape::kHighEights][32];
-  uint4 low_entries[Shape::kCodeTiles][Shape::kLowEights > 0 ? Shape::kLowEights : 1][32];
-  uint4 turns[kTileBlocks][Shape::kHighEights][2][32];
+  /// A tile has its own columns e^T q, and the other columns beside them.
+  static constexpr int kOperands = Shape::kLowEights > 0 ? Shape::kTiles : 1;
+
+  alignas(128) CodeOperand<Shape> operands[kOperands];
+  uint4 low_entries[Shape::kCodeEights / 2][Shape::kLowEights > 0 ? Shape::kLowEights : 1][32];
+  uint4 turns[kTileWarps][Shape::kHighEights][2][32];
   float4 node_weights[Config::kTileTokens];
+  TurnedQueries<Shape> turned[Shape::kTiles];
   alignas(16) float2 queries[kRows][BinaryKeys::kPairs];  ///< brought to about 1
   std::uint64_t pair_turns[BinaryKeys::kPairs];
   float low_factors[kRows];   ///< from products at the nodes to scores
@@ -115,28 +128,34 @@ struct Shared {
   Segment segment;
   int lags[kRows];  ///< how far a row's position is from the last one
   RowSum sums[Shape::kWarps][kRows];
-  /// Barriers: the tile's warps have made their share of a step.
-  std::uint64_t made[Shape::kTiles];
   union {
-    struct {
-      TileBuffers<Shape> tiles[Shape::kTiles];
-      Half<Shape> stages[Shape::kWarps][2][2];  ///< [two blocks][two halves]
-    };
-    float outputs[Shape::kWarps][kRows][Shape::kValueBits];
+    alignas(16) Half<Shape> stages[Shape::kWarps][2][2];  ///< [two blocks][two halves]
+    alignas(16) float outputs[Shape::kWarps][kRows][Shape::kValueBits];
   };
+
+  __device__ CodeOperand<Shape>& operand(int tile) { return operands[tile % kOperands]; }
+  __device__ const CodeOperand<Shape>& operand(int tile) const {
+    return operands[tile % kOperands];
+  }
 };
 
 /// A lane's four tokens of a block follow each other: 4 (g / 2) + 16 (g % 2) and on, so that the
 /// transposed weights of two lanes are those of tokens s and s + 16, as in the values' words.
-__device__ __forceinline__ int lane_token() {
-  const int g = threadIdx.x % 32 / 4;
+__device__ __forceinline__ int lane_token(int lane) {
+  const int g = lane / 4;
   return 4 * (g / 2) + 16 * (g % 2);
 }
 
-/// Where lane `lane` of step `step` finds its products: lanes of one eight are permuted so that
-/// writers meet fewer of the same banks.
-__device__ __forceinline__ int slot_of(int step, int lane) {
-  return lane ^ (lane >> 3 | (step & 1) << 2);
+/// A number that the compiler knows nothing of: what follows from it is computed where it is
+/// needed, not kept in registers from loop to loop, of which there are none to spare.
+__device__ __forceinline__ int forgotten(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+/// Waits for all warps of a tile.
+__device__ __forceinline__ void wait_for_tile(int tile) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(1 + tile), "n"(kTileWarps * 32) : "memory");
 }
 
 }  // namespace commvq::cuda::binary_attention

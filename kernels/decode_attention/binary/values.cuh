@@ -15,12 +15,14 @@ __device__ __forceinline__ std::uint32_t transposed(std::uint32_t fragment) {
 }
 
 /// What a warp has gathered: lane 4g + q holds row q's largest score and a share of its sum, and
-/// sums of the values' bits 16 g + 2 i (first) and 16 g + 2 i + 1 (third of four).
+/// sums of the values' bits from kLaneBits g on, fours after each other: bits 0, 2, 1 and 3.
 template <class Shape>
 struct Gathered {
+  static constexpr int kLaneBits = Shape::kValueBits / 8;
+
   float largest = -INFINITY;
   float sum = 0;
-  float values[Shape::kValueTiles][4] = {};
+  float values[kLaneBits / 4][4] = {};
 };
 
 /// The weights of a later score may exceed those of the largest so far by 2^kSlack before all sums
@@ -28,14 +30,14 @@ struct Gathered {
 constexpr float kSlack = 8;
 
 /// Scores to weights, as operands of the products with the bits of values: tokens s and s + 16 in
-/// one register, s = 4 q + t, for column g, times 2^(7 - s % 8).
+/// one register, s = 4 q + t, for columns 2 row and 2 row + 1, times 2^(7 - s % 8).
 template <class Shape>
-__device__ __forceinline__ void weigh(float (&scores)[4], const float (&scales)[4],
+__device__ __forceinline__ void weigh(float (&scores)[4], const float (&scales)[4], int lane,
                                       Gathered<Shape>& gathered, std::uint32_t (&weights)[4]) {
   float largest = -INFINITY;
 #pragma unroll
   for (int t = 0; t < 4; ++t)
-    largest = fmaxf(largest, scores[t] + __log2f(fmaxf(scales[t], kLeastScale)));
+    largest = fmaxf(largest, scores[t] + log2_approx(fmaxf(scales[t], kLeastScale)));
   if (__any_sync(~0u, largest > gathered.largest + kSlack)) {
 #pragma unroll
     for (int step = 4; step < 32; step *= 2)
@@ -45,49 +47,61 @@ __device__ __forceinline__ void weigh(float (&scores)[4], const float (&scales)[
       gathered.largest = largest;
       gathered.sum *= keep;
 #pragma unroll
-      for (int i = 0; i < Shape::kValueTiles; ++i)
-        gathered.values[i][0] *= keep, gathered.values[i][2] *= keep;
+      for (auto& four : gathered.values)
+#pragma unroll
+        for (float& value : four) value *= keep;
     }
   }
   const float reference = fmaxf(gathered.largest, -1e30f);
-  const float factor = threadIdx.x % 16 < 8 ? 128.0f : 8.0f;  // 2^(7 - (4 (g / 2) % 8))
+  const float factor = lane % 16 < 8 ? 128.0f : 8.0f;  // 2^(7 - (4 (g / 2) % 8))
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const float weight = exp2_approx(scores[t] - reference);
     gathered.sum += weight;
     // A scale that is NaN, of a token that could not be coded, shows.
     const float scaled = weight * scales[t] * (factor / static_cast<float>(1 << t));
-    weights[t] = transposed(as_bits(__floats2half2_rn(scaled, 0)));
+    weights[t] = transposed(as_bits(__floats2half2_rn(scaled, scaled)));
   }
 }
 
-/// Adds weights times bits of the values. Lane 4g + q holds bits 16 g and those after it, of tokens
-/// 4 q to 4 q + 3 of either half: in one byte of the words.
+/// Adds weights times bits of the values. Lane 4g + q holds bits kLaneBits g and those after it, of
+/// tokens 4 q to 4 q + 3 of either half: in one byte of the words. A product takes two sets of
+/// sixteen bits of the same eight tokens: the first's sums are its even columns, the second's the
+/// odd ones.
 template <class Shape>
 __device__ __forceinline__ void add_values(const Half<Shape>* stage,
-                                           const std::uint32_t (&weights)[4],
+                                           const std::uint32_t (&weights)[4], int lane,
                                            Gathered<Shape>& gathered) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const int g = lane / 4, q = lane % 4;
   const std::uint32_t select_first = q < 2 ? 0x5410 : 0x5511,
                       select_second = q < 2 ? 0x7632 : 0x7733;
   const std::uint32_t lane_mask = 0x00010001u << (q % 2 * 4);
-  constexpr int kLaneBits = Shape::kValueBits / 8;
+  std::uint32_t even[4], odd[4];
 #pragma unroll
-  for (int vector = 0; vector < kLaneBits / 8; ++vector) {
-    const int bit = g * kLaneBits + vector * 8;
+  for (int t = 0; t < 4; ++t) {
+    even[t] = g % 2 == 0 ? weights[t] : 0;
+    odd[t] = g % 2 == 0 ? 0 : weights[t];
+  }
+#pragma unroll
+  for (int vector = 0; vector < Gathered<Shape>::kLaneBits / 8; ++vector) {
+    const int bit = g * Gathered<Shape>::kLaneBits + vector * 8;
     const uint4 low = *reinterpret_cast<const uint4*>(stage[0].values + bit);
     const uint4 high = *reinterpret_cast<const uint4*>(stage[1].values + bit);
     const std::uint32_t lows[4] = {low.x, low.y, low.z, low.w};
     const std::uint32_t highs[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const std::uint32_t first = __byte_perm(lows[i], highs[i], select_first);
-      const std::uint32_t second = __byte_perm(lows[i], highs[i], select_second);
+    for (int i = 0; i < 4; i += 2) {
+      std::uint32_t words[4];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const std::uint32_t mask = lane_mask << (2 * k);
-        mma_16x8x16(gathered.values[4 * vector + i], first & mask, second & mask, first & mask << 1,
-                    second & mask << 1, weights[2 * k], weights[2 * k + 1]);
+      for (int j = 0; j < 2; ++j) {
+        words[2 * j] = __byte_perm(lows[i + j], highs[i + j], select_first);
+        words[2 * j + 1] = __byte_perm(lows[i + j], highs[i + j], select_second);
+      }
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const std::uint32_t mask = lane_mask << t;
+        mma_16x8x16(gathered.values[2 * vector + i / 2], words[0] & mask, words[1] & mask,
+                    words[2] & mask, words[3] & mask, even[t], odd[t]);
       }
     }
   }
@@ -100,13 +114,15 @@ __device__ __forceinline__ void store(const Problem& p, Shared<Shape>& shared, I
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) gathered.sum += __shfl_xor_sync(~0u, gathered.sum, step);
-  __syncthreads();  // the tiles' memory serves the outputs now
+  __syncthreads();  // the blocks' memory serves the outputs now
   if (g == 0) shared.sums[warp][q] = {gathered.largest, gathered.sum};
-  float* const mine = shared.outputs[warp][q] + g * (Shape::kValueBits / 8);
+  constexpr int kLaneBits = Gathered<Shape>::kLaneBits;
+  float* const mine = shared.outputs[warp][q] + g * kLaneBits;
 #pragma unroll
-  for (int i = 0; i < Shape::kValueTiles; ++i)
-    *reinterpret_cast<float2*>(mine + 2 * i) =
-        make_float2(gathered.values[i][0], gathered.values[i][2]);
+  for (int i = 0; i < kLaneBits / 4; ++i) {
+    const float(&four)[4] = gathered.values[i];
+    *reinterpret_cast<float4*>(mine + 4 * i) = make_float4(four[0], four[2], four[1], four[3]);
+  }
   __syncthreads();
 #pragma unroll 1
   for (int item = threadIdx.x; item < rows * Shape::kValueBits; item += Shape::kThreads) {

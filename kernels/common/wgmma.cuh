@@ -1,0 +1,88 @@
+#pragma once
+
+#include <cstdint>
+
+/// Products of a warp group, four warps whose first one's number is a multiple of four, in code for
+/// sm_90a (wgmma of the PTX ISA). c += a b with a [64][16] fp16 in registers, sixteen rows a warp
+/// as in `mma_16x8x16`; b [16][columns] fp16 in shared memory, column-major; c fp32 in registers,
+/// eight columns after the other as in `mma_16x8x16`. The products run asynchronously:
+///
+///     wgmma_begin();
+///     wgmma(c, a, b, false); wgmma(c, a, b, true); ...
+///     wgmma_end(c);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define COMMVQ_WGMMA 1
+#else
+#define COMMVQ_WGMMA 0
+#endif
+
+namespace commvq::cuda {
+
+/// Lets the asynchronous units see what this thread wrote to shared memory; before the barrier
+/// after which they read it.
+__device__ __forceinline__ void show_to_async_units() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
+#if COMMVQ_WGMMA
+
+/// Where b lies: matrices of 8 columns x 8 rows, a column's 16 bytes after the other, the next
+/// eight rows `row_stride` bytes further and the next eight columns `column_stride`; neither is
+/// swizzled. The address must be the same for all threads and, for speed, known to be.
+struct WgmmaOperand {
+  std::uint32_t low, high;
+
+  __device__ __forceinline__ WgmmaOperand(std::uint32_t address, int row_stride, int column_stride)
+      : low(address >> 4 | static_cast<std::uint32_t>(row_stride >> 4) << 16),
+        high(static_cast<std::uint32_t>(column_stride >> 4)) {}
+  /// Some bytes further.
+  __device__ __forceinline__ std::uint64_t at(int offset) const {
+    return std::uint64_t{high} << 32 | (low + static_cast<std::uint32_t>(offset >> 4));
+  }
+};
+
+__device__ __forceinline__ void wgmma_begin() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+/// Waits for all products; `c` may be read then.
+template <int kEights>
+__device__ __forceinline__ void wgmma_end(float (&c)[kEights][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < kEights; ++i)
+    asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+}
+
+#define COMMVQ_EIGHT(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+
+/// Unless it adds, c is overwritten and need not be set.
+__device__ __forceinline__ void wgmma(float (&c)[8][4], const std::uint32_t (&a)[4],
+                                      std::uint64_t b, bool adds) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
+      "%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}\n"
+      : COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2), COMMVQ_EIGHT(3), COMMVQ_EIGHT(4),
+        COMMVQ_EIGHT(5), COMMVQ_EIGHT(6), COMMVQ_EIGHT(7)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
+}
+__device__ __forceinline__ void wgmma(float (&c)[4][4], const std::uint32_t (&a)[4],
+                                      std::uint64_t b, bool adds) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, "
+      "0;\n}\n"
+      : COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2), COMMVQ_EIGHT(3)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
+}
+
+#undef COMMVQ_EIGHT
+
+#endif
+
+}  // namespace commvq::cuda
