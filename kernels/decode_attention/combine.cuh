@@ -11,11 +11,14 @@
 /// the last one to finish adds up what the blocks of these rows found.
 namespace commvq::cuda::combine {
 
-using Config = CombineConfig;
-
 constexpr int kMaxDim = 256;
 
+/// Rows of a thread block: few where that puts a head's code bits in one chunk or two.
+__host__ __device__ inline int block_rows(const Problem& p) {
+  return p.rows_per_head <= kCombineFewRows && p.bits_stride > 0 ? kCombineFewRows : kCombineRows;
+}
 /// Chunks of a head's code bits.
+template <class Config>
 __host__ __device__ inline int num_chunks(const Problem& p) {
   return (p.head_code_bits + Config::kChunkBits - 1) / Config::kChunkBits;
 }
@@ -39,6 +42,7 @@ __device__ __forceinline__ PartRange parts_of(const Problem& p, int total, int s
   return range;
 }
 
+template <class Config>
 struct Shared {
   alignas(16) float sums[Config::kChunkBits][Config::kRows];
   float halves[Config::kRows][kMaxDim];
@@ -49,9 +53,10 @@ struct Shared {
 
 /// Factors that bring every part's sums to the row's maximum: `[kRows][parts]`, and the row's
 /// total.
+template <class Config>
 __device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, int seq,
                                             int first_row, int rows, float* factors,
-                                            Shared& shared) {
+                                            Shared<Config>& shared) {
   const int lane = threadIdx.x % 32;
   const int num_parts = parts.last - parts.first + 1;
   for (int row = threadIdx.x / 32; row < rows; row += Config::kThreads / 32) {
@@ -84,9 +89,9 @@ __device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, i
 
 /// Sums of one code bit of one row over all parts, some parts at once. The first are read before
 /// their factors are known.
+template <class Config>
 struct PartSums {
-  static constexpr int kAtOnce = 34;
-  static constexpr int kRowLanes = Config::kThreads / Config::kChunkBits;
+  static constexpr int kAtOnce = Config::kPartsAtOnce;
   float some[kAtOnce];
 
   __device__ __forceinline__ void load(const Problem& p, PartRange parts, int seq, int row, int bit,
@@ -107,12 +112,12 @@ struct PartSums {
     return total;
   }
 };
-static_assert(PartSums::kRowLanes >= Config::kRows);
 
 /// A thread's share of the value decoder: channel threadIdx.x % dim of the head; the bits of the
 /// chunk are shared out among the threads of a channel, and read some at a time.
+template <class Config>
 struct DecoderColumn {
-  static constexpr int kAtOnce = 16;
+  static constexpr int kAtOnce = Config::kChunkBits / 4;
   const float* column;  ///< of the thread's first bit
   Index stride;         ///< to its next bit
   int row_size;         ///< channels of the decoder's rows
@@ -130,9 +135,7 @@ struct DecoderColumn {
              channel;
     stride = Index{lanes} * row_size;
   }
-  __device__ void next_chunk() {
-    column += Index{Config::kChunkBits} * row_size;
-  }
+  __device__ void next_chunk() { column += Index{Config::kChunkBits} * row_size; }
   __device__ void load(int first, float (&entries)[kAtOnce]) const {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
@@ -143,16 +146,17 @@ struct DecoderColumn {
 
 /// Adds a chunk's share of the output, its sums times its rows of the decoder, of which `entries`
 /// are the first, to the thread's channel of all rows.
-__device__ __forceinline__ void decode_chunk(const DecoderColumn& decoder,
-                                             float (&entries)[DecoderColumn::kAtOnce],
-                                             const Shared& shared,
+template <class Config>
+__device__ __forceinline__ void decode_chunk(const DecoderColumn<Config>& decoder,
+                                             float (&entries)[DecoderColumn<Config>::kAtOnce],
+                                             const Shared<Config>& shared,
                                              float (&outputs)[Config::kRows]) {
 #pragma unroll 1
   for (int first = 0; decoder.lane + first * decoder.lanes < Config::kChunkBits;
-       first += DecoderColumn::kAtOnce) {
+       first += DecoderColumn<Config>::kAtOnce) {
     if (first > 0) decoder.load(first, entries);
 #pragma unroll
-    for (int i = 0; i < DecoderColumn::kAtOnce; ++i) {
+    for (int i = 0; i < DecoderColumn<Config>::kAtOnce; ++i) {
       const int bit = min(decoder.lane + (first + i) * decoder.lanes, Config::kChunkBits - 1);
 #pragma unroll
       for (int row = 0; row < Config::kRows; ++row)
@@ -162,9 +166,11 @@ __device__ __forceinline__ void decode_chunk(const DecoderColumn& decoder,
 }
 
 /// Adds up what the threads of a channel have and writes it to `target`, `[rows][stride]`.
-__device__ __forceinline__ void store_outputs(const DecoderColumn& decoder, int rows,
-                                              Shared& shared, float (&outputs)[Config::kRows],
-                                              float* target, Index stride) {
+template <class Config>
+__device__ __forceinline__ void store_outputs(const DecoderColumn<Config>& decoder, int rows,
+                                              Shared<Config>& shared,
+                                              float (&outputs)[Config::kRows], float* target,
+                                              Index stride) {
 #pragma unroll 1
   for (int other = 1; other < decoder.lanes; ++other) {
     if (decoder.lane == other)
@@ -183,9 +189,10 @@ __device__ __forceinline__ void store_outputs(const DecoderColumn& decoder, int 
 }
 
 /// Adds up the blocks' outputs and the exact tokens, divides, and writes the rows.
+template <class Config>
 __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, int head,
                                        int first_head_row, int rows, int num_blocks,
-                                       const Shared& shared) {
+                                       const Shared<Config>& shared) {
   const int dim = p.head_dim;
   const int num_q_heads = p.num_kv_heads * p.group;
   for (int item = threadIdx.x; item < rows * dim; item += Config::kThreads) {
@@ -210,11 +217,13 @@ __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, in
 
 /// The share of the chunks of this thread block in the output of its rows. `entries` are the first
 /// of the first chunk, to which `decoder` points.
-__device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts, int seq,
-                                              int head, int first_row, int rows, DecoderColumn& decoder,
-                                              float (&entries)[DecoderColumn::kAtOnce],
-                                              float* factors, Shared& shared) {
-  const int chunks = num_chunks(p), num_parts = parts.last - parts.first + 1;
+template <class Config>
+__device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts, int seq, int head,
+                                              int first_row, int rows,
+                                              DecoderColumn<Config>& decoder,
+                                              float (&entries)[DecoderColumn<Config>::kAtOnce],
+                                              float* factors, Shared<Config>& shared) {
+  const int chunks = num_chunks<Config>(p), num_parts = parts.last - parts.first + 1;
   const int first_chunk = part_begin(chunks, blockIdx.x, gridDim.x);
   const int end_chunk = part_begin(chunks, blockIdx.x + 1, gridDim.x);
   const int bit = threadIdx.x % Config::kChunkBits, row = threadIdx.x / Config::kChunkBits;
@@ -224,7 +233,7 @@ __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts,
 #pragma unroll 1
   for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
     const int chunk_bit = head * p.bits_stride + chunk * Config::kChunkBits + bit;
-    PartSums some;
+    PartSums<Config> some;
     if (row < rows) some.load(p, parts, seq, first_row + row, chunk_bit, 0);
     if (chunk == first_chunk) {
       weigh_parts(p, parts, seq, first_row, rows, factors, shared);
@@ -237,7 +246,7 @@ __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts,
       const float* const row_factors = factors + row * num_parts;
       float sum = some.sum(row_factors, num_parts);
 #pragma unroll 1
-      for (int i = PartSums::kAtOnce; i < num_parts; i += PartSums::kAtOnce) {
+      for (int i = some.kAtOnce; i < num_parts; i += some.kAtOnce) {
         some.load(p, parts, seq, first_row + row, chunk_bit, i);
         sum += some.sum(row_factors + i, num_parts - i);
       }
@@ -252,33 +261,41 @@ __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts,
                 Index{gridDim.x} * p.head_dim);
 }
 
+template <int kRows>
 __device__ __forceinline__ void run(const Problem& p, const float* decoder, float* factors) {
-  __shared__ Shared shared;
+  using Config = CombineConfig<kRows>;
+  __shared__ Shared<Config> shared;
   const int head = blockIdx.y;
-  const int row_blocks = (p.rows_per_head + Config::kRows - 1) / Config::kRows;
+  const int row_blocks = (p.rows_per_head + kRows - 1) / kRows;
   const int seq = blockIdx.z / row_blocks;
-  const int first_head_row = blockIdx.z % row_blocks * Config::kRows;
-  const int rows = min(Config::kRows, p.rows_per_head - first_head_row);
+  const int first_head_row = blockIdx.z % row_blocks * kRows;
+  const int rows = min(kRows, p.rows_per_head - first_head_row);
   const int first_row = head * p.rows_per_head + first_head_row;
-  DecoderColumn column(p, decoder, head,
-                       part_begin(num_chunks(p), blockIdx.x, gridDim.x) * Config::kChunkBits);
-  float entries[DecoderColumn::kAtOnce];
+  const int num_blocks = static_cast<int>(gridDim.x);
+  DecoderColumn<Config> column(
+      p, decoder, head,
+      part_begin(num_chunks<Config>(p), blockIdx.x, num_blocks) * Config::kChunkBits);
+  float entries[DecoderColumn<Config>::kAtOnce];
   column.load(0, entries);  // while the previous kernel ends
   wait_for_previous_kernel();
   const int total = total_blocks(p);
   const bool valid = fits(p, total) && p.seq_lens[seq] >= p.num_query_tokens;
 
-  if (valid) {
+  if (valid)
     decode_chunks(p, parts_of(p, total, seq), seq, head, first_row, rows, column, entries, factors,
                   shared);
+  if (num_blocks > 1) {
     __threadfence();
     __syncthreads();
+    if (threadIdx.x == 0)
+      shared.finished = atomicAdd(p.counters + blockIdx.z * gridDim.y + head, 1);
+    __syncthreads();
+    if (shared.finished + 1 != gridDim.x) return;
+    __threadfence();
+  } else {
+    __syncthreads();
   }
-  if (threadIdx.x == 0) shared.finished = atomicAdd(p.counters + blockIdx.z * gridDim.y + head, 1);
-  __syncthreads();
-  if (shared.finished + 1 != gridDim.x) return;
-  __threadfence();
-  finish(p, valid, seq, head, first_head_row, rows, static_cast<int>(gridDim.x), shared);
+  finish(p, valid, seq, head, first_head_row, rows, num_blocks, shared);
 }
 
 }  // namespace commvq::cuda::combine

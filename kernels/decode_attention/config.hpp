@@ -42,12 +42,18 @@ struct BinaryAttentionConfig {
   static constexpr int kRows = 4;          ///< query heads at once
 };
 
-/// Tuning values of the kernel that merges parts and applies the value decoder.
+/// Tuning values of the kernel that merges parts and applies the value decoder: a thread for each
+/// row and code bit of a chunk.
+template <int kRows_>
 struct CombineConfig {
   static constexpr int kThreads = 512;
-  static constexpr int kChunkBits = 64;
-  static constexpr int kRows = 8;
+  static constexpr int kRows = kRows_;
+  static constexpr int kChunkBits = kThreads / kRows;
+  /// Parts of which a thread reads sums at once: as many as there are registers for.
+  static constexpr int kPartsAtOnce = kRows == 4 ? 18 : 34;
 };
+/// Rows that a thread block takes, see `combine::block_rows`.
+constexpr int kCombineFewRows = 4, kCombineRows = 8;
 
 /// Tuning values of the exact tokens' attention, which runs in the first key kernel.
 struct ExactConfig {

@@ -2,6 +2,7 @@
 #include <bit>
 #include <climits>
 #include <cmath>
+#include <type_traits>
 
 #include "commvq/cuda/decode_attention.hpp"
 
@@ -24,14 +25,24 @@ __global__ void __launch_bounds__(ValueSumsConfig::kThreads, 1)
   value_sums::run(problem, memory);
 }
 
-__global__ void __launch_bounds__(CombineConfig::kThreads)
+template <int kRows>
+__global__ void __launch_bounds__(CombineConfig<kRows>::kThreads)
     combine_kernel(const __grid_constant__ Problem problem, const float* decoder) {
   extern __shared__ float factors[];
-  combine::run(problem, decoder, factors);
+  let_next_kernel_start();
+  combine::run<kRows>(problem, decoder, factors);
 }
 
 int divide_up(int value, int unit) {
   return (value + unit - 1) / unit;
+}
+
+/// Calls `visit` with the rows of a thread block of the combination, a constant.
+template <class Visit>
+auto with_combine_rows(const Problem& p, Visit visit) {
+  if (combine::block_rows(p) == kCombineFewRows)
+    return visit(std::integral_constant<int, kCombineFewRows>{});
+  return visit(std::integral_constant<int, kCombineRows>{});
 }
 
 /// Fills in what depends on shapes alone.
@@ -80,10 +91,11 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   if (binary) p.num_value_parts = p.num_key_parts;
   // A block for each chunk where there are few rows; with many, as many as run at once.
   const int row_groups =
-      p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
-  p.num_combine_blocks =
-      std::clamp(view.num_multiprocessors / row_groups, 1, combine::num_chunks(p));
-  p.num_counters = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
+      p.batch * p.num_kv_heads * divide_up(p.rows_per_head, combine::block_rows(p));
+  const int chunks_of_head = with_combine_rows(
+      p, [&](auto rows) { return combine::num_chunks<CombineConfig<decltype(rows)::value>>(p); });
+  p.num_combine_blocks = std::clamp(view.num_multiprocessors / row_groups, 1, chunks_of_head);
+  p.num_counters = row_groups;
   return p;
 }
 
@@ -145,7 +157,7 @@ Status check_limits(const CodebooksView& view, const DecodeLimits& limits) {
   if (limits.total_tokens < 1 || limits.total_tokens > (Index{1} << 35))
     return invalid("total_tokens", limits.total_tokens, "it must be in [1, 2^35]");
   const int rows = limits.num_q_heads * limits.num_query_tokens;
-  const int row_blocks = divide_up(rows / heads, CombineConfig::kRows);
+  const int row_blocks = divide_up(rows / heads, kCombineRows);
   if (Index{limits.batch} * row_blocks > 65535)
     return {StatusCode::kUnsupported,
             "batch %d with %d query tokens and %d query heads a KV head: batch times rows / 8 must "
@@ -303,12 +315,14 @@ cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
 }
 
 cudaError_t combine_parts(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
-  const dim3 grid(p.num_combine_blocks, p.num_kv_heads,
-                  p.batch * divide_up(p.rows_per_head, CombineConfig::kRows));
-  const int shared_bytes =
-      static_cast<int>(sizeof(float)) * CombineConfig::kRows * p.num_value_parts;
-  return launch_early(combine_kernel, grid, CombineConfig::kThreads, shared_bytes, stream, p,
-                      view.decoder);
+  return with_combine_rows(p, [&](auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    const dim3 grid(p.num_combine_blocks, p.num_kv_heads,
+                    p.batch * divide_up(p.rows_per_head, kRows));
+    const int shared_bytes = static_cast<int>(sizeof(float)) * kRows * p.num_value_parts;
+    return launch_early(combine_kernel<kRows>, grid, CombineConfig<kRows>::kThreads, shared_bytes,
+                        stream, p, view.decoder);
+  });
 }
 
 }  // namespace

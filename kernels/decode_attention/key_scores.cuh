@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/barrier.cuh"
+#include "common/launch.cuh"
 #include "common/memory.cuh"
 #include "common/mma.cuh"
 #include "common/rope.cuh"
@@ -524,6 +525,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
   }
 }
 
+/// What depends on the codebooks alone comes before the previous kernel of the stream has ended.
 template <int kWidth, class Reader, int kRowBits, int kPlanes>
 __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   const Problem& p = a.problem;
@@ -563,6 +565,7 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
       WarpBarrier(&shared.empty[i]).init(Config::kWarps);
     }
 
+  wait_for_previous_kernel();
   const int total = total_blocks(p);
   Cursor cursor = cursor_at(p, part_begin(total, part, p.num_key_parts),
                             part_begin(total, part + 1, p.num_key_parts));

@@ -17,11 +17,12 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
   const int block = static_cast<int>(blockIdx.x);
   const bool first_slice =
       arguments.turn == key_scores::Turn::kOnly || arguments.turn == key_scores::Turn::kFirst;
-  if (first_slice && block == 0 && blockIdx.y == 0)
-    for (int i = threadIdx.x; i < problem.num_counters; i += KeyScoresConfig::kThreads)
-      problem.counters[i] = 0;
-  if (block < problem.num_kv_heads * problem.num_key_parts)
+  if (block < problem.num_kv_heads * problem.num_key_parts) {
     key_scores::run<kWidth, Reader, kRowBits, kPlanes>(arguments, shared_memory);
+  } else {
+    wait_for_previous_kernel();
+  }
+  if (first_slice) clear_counters<KeyScoresConfig::kThreads>(problem);
   if (first_slice && blockIdx.y == 0)
     run_exact_items<KeyScoresConfig::kThreads>(problem, block, shared_memory);
 }
@@ -33,8 +34,7 @@ cudaError_t launch_key_scores(const key_scores::Arguments& arguments, dim3 grid,
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<grid, KeyScoresConfig::kThreads, shared_bytes, stream>>>(arguments);
-  return cudaGetLastError();
+  return launch_early(kernel, grid, KeyScoresConfig::kThreads, shared_bytes, stream, arguments);
 }
 
 }  // namespace commvq::cuda
