@@ -37,7 +37,7 @@ struct Options {
   int group_pairs = 0;
   int em_steps = 0;     ///< 0: the method's
   int refine = -1;      ///< -1: the method's
-  int value_steps = 0;   ///< 0: the method's
+  int value_steps = 0;  ///< 0: the method's
   int value_blocks = 0;  ///< 0: the method's
   int ranks = 1;        ///< devices that share the KV heads of every layer
   int rank = 0;         ///< whose heads to learn
@@ -146,8 +146,8 @@ std::vector<float> share_of(const Options& options, const std::vector<float>& nu
 
 commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& options,
                                const engine::ModelConfig& config, std::size_t layer,
-                               engine::LayerData data,
-                               const commvq::ProgressCallback& progress, std::uint64_t seed) {
+                               engine::LayerData data, const commvq::ProgressCallback& progress,
+                               std::uint64_t seed) {
   const Index channels = config.kv_size() / options.ranks;
   const auto rows = static_cast<Index>(data.keys.size()) / config.kv_size();
   commvq::KeyLearnerOptions keys = key_options(options, layer, config.rope.pairs, data.queries);
@@ -250,10 +250,10 @@ int calibrate(const Options& given) {
                   "; it must divide the model's ", num_kv_heads, " KV heads");
   commvq::require(options.rank < options.ranks, "--rank is ", options.rank, "; there are ",
                   options.ranks, " ranks, the first of them 0");
-  commvq::require(options.stages.size() <= 1 ||
-                      static_cast<int>(options.stages.size()) == num_layers,
-                  "--stages has ", options.stages.size(), " numbers; give one, or one for each of ",
-                  num_layers, " layers");
+  commvq::require(
+      options.stages.size() <= 1 || static_cast<int>(options.stages.size()) == num_layers,
+      "--stages has ", options.stages.size(), " numbers; give one, or one for each of ", num_layers,
+      " layers");
   const int rank_heads = num_kv_heads / options.ranks;
   commvq::require(rank_heads % value_blocks(options, rank_heads) == 0, "--value-blocks is ",
                   options.value_blocks, "; it must divide the ", rank_heads,
@@ -311,13 +311,16 @@ int main(int argc, char** argv) {
   app.add_option("--layers", options.layers,
                  "A:B: only layers A up to B, B left out, counted from 0; merge_codebooks joins "
                  "such files");
-  app.add_option("--tokens", options.tokens, "Tokens to calibrate on, spread over the text; by default 96 for each channel of a "
-                 "layer's keys, from 16,384 to 65,536")
+  app.add_option(
+         "--tokens", options.tokens,
+         "Tokens to calibrate on, spread over the text; by default 96 for each channel of a "
+         "layer's keys, from 16,384 to 65,536")
       ->check(CLI::Range(64, 1 << 24));
   app.add_option("--context", options.context, "Tokens of one context")
       ->check(CLI::Range(16, 1 << 20))
       ->capture_default_str();
-  app.add_option("--key-tokens", options.key_tokens, "At most so many of them for the keys; by default half")
+  app.add_option("--key-tokens", options.key_tokens,
+                 "At most so many of them for the keys; by default half")
       ->check(CLI::Range(64, 1 << 24));
   app.add_option(
          "--method", options.method,
@@ -325,7 +328,8 @@ int main(int argc, char** argv) {
          "that of the CommVQ paper")
       ->check(CLI::IsMember({"commvq", "speed", "paper"}))
       ->capture_default_str();
-  app.add_option("--stages", options.stages, "Residual stages of the keys, of all layers or a list A,B,... with those of each "
+  app.add_option("--stages", options.stages,
+                 "Residual stages of the keys, of all layers or a list A,B,... with those of each "
                  "(evaluate --by-layer proposes one); 0: the method's")
       ->delimiter(',')
       ->check(CLI::Range(0, 256));
@@ -344,9 +348,10 @@ int main(int argc, char** argv) {
                  "Rounds of joint least squares over all key stages; -1: the method's")
       ->check(CLI::Range(-1, 1000))
       ->capture_default_str();
-  app.add_option("--value-steps", options.value_steps,
-                 "Training steps of each value codec; 0: the method's, for commvq and speed at most "
-                 "two passes over the text")
+  app.add_option(
+         "--value-steps", options.value_steps,
+         "Training steps of each value codec; 0: the method's, for commvq and speed at most "
+         "two passes over the text")
       ->check(CLI::Range(0, 10000000))
       ->capture_default_str();
   app.add_option("--value-blocks", options.value_blocks,

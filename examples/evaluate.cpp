@@ -181,8 +181,7 @@ std::string key_of_exact(const Options& options, const engine::Model& model,
   return "model " + model.digest() + ", text " + hash.text() + ", context " +
          std::to_string(options.context) + ", contexts " + std::to_string(options.windows) +
          ", questions " + std::to_string(options.questions) + " of " +
-         std::to_string(kQuestionsOfText) + " a text, seed " +
-         std::to_string(options.seed);
+         std::to_string(kQuestionsOfText) + " a text, seed " + std::to_string(options.seed);
 }
 
 /// The rows that must run.
@@ -220,9 +219,9 @@ void ask_questions(const Options& options, const engine::Model& model,
     const auto i = static_cast<int>(static_cast<std::size_t>(task) / rows.size());
     Row& row = *rows[static_cast<std::size_t>(task) % rows.size()];
     const int first = i * kQuestionsOfText;
-    const auto asked = engine::retrieval_case(
-        tokenizer, text, options.context, std::min(kQuestionsOfText, options.questions - first),
-        options.seed, i);
+    const auto asked = engine::retrieval_case(tokenizer, text, options.context,
+                                              std::min(kQuestionsOfText, options.questions - first),
+                                              options.seed, i);
     const std::vector<char> right =
         engine::retrieve(model, tokenizer, *row.method.new_cache(), asked);
     std::copy(right.begin(), right.end(), row.results.retrieved.begin() + first);
@@ -282,8 +281,8 @@ void write_json(const Options& options, std::size_t num_windows, const engine::M
   commvq::require(file.flush().good(), "cannot write ", options.json);
 }
 
-/// What coding one side of one layer alone does to the next token's distribution, and how the stages
-/// of the keys could be spread over the layers.
+/// What coding one side of one layer alone does to the next token's distribution, and how the
+/// stages of the keys could be spread over the layers.
 void measure_layers(const Options& options, const engine::Model& model,
                     const std::vector<int>& window) {
   commvq::Cache exact = model.make_cache({});
@@ -311,8 +310,7 @@ void measure_layers(const Options& options, const engine::Model& model,
     if (!codecs[0].keys) continue;
     divergences.resize(codecs.size());
     std::printf("as many stages of the keys, spread over the layers: --stages ");
-    const auto spread =
-        engine::spread_stages(divergences, codecs[0].keys->config().num_stages);
+    const auto spread = engine::spread_stages(divergences, codecs[0].keys->config().num_stages);
     for (std::size_t layer = 0; layer < spread.size(); ++layer)
       std::printf("%s%d", layer > 0 ? "," : "", spread[layer]);
     std::printf("\n");

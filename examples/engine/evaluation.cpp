@@ -82,10 +82,9 @@ double divergence(const Model& model, CacheHandle cache, std::span<const int> wi
   double sum = 0;
   for (Index begin = 0; begin < tokens; begin += chunk) {
     const Index count = std::min(chunk, tokens - begin);
-    const std::vector<float> logits =
-        model.prefill(window.subspan(static_cast<std::size_t>(begin),
-                                     static_cast<std::size_t>(count)),
-                      cache, Logits::kAll);
+    const std::vector<float> logits = model.prefill(
+        window.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)), cache,
+        Logits::kAll);
     for (Index t = std::max(begin, first); t < begin + count; ++t) {
       const Eigen::ArrayXd exact = log_probabilities(exact_logits.data() + t * vocab);
       const Eigen::ArrayXd coded = log_probabilities(logits.data() + (t - begin) * vocab);
@@ -144,8 +143,7 @@ RetrievalCase retrieval_case(const Tokenizer& tokenizer, const std::vector<int>&
   const std::size_t filler = static_cast<std::size_t>(context) - needed;
   commvq::require(text.size() >= filler, "the text has ", text.size(), " tokens; a question needs ",
                   filler);
-  const auto begin =
-      text.begin() + static_cast<std::ptrdiff_t>(below(text.size() - filler + 1));
+  const auto begin = text.begin() + static_cast<std::ptrdiff_t>(below(text.size() - filler + 1));
   std::vector<std::size_t> depths;
   for (int i = 0; i < num_facts; ++i) depths.push_back(below(filler));
   std::sort(depths.begin(), depths.end());

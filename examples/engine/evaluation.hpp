@@ -26,8 +26,8 @@ struct Predictions {
 /// Runs a window through `cache`, which must be empty.
 Predictions predict(const Model& model, CacheHandle cache, std::span<const int> window);
 
-/// Mean over the tokens of a window, from `first` on, of the Kullback-Leibler divergence of the next
-/// token's distribution with `cache`, which must be empty, from that with an exact one, whose
+/// Mean over the tokens of a window, from `first` on, of the Kullback-Leibler divergence of the
+/// next token's distribution with `cache`, which must be empty, from that with an exact one, whose
 /// logits of all tokens, `[tokens][vocab_size]`, are given: in nats.
 double divergence(const Model& model, CacheHandle cache, std::span<const int> window, Index first,
                   std::span<const float> exact_logits);

@@ -38,7 +38,9 @@ class PeerCache final : public SequenceCache {
   Index length() const override;
   /// Bytes that this object takes, which says nothing of the peer's storage: see `bits_per_token`.
   Index allocated_bytes() const override;
-  std::unique_ptr<SequenceCache> fork() const override { return std::make_unique<PeerCache>(*this); }
+  std::unique_ptr<SequenceCache> fork() const override {
+    return std::make_unique<PeerCache>(*this);
+  }
 
  private:
   /// Keys are rotated. Rows of `[num_kv_heads * head_dim]`.
