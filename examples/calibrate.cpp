@@ -332,6 +332,7 @@ int main(int argc, char** argv) {
                  "Residual stages of the keys, of all layers or a list A,B,... with those of each "
                  "(evaluate --by-layer proposes one); 0: the method's")
       ->delimiter(',')
+      ->allow_extra_args(false)
       ->check(CLI::Range(0, 256));
   app.add_option("--codebook-size", options.codebook_size,
                  "Centroids of a key codebook; 0: the method's")
