@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Fuzzes with every harness beside this script and prints a table.
+# Fuzzes with every harness beside this script and prints a table: executions, edges of the code that
+# were reached and that there are, features (edges by how often they were taken, among others), inputs
+# in the corpus, findings, CPU seconds.
 #
-#   run.sh [SECONDS] [CORES]    seconds for each harness (60), processes at a time (all cores)
+#   run.sh [SECONDS] [CORES] [TIMEOUT]    seconds for each harness (60), processes at a time (all
+#                                         cores), seconds an input may take (10; more where other
+#                                         work has the cores)
 #
 # With more cores than harnesses each harness gets several processes, which share what they find;
 # with fewer, harnesses take turns. corpus/ keeps what was learnt, merged at the end, for the next
@@ -12,9 +16,10 @@ cd "$(dirname "$0")"
 
 seconds=${1:-60}
 cores=${2:-$(nproc)}
+timeout=${3:-10}
 mapfile -t harnesses < <(cd bin && ls -- *_fuzz | sed 's/_fuzz$//')
 count=${#harnesses[@]}
-export seconds OMP_NUM_THREADS=1
+export seconds timeout OMP_NUM_THREADS=1
 # Inputs are written to files: in memory, where it can be.
 TMPDIR=$(mktemp -d "$([[ -w /dev/shm ]] && echo /dev/shm || echo /tmp)/commvq_fuzz.XXXXXX")
 export TMPDIR
@@ -33,12 +38,15 @@ fuzz() {
   for _ in {1..200}; do
     left=$((end - SECONDS))
     ((left > 0)) || return 0
-    "bin/${name}_fuzz" "corpus/$name" "seeds/$name" "${options[@]}" -max_total_time="$left" \
-      -timeout=10 -rss_limit_mb=2048 -malloc_limit_mb=1024 -print_final_stats=1 \
-      -artifact_prefix="findings/$name-" >>"logs/$name-$worker" 2>&1 && return 0
+    { time "bin/${name}_fuzz" "corpus/$name" "seeds/$name" "${options[@]}" \
+      -max_total_time="$left" -timeout="$timeout" -rss_limit_mb=2048 -malloc_limit_mb=1024 \
+      -print_final_stats=1 -artifact_prefix="findings/$name-"; } >>"logs/$name-$worker" 2>&1 &&
+      return 0
   done
+  return 0
 }
 export -f fuzz
+export TIMEFORMAT='CPU_SECONDS %U %S'
 
 workers=$((cores / count > 0 ? cores / count : 1))
 spare=$((cores > count ? cores % count : 0))
@@ -51,24 +59,32 @@ done | xargs -0 -n 2 -P "$cores" bash -c 'fuzz "$@"' fuzz
 # Keeps of a corpus what adds coverage.
 merge() {
   mkdir -p "corpus/$1.merged"
-  "bin/$1_fuzz" -merge=1 -timeout=10 "corpus/$1.merged" "corpus/$1" >/dev/null 2>&1 || return 0
+  "bin/$1_fuzz" -merge=1 -timeout="$timeout" "corpus/$1.merged" "corpus/$1" >/dev/null 2>&1 || return 0
   rm -rf "corpus/$1"
   mv "corpus/$1.merged" "corpus/$1"
 }
 export -f merge
 ((seconds < 60)) || printf '%s\0' "${harnesses[@]}" | xargs -0 -n 1 -P "$cores" bash -c 'merge "$1"' merge
 
-total=0
-printf '%-16s %14s %8s %8s %8s\n' harness executions edges corpus findings
+row='%-16s %12s %13s %9s %7s %9s %9s\n'
+# shellcheck disable=SC2059
+print_row() { printf "$row" "$@"; }
+sum() { awk -v key="$1" '$1 == key {for (i = 2; i <= NF; ++i) n += $i} END {printf "%.0f\n", n}'; }
+largest() { grep -o "$1: *[0-9]*" | awk '$2 > n {n = $2} END {print n + 0}'; }
+failures=0
+print_row harness executions edges features corpus findings 'CPU s'
 for name in "${harnesses[@]}"; do
-  executions=$(cat logs/"$name"-* | awk '/^stat::number_of_executed_units/ {n += $2} END {print n + 0}')
-  edges=$(grep -oh 'cov: [0-9]*' logs/"$name"-* | sort -k2 -n | tail -1 | cut -d' ' -f2)
-  corpus=$(find "corpus/$name" -type f | wc -l)
+  log() { cat logs/"$name"-*; }
+  executions=$(log | sum stat::number_of_executed_units:)
+  all_edges=$(log | awk '/^INFO: Loaded .* modules/ {n = substr($5, 2)} END {print n + 0}')
   findings=$(find findings -name "$name-*" | wc -l)
-  printf '%-16s %14s %8s %8s %8s\n' "$name" "$executions" "${edges:-0}" "$corpus" "$findings"
+  print_row "$name" "$executions" "$(log | largest cov)/$all_edges" "$(log | largest ft)" \
+    "$(find "corpus/$name" -type f | wc -l)" "$findings" "$(log | sum CPU_SECONDS)"
   # A harness that did not run is no success.
-  ((executions > 0)) || { tail -n 20 logs/"$name"-*; total=$((total + 1)); }
-  total=$((total + findings))
+  ((executions > 0)) || { log | tail -n 20; failures=$((failures + 1)); }
+  failures=$((failures + findings))
 done
+print_row all "$(cat logs/* | sum stat::number_of_executed_units:)" "" "" \
+  "$(find corpus -type f | wc -l)" "$(find findings -type f | wc -l)" "$(cat logs/* | sum CPU_SECONDS)"
 grep -rh '^FINDING\|SUMMARY' logs | sort | uniq -c || true
-((total == 0))
+((failures == 0))
