@@ -5,7 +5,14 @@ set(COMMVQ_SANITIZERS "" CACHE STRING
 option(COMMVQ_BUILD_FUZZERS "Link the harnesses of tests/fuzz with libFuzzer (Clang alone)" OFF)
 option(COMMVQ_COVERAGE "Count which lines run" OFF)
 option(COMMVQ_WARNINGS_AS_ERRORS "Stop at a warning of the compiler" OFF)
-mark_as_advanced(COMMVQ_SANITIZERS COMMVQ_BUILD_FUZZERS COMMVQ_COVERAGE COMMVQ_WARNINGS_AS_ERRORS)
+if(COMMVQ_SANITIZERS)
+  set(commvq_sanitized ON)
+else()
+  set(commvq_sanitized OFF)
+endif()
+option(COMMVQ_PRECOMPILE_HEADERS "Compile headers of others once for a target" ${commvq_sanitized})
+mark_as_advanced(COMMVQ_SANITIZERS COMMVQ_BUILD_FUZZERS COMMVQ_COVERAGE COMMVQ_WARNINGS_AS_ERRORS
+  COMMVQ_PRECOMPILE_HEADERS)
 
 if(COMMVQ_SANITIZERS)
   # A finding ends the program; without frame pointers and lines it could not be understood.
@@ -30,7 +37,8 @@ if(COMMVQ_COVERAGE)
     message(FATAL_ERROR "COMMVQ_COVERAGE needs Clang; the compiler is ${CMAKE_CXX_COMPILER_ID}")
   endif()
   add_compile_options($<$<COMPILE_LANGUAGE:C,CXX>:-fprofile-instr-generate>
-    $<$<COMPILE_LANGUAGE:C,CXX>:-fcoverage-mapping>)
+    $<$<COMPILE_LANGUAGE:C,CXX>:-fcoverage-mapping>
+    $<$<COMPILE_LANGUAGE:C,CXX>:-fprofile-list=${CMAKE_CURRENT_LIST_DIR}/coverage_list.txt>)
   add_link_options(-fprofile-instr-generate)
 endif()
 
@@ -41,13 +49,13 @@ if(COMMVQ_BUILD_FUZZERS)
     $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=fuzzer-no-link>)
 endif()
 
-# With a sanitizer half of the time that compiling takes is for headers of others: they are compiled
-# once for a target. Other builds prove that every file includes what it needs.
+# With a sanitizer, and without optimisation, half of the time that compiling takes is for headers of
+# others. Other builds prove that every file of the library includes what it needs.
 function(commvq_precompile_headers target)
-  if(COMMVQ_SANITIZERS)
+  if(COMMVQ_PRECOMPILE_HEADERS)
     target_precompile_headers(${target} PRIVATE ${ARGN})
     target_compile_options(${target} PRIVATE
-      $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CXX_COMPILER_ID:Clang>>:-fpch-instantiate-templates>)
+      $<$<COMPILE_LANG_AND_ID:CXX,Clang>:-fpch-instantiate-templates>)
   endif()
 endfunction()
 

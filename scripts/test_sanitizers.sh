@@ -10,7 +10,8 @@ fuzz_seconds=${COMMVQ_FUZZ_SECONDS:-5}
 jobs=$(nproc)  # before OMP_NUM_THREADS is set, which it heeds
 has() { [[ " $stages " == *" $1 "* ]]; }
 
-scripts/install_packages.sh clang libclang-rt-14-dev libomp-dev llvm libdlpack-dev
+scripts/install_packages.sh clang libclang-rt-14-dev libomp-dev llvm libdlpack-dev \
+  python3-numpy
 export OMP_WAIT_POLICY=passive
 
 run_tests() {

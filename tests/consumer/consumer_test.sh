@@ -31,7 +31,8 @@ install_tree() {
 subdirectory() {
   configure "$here/subdirectory" "$WORK/subdirectory" -DCOMMVQ_SOURCE_DIR="$SOURCE" \
     -DCMAKE_INSTALL_LIBDIR="$LIBDIR" \
-    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DCOMMVQ_ENABLE_CUDA=OFF
+    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DCOMMVQ_PRECOMPILE_HEADERS=ON \
+    -DCOMMVQ_ENABLE_CUDA=OFF
   cmake --build "$WORK/subdirectory" --parallel "$(nproc)"
   "$WORK/subdirectory/calibrate_and_attend" "$WORK/subdirectory/codecs.safetensors"
   fresh "$WORK/shared"

@@ -39,8 +39,9 @@ fuzz() {
     left=$((end - SECONDS))
     ((left > 0)) || return 0
     { time "bin/${name}_fuzz" "corpus/$name" "seeds/$name" "${options[@]}" \
-      -max_total_time="$left" -timeout="$timeout" -rss_limit_mb=2048 -malloc_limit_mb=1024 \
-      -print_final_stats=1 -artifact_prefix="findings/$name-"; } >>"logs/$name-$worker" 2>&1 &&
+      -max_total_time="$left" -timeout="$timeout" -report_slow_units="$timeout" \
+      -rss_limit_mb=2048 -malloc_limit_mb=1024 -print_final_stats=1 \
+      -artifact_prefix="findings/$name-"; } >>"logs/$name-$worker" 2>&1 &&
       return 0
   done
   return 0

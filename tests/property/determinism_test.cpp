@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include "reference/example_data.hpp"
+#include "reference/instrumented.hpp"
 #include "reference/random_cache.hpp"
 
 namespace commvq {
@@ -66,16 +67,18 @@ class Determinism : public testing::Test {
  protected:
   ~Determinism() override { omp_set_num_threads(threads_); }
 
-  /// `bytes_of(offset)` computes from input at that offset.
+  /// `bytes_of(offset)` computes from input at that offset. With a sanitizer two and three threads.
   void expect_same(const std::function<std::string(Index)>& bytes_of) {
     omp_set_num_threads(1);
     const std::string expected = bytes_of(0);
     ASSERT_FALSE(expected.empty());
-    for (const int threads : {1, 2, 3, 8})
+    for (const int threads : {2, 3, 1, 8}) {
+      if (threads == 1 && testing_support::repeats(2, 1) == 1) break;
       for (const Index offset : {0, 1, 7}) {
         omp_set_num_threads(threads);
         EXPECT_TRUE(bytes_of(offset) == expected) << threads << " threads, offset " << offset;
       }
+    }
   }
   template <class T>
   static std::string bytes_in(const std::vector<T>& values) {

@@ -109,7 +109,7 @@ TEST_F(Generation, EveryWindowAndEverySideEqualsTheSameRunFromScratch) {
       commvq::Cache cache = model_->make_cache(codecs, window, 2);
       std::vector<int> all = tokenizer_->encode(kPrompt);
       const std::size_t first = all.size() - 1;
-      const std::vector<int> written = write(cache, repeats(150, 40));
+      const std::vector<int> written = write(cache, repeats(150, 24));
       all.insert(all.end(), written.begin(), written.end() - 1);
       commvq::Cache fresh = model_->make_cache(codecs, window, 2);
       const std::vector<float> logits = recompute(*model_, fresh, all, 64);
@@ -121,7 +121,7 @@ TEST_F(Generation, EveryWindowAndEverySideEqualsTheSameRunFromScratch) {
 
 TEST_F(Generation, GoesOnAfterAForkAndATruncation) {
   commvq::Cache cache = model_->make_cache(codecs_, 32);
-  const std::vector<int> written = write(cache, 100);
+  const std::vector<int> written = write(cache, repeats(100, 50));
   commvq::Cache branch = cache.fork();
   branch.truncate(cache.length() - 20);
   std::vector<int> rest(written.end() - 21, written.end() - 1);
@@ -146,7 +146,8 @@ TEST_F(Generation, SavedCodebooksWriteTheSameText) {
                                        model_->config().num_layers, model_->digest()));
   commvq::Cache from_memory = model_->make_cache(codecs_, 16);
   commvq::Cache from_file = model_->make_cache(loaded.layers, 16);
-  EXPECT_EQ(write(from_memory, 200, 0.8), write(from_file, 200, 0.8));
+  constexpr int kTokens = repeats(200, 30);
+  EXPECT_EQ(write(from_memory, kTokens, 0.8), write(from_file, kTokens, 0.8));
 }
 
 TEST_F(Generation, CodebooksOfAnotherModelAreRefused) {
@@ -206,10 +207,11 @@ TEST_F(Generation, StopsWhereItIsTold) {
 }
 
 TEST_F(Generation, TextsSideBySideAreThoseWrittenAlone) {
-  const auto together = write_text(*model_, {{0, 10}, {0, 20}, {0, 30}}, 40, 7);
+  constexpr int kTokens = repeats(40, 15);
+  const auto together = write_text(*model_, {{0, 10}, {0, 20}, {0, 30}}, kTokens, 7);
   ASSERT_EQ(together.size(), 3u);
-  EXPECT_EQ(together[0], write_text(*model_, {{0, 10}}, 40, 7)[0]);
-  EXPECT_EQ(together[2].size(), 40u);
+  EXPECT_EQ(together[0], write_text(*model_, {{0, 10}}, kTokens, 7)[0]);
+  EXPECT_EQ(together[2].size(), std::size_t{kTokens});
   EXPECT_NE(together[1], together[2]);
   EXPECT_THROW(write_text(*model_, {{0}, {0, 1}}, 40, 7), commvq::Error);
   EXPECT_THROW(write_text(*model_, {}, 40, 7), commvq::Error);

@@ -36,7 +36,7 @@ inline Calibration collect(const engine::Model& model, const std::vector<int>& t
 
 /// Codecs in the paper's 1-bit format, learnt briefly: the tests are about equality, not quality.
 inline std::vector<LayerCodec> learn_briefly(const engine::Model& model) {
-  const auto text = engine::write_text(model, {{0}}, repeats(600, 300), 1)[0];
+  const auto text = engine::write_text(model, {{0}}, repeats(600, 150), 1)[0];
   const Calibration data = collect(model, text);
   const Index channels = model.config().kv_size();
   KeyLearnerOptions keys;

@@ -18,6 +18,7 @@
 namespace engine {
 namespace {
 
+using commvq::testing_support::repeats;
 using commvq::testing_support::shared_data;
 using commvq::testing_support::small_model;
 using testing::AllOf;
@@ -120,12 +121,12 @@ TEST(Retrieval, PlantsFactsAndAsksForEach) {
 TEST(Retrieval, TheShippedModelAnswersWithAnExactCache) {
   const Model model(small_model());
   const Tokenizer tokenizer(small_model() / "tokenizer.json");
-  const std::vector<int> text = write_text(model, {{0}}, 600, 1)[0];
-  constexpr int kCases = commvq::testing_support::repeats(10, 2);
+  constexpr int kCases = repeats(10, 2), kContext = repeats(512, 96);
+  const std::vector<int> text = write_text(model, {{0}}, kContext + 88, 1)[0];
   const CacheMethod exact = codec_method("exact", model, {}, 128, 0);
   const auto cache = exact.new_cache();
   const std::vector<char> right =
-      retrieve(model, tokenizer, *cache, retrieval_case(tokenizer, text, 512, kCases, 2, 0));
+      retrieve(model, tokenizer, *cache, retrieval_case(tokenizer, text, kContext, kCases, 2, 0));
   EXPECT_GE(std::count(right.begin(), right.end(), 1), kCases - 2);
 }
 

@@ -15,10 +15,12 @@
 #include "engine/peers/rotation.hpp"
 #include "engine/peers/vector_quantizer.hpp"
 #include "reference/example_data.hpp"
+#include "reference/instrumented.hpp"
 
 namespace engine {
 namespace {
 
+using commvq::testing_support::repeats;
 using commvq::testing_support::small_model;
 using testing::AllOf;
 using testing::HasSubstr;
@@ -199,15 +201,15 @@ TEST(VectorQuantizer, EveryStageLowersTheErrorOfUnseenTokens) {
 }
 
 TEST(Peer, CountsTheBitsThatItKeeps) {
-  const Model model(small_model());
+  ModelConfig config = Model(small_model()).config();
+  config.num_layers = 1;
   CalibrationData data;
   data.context = 64;
-  const Index channels = model.config().kv_size();
-  data.layers.assign(static_cast<std::size_t>(model.config().num_layers),
-                     {normal_rows(64 * channels, 1), normal_rows(64 * channels, 2),
-                      commvq::QueryStatistics(model.config().rope.pairs, 2)});
+  const Index channels = config.kv_size();
+  data.layers = {{normal_rows(64 * channels, 1), normal_rows(64 * channels, 2),
+                  commvq::QueryStatistics(config.rope.pairs, 2)}};
   const auto bits = [&](const char* name) {
-    return bits_per_number(Peer::parse(name).make_layers(model.config(), data, 1), channels);
+    return bits_per_number(Peer::parse(name).make_layers(config, data, 1), channels);
   };
   EXPECT_DOUBLE_EQ(bits("kivi_1bit"), 2.0);
   EXPECT_DOUBLE_EQ(bits("kivi_2bit_roped"), 3.0);
@@ -337,7 +339,7 @@ TEST(PeerCache, RefusesAWindowSmallerThanABlock) {
 // The better a codec, the less it changes what the model says; exact codecs change nothing.
 TEST(PeerCache, PredictsLikeTheExactCacheTheMoreBitsItHas) {
   const Model model(small_model());
-  const std::vector<int> text = write_text(model, {{0}}, 192, 5)[0];
+  const std::vector<int> text = write_text(model, {{0}}, repeats(192, 96), 5)[0];
   commvq::Cache exact = model.make_cache({});
   const Predictions expected = predict(model, exact, text);
   const auto distance = [&](const std::vector<PeerLayer>& layers) {
