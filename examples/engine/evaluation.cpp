@@ -15,12 +15,16 @@
 namespace engine {
 namespace {
 
-/// -log softmax(logits)[token].
-double negative_log_likelihood(std::span<const float> logits, int token) {
+double log_sum_exp(std::span<const float> logits) {
   const double largest = *std::max_element(logits.begin(), logits.end());
   double sum = 0;
   for (const float logit : logits) sum += std::exp(logit - largest);
-  return largest + std::log(sum) - logits[static_cast<std::size_t>(token)];
+  return largest + std::log(sum);
+}
+
+/// -log softmax(logits)[token].
+double negative_log_likelihood(std::span<const float> logits, int token) {
+  return log_sum_exp(logits) - logits[static_cast<std::size_t>(token)];
 }
 
 /// The names whose codes the project's models learnt to repeat.
@@ -76,8 +80,8 @@ double divergence(const Model& model, CacheHandle cache, std::span<const int> wi
   const Index vocab = model.config().vocab_size, chunk = Model::kChunkTokens;
   const auto tokens = static_cast<Index>(window.size());
   const auto log_probabilities = [&](const float* logits) -> Eigen::ArrayXd {
-    const Eigen::ArrayXd all = Eigen::Map<const Eigen::ArrayXf>(logits, vocab).cast<double>();
-    return all - all.maxCoeff() - std::log((all - all.maxCoeff()).exp().sum());
+    return Eigen::Map<const Eigen::ArrayXf>(logits, vocab).cast<double>() -
+           log_sum_exp({logits, static_cast<std::size_t>(vocab)});
   };
   double sum = 0;
   for (Index begin = 0; begin < tokens; begin += chunk) {
