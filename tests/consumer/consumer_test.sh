@@ -33,7 +33,7 @@ subdirectory() {
     -DCMAKE_INSTALL_LIBDIR="$LIBDIR" \
     -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DCOMMVQ_PRECOMPILE_HEADERS=ON \
     -DCOMMVQ_ENABLE_CUDA=OFF
-  cmake --build "$WORK/subdirectory" --parallel "$(nproc)"
+  cmake --build "$WORK/subdirectory" --parallel "$(env -u OMP_NUM_THREADS nproc)" # which heeds it
   "$WORK/subdirectory/calibrate_and_attend" "$WORK/subdirectory/codecs.safetensors"
   fresh "$WORK/shared"
   cmake --install "$WORK/subdirectory" --prefix "$WORK/shared" >/dev/null
