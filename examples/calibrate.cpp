@@ -14,6 +14,7 @@
 #include "engine/generate.hpp"
 #include "engine/hash.hpp"
 #include "engine/learner.hpp"
+#include "engine/stage_spread.hpp"
 #include "engine/text_file.hpp"
 #include "engine/tokenizer.hpp"
 
@@ -25,22 +26,23 @@ struct Options {
   std::string model, text, out;
   std::string layers;  ///< "A:B"; empty: all
   bool self = false;
+  bool propose_stages = false;
   int bits = 1;
   int context = 1024;
   int tokens = 0;      ///< 0: by the width of a layer
   int key_tokens = 0;  ///< 0: half of the tokens
   std::string method = "commvq";
   std::string device = "cpu";
-  std::vector<int> stages;  ///< of the keys of all layers, or of each; empty, 0: the method's
+  std::vector<int> stages;  ///< of the keys of all layers, or of each; 0: the method's
   // Of the key codec; 0: the method's.
   int codebook_size = 0;
   int group_pairs = 0;
-  int em_steps = 0;     ///< 0: the method's
-  int refine = -1;      ///< -1: the method's
-  int value_steps = 0;  ///< 0: the method's
+  int em_steps = 0;      ///< 0: the method's
+  int refine = -1;       ///< -1: the method's
+  int value_steps = 0;   ///< 0: the method's
   int value_blocks = 0;  ///< 0: the method's
-  int ranks = 1;        ///< devices that share the KV heads of every layer
-  int rank = 0;         ///< whose heads to learn
+  int ranks = 1;         ///< devices that share the KV heads of every layer
+  int rank = 0;          ///< whose heads to learn
   std::uint64_t seed = 1;
 };
 
@@ -48,7 +50,7 @@ struct Options {
 /// more text that takes; what the network makes of a third pass over it, flips of bits and least
 /// squares make as well.
 Options with_defaults(Options options, const engine::ModelConfig& config) {
-  constexpr int kFewest = 16384, kMost = 65536, kTokensOfChannel = 96;
+  constexpr int kFewest = 16384, kMost = 65536, kTokensOfChannel = 80;
   if (options.tokens == 0)
     options.tokens = std::clamp(kTokensOfChannel * config.kv_size(), kFewest, kMost);
   if (options.key_tokens == 0) options.key_tokens = std::max(1, options.tokens / 2);
@@ -77,6 +79,10 @@ std::vector<std::vector<int>> calibration_text(const Options& options, const eng
   engine::ProgressLine progress("Writing " + std::to_string(count * length) + " tokens");
   return engine::write_text(model, std::move(texts), length, options.seed,
                             [&](int written) { progress.update(double(written) / length); });
+}
+
+std::uint64_t seed_of(const Options& options, std::size_t layer) {
+  return options.seed * 1000003 + layer;
 }
 
 /// Stages of a layer's keys; 0: the method's.
@@ -176,13 +182,6 @@ commvq::LayerCodec learn_layer(const engine::Learner& learner, const Options& op
               learner.train_value_codec({all_values.data(), rows, channels}, values))};
 }
 
-std::string stages_text(const Options& options) {
-  std::string text;
-  for (const int stages : options.stages)
-    text += (text.empty() ? "" : ",") + std::to_string(stages);
-  return text.empty() ? "0" : text;
-}
-
 /// Everything that decides what is learnt but the model, as words "name=value".
 std::string provenance_of(const Options& options, const std::vector<std::vector<int>>& contexts) {
   engine::Hash text;
@@ -191,7 +190,8 @@ std::string provenance_of(const Options& options, const std::vector<std::vector<
   words << "calibrate method=" << options.method << " bits=" << options.bits
         << " tokens=" << contexts.size() * contexts[0].size() << " context=" << options.context
         << " source=" << (options.self ? "self" : "file") << " text=" << text.text()
-        << " key_tokens=" << options.key_tokens << " stages=" << stages_text(options)
+        << " key_tokens=" << options.key_tokens
+        << " stages=" << engine::comma_separated(options.stages)
         << " codebook_size=" << options.codebook_size << " group_pairs=" << options.group_pairs
         << " em_steps=" << options.em_steps << " refine=" << options.refine
         << " value_steps=" << options.value_steps << " device=" << options.device
@@ -199,6 +199,22 @@ std::string provenance_of(const Options& options, const std::vector<std::vector<
   if (options.value_blocks > 0) words << " value_blocks=" << options.value_blocks;
   if (options.ranks > 1) words << " ranks=" << options.ranks << " rank=" << options.rank;
   return words.str();
+}
+
+/// As many stages of the keys as the method has, spread over the layers.
+std::vector<int> spread_stages(const Options& options, const engine::Learner& learner,
+                               const engine::Model& model,
+                               const std::vector<std::vector<int>>& contexts) {
+  engine::ProgressLine progress("Spreading stages over the layers");
+  return engine::propose_stages(
+      learner, model, contexts,
+      [&](std::size_t layer, const commvq::QueryStatistics& queries) {
+        commvq::KeyLearnerOptions keys =
+            key_options(options, layer, model.config().rope.pairs, queries);
+        keys.seed = seed_of(options, layer);
+        return keys;
+      },
+      [&](double share) { progress.update(share); });
 }
 
 /// What the codebook file will hold, still without codecs.
@@ -235,48 +251,49 @@ void learn_layers(const Options& options, const engine::Learner& learner,
         [&](const commvq::Progress& step) {
           progress.update((double(i) + step.fraction) / double(missing.size()), title + step.phase);
         },
-        options.seed * 1000003 + at);
+        seed_of(options, at));
     parts.save(missing[i], layers[at]);
   }
 }
 
-int calibrate(const Options& given) {
-  const engine::Learner learner =
-      given.device == "cuda" ? engine::device_learner() : engine::host_learner();
-  const engine::Model model(given.model);
-  const Options options = with_defaults(given, model.config());
-  const int num_layers = model.config().num_layers, num_kv_heads = model.config().num_kv_heads;
-  commvq::require(num_kv_heads % options.ranks == 0, "--ranks is ", options.ranks,
-                  "; it must divide the model's ", num_kv_heads, " KV heads");
+/// Throws unless the options fit the model and each other.
+void check(const Options& options, const engine::ModelConfig& config,
+           const engine::LayerRange& range) {
+  commvq::require(config.num_kv_heads % options.ranks == 0, "--ranks is ", options.ranks,
+                  "; it must divide the model's ", config.num_kv_heads, " KV heads");
   commvq::require(options.rank < options.ranks, "--rank is ", options.rank, "; there are ",
                   options.ranks, " ranks, the first of them 0");
   commvq::require(
-      options.stages.size() <= 1 || static_cast<int>(options.stages.size()) == num_layers,
-      "--stages has ", options.stages.size(), " numbers; give one, or one for each of ", num_layers,
-      " layers");
-  const int rank_heads = num_kv_heads / options.ranks;
+      options.stages.size() <= 1 || static_cast<int>(options.stages.size()) == config.num_layers,
+      "--stages has ", options.stages.size(), " numbers; give one, or one for each of ",
+      config.num_layers, " layers");
+  const int rank_heads = config.num_kv_heads / options.ranks;
   commvq::require(rank_heads % value_blocks(options, rank_heads) == 0, "--value-blocks is ",
                   options.value_blocks, "; it must divide the ", rank_heads,
                   " KV heads that are learnt together");
-  const engine::LayerRange range = options.layers.empty()
-                                       ? engine::LayerRange{0, num_layers}
-                                       : engine::LayerRange::parse(options.layers, num_layers);
-  const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
-  const auto contexts = calibration_text(options, model, tokenizer);
-  commvq::ModelCodecs codecs = empty_codecs(options, model, contexts);
-  const engine::PartsFolder parts(options.out, codecs);
+  const bool is_part = range.end - range.begin < config.num_layers || options.ranks > 1;
+  commvq::require(!is_part || !options.stages.empty() || options.method != "commvq",
+                  "a part of the model does not tell how to spread the stages of its keys over the "
+                  "layers: give --stages what calibrate --propose-stages prints, or --stages 0 for "
+                  "as many in every layer");
+}
+
+/// The layers in `range` that `parts` does not hold; puts those that it holds into `layers`.
+std::vector<int> missing_layers(const engine::LayerRange& range, const engine::PartsFolder& parts,
+                                std::vector<commvq::LayerCodec>& layers) {
   std::vector<int> missing;
   for (int layer = range.begin; layer < range.end; ++layer)
     if (const auto kept = parts.load(layer))
-      codecs.layers[static_cast<std::size_t>(layer)] = *kept;
+      layers[static_cast<std::size_t>(layer)] = *kept;
     else
       missing.push_back(layer);
   const std::size_t num_kept = static_cast<std::size_t>(range.end - range.begin) - missing.size();
   if (num_kept > 0) std::printf("%zu layers kept from an earlier run\n", num_kept);
-  if (!missing.empty())
-    learn_layers(options, learner, model, contexts, missing, parts, codecs.layers);
-  commvq::save_codecs(options.out, codecs);
-  parts.remove();
+  return missing;
+}
+
+void print_summary(const Options& options, const engine::LayerRange& range,
+                   const commvq::ModelCodecs& codecs) {
   commvq::CacheConfig config;
   config.rope = codecs.rope;
   config.num_kv_heads = codecs.num_kv_heads;
@@ -286,8 +303,38 @@ int calibrate(const Options& given) {
                  .bytes_per_token() /
              (range.end - range.begin);
   const double fp16 = 4.0 * double(config.num_channels());
-  std::printf("%s: %d of %d layers, %.3f bytes a token and layer, 1/%.2f of FP16\n",
-              options.out.c_str(), range.end - range.begin, num_layers, bytes, fp16 / bytes);
+  std::printf("%s: %d of %zu layers, %.3f bytes a token and layer, 1/%.2f of FP16\n",
+              options.out.c_str(), range.end - range.begin, codecs.layers.size(), bytes,
+              fp16 / bytes);
+}
+
+int calibrate(const Options& given) {
+  const engine::Learner learner =
+      given.device == "cuda" ? engine::device_learner() : engine::host_learner();
+  const engine::Model model(given.model);
+  Options options = with_defaults(given, model.config());
+  const int num_layers = model.config().num_layers;
+  const engine::LayerRange range = options.layers.empty()
+                                       ? engine::LayerRange{0, num_layers}
+                                       : engine::LayerRange::parse(options.layers, num_layers);
+  check(options, model.config(), range);
+  const engine::Tokenizer tokenizer(std::filesystem::path(options.model) / "tokenizer.json");
+  const auto contexts = calibration_text(options, model, tokenizer);
+  if (options.stages.empty())
+    options.stages = options.method == "commvq" ? spread_stages(options, learner, model, contexts)
+                                                : std::vector<int>{0};
+  if (options.propose_stages) {
+    std::printf("%s\n", engine::comma_separated(options.stages).c_str());
+    return 0;
+  }
+  commvq::ModelCodecs codecs = empty_codecs(options, model, contexts);
+  const engine::PartsFolder parts(options.out, codecs);
+  const std::vector<int> missing = missing_layers(range, parts, codecs.layers);
+  if (!missing.empty())
+    learn_layers(options, learner, model, contexts, missing, parts, codecs.layers);
+  commvq::save_codecs(options.out, codecs);
+  parts.remove();
+  print_summary(options, range, codecs);
   return 0;
 }
 
@@ -306,14 +353,13 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--out", options.out,
                  "Codebook file to write; finished layers wait in OUT.parts, from which an "
-                 "interrupted run goes on")
-      ->required();
+                 "interrupted run goes on");
   app.add_option("--layers", options.layers,
                  "A:B: only layers A up to B, B left out, counted from 0; merge_codebooks joins "
                  "such files");
   app.add_option(
          "--tokens", options.tokens,
-         "Tokens to calibrate on, spread over the text; by default 96 for each channel of a "
+         "Tokens to calibrate on, spread over the text; by default 80 for each channel of a "
          "layer's keys, from 16,384 to 65,536")
       ->check(CLI::Range(64, 1 << 24));
   app.add_option("--context", options.context, "Tokens of one context")
@@ -329,11 +375,15 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"commvq", "speed", "paper"}))
       ->capture_default_str();
   app.add_option("--stages", options.stages,
-                 "Residual stages of the keys, of all layers or a list A,B,... with those of each "
-                 "(evaluate --by-layer proposes one); 0: the method's")
+                 "Residual stages of the keys, of all layers or a list A,B,... with those of each; "
+                 "0: the method's in all. By default commvq's are spread: more in layers where "
+                 "coding keys does more harm")
       ->delimiter(',')
       ->allow_extra_args(false)
       ->check(CLI::Range(0, 256));
+  app.add_flag("--propose-stages", options.propose_stages,
+               "Only print the stages that would be learnt, for --stages of processes that learn "
+               "parts of the model");
   app.add_option("--codebook-size", options.codebook_size,
                  "Centroids of a key codebook; 0: the method's")
       ->check(CLI::Range(0, 65536))
@@ -372,6 +422,7 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   return engine::run_program([&] {
     commvq::require(options.self || !options.text.empty(), "give --text FILE or --self");
+    commvq::require(options.propose_stages || !options.out.empty(), "give --out FILE");
     return calibrate(options);
   });
 }

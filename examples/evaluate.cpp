@@ -22,6 +22,7 @@
 #include "engine/hash.hpp"
 #include "engine/parallel.hpp"
 #include "engine/peers/peer.hpp"
+#include "engine/stage_spread.hpp"
 #include "engine/text_file.hpp"
 
 namespace {
@@ -281,39 +282,34 @@ void write_json(const Options& options, std::size_t num_windows, const engine::M
   commvq::require(file.flush().good(), "cannot write ", options.json);
 }
 
-/// What coding one side of one layer alone does to the next token's distribution, and how the
-/// stages of the keys could be spread over the layers.
-void measure_layers(const Options& options, const engine::Model& model,
-                    const std::vector<int>& window) {
-  commvq::Cache exact = model.make_cache({});
-  const std::vector<float> logits = model.prefill(window, exact, engine::Logits::kAll);
+/// Prints what coding one side of one layer alone does to the next token's distribution, and how
+/// the stages of the keys could be spread over the layers.
+void print_layers(const Options& options, const engine::Model& model,
+                  const std::vector<int>& window) {
   for (const std::string& path : options.codebooks) {
     const std::vector<commvq::LayerCodec> codecs = commvq::load_codecs(path).layers;
-    std::vector<double> divergences(2 * codecs.size());  // keys, then values
-    TaskCount count("Layer by layer", divergences.size());
-    engine::for_each_task(static_cast<Index>(divergences.size()), [&](Index task) {
-      const auto at = static_cast<std::size_t>(task), layer = at % codecs.size();
-      std::vector<commvq::LayerCodec> alone(codecs.size());
-      if (at < codecs.size())
-        alone[layer].keys = codecs[layer].keys;
-      else
-        alone[layer].values = codecs[layer].values;
-      commvq::Cache cache = model.make_cache(alone, options.window, options.sinks);
-      divergences[at] = engine::divergence(model, cache, window, options.window, logits);
-      count.ended(path);
-    });
+    const engine::LayerDivergences divergences = [&] {
+      engine::ProgressLine progress("Layer by layer");
+      return engine::measure_layers(model, codecs, window, options.window, options.sinks,
+                                    [&](double share) { progress.update(share, path); });
+    }();
     std::printf("\n%s, each side of each layer coded alone:\n%-8s %12s %12s\n", path.c_str(),
                 "layer", "keys", "values");
-    for (std::size_t layer = 0; layer < codecs.size(); ++layer)
-      std::printf("%-8zu %12.6f %12.6f\n", layer, divergences[layer],
-                  divergences[codecs.size() + layer]);
-    if (!codecs[0].keys) continue;
-    divergences.resize(codecs.size());
-    std::printf("as many stages of the keys, spread over the layers: --stages ");
-    const auto spread = engine::spread_stages(divergences, codecs[0].keys->config().num_stages);
-    for (std::size_t layer = 0; layer < spread.size(); ++layer)
-      std::printf("%s%d", layer > 0 ? "," : "", spread[layer]);
-    std::printf("\n");
+    int stages = 0;  // of all layers
+    for (std::size_t layer = 0; layer < codecs.size(); ++layer) {
+      std::printf("%-8zu %12.6f %12.6f\n", layer, divergences.keys[layer],
+                  divergences.values[layer]);
+      if (codecs[layer].keys) stages += codecs[layer].keys->config().num_stages;
+    }
+    const auto is_even = [&](const commvq::LayerCodec& codec) {
+      return codec.keys &&
+             codec.keys->config().num_stages * static_cast<int>(codecs.size()) == stages;
+    };
+    if (!std::all_of(codecs.begin(), codecs.end(), is_even)) continue;
+    const auto spread =
+        engine::spread_stages(divergences.keys, stages / static_cast<int>(codecs.size()));
+    std::printf("as many stages of the keys, spread over the layers: --stages %s\n",
+                engine::comma_separated(spread).c_str());
   }
 }
 
@@ -325,7 +321,7 @@ int evaluate(const Options& options) {
   const auto windows =
       engine::windows_of(text, options.context, options.windows, tokenizer.prefix());
   if (options.by_layer) {
-    measure_layers(options, model, windows[0]);
+    print_layers(options, model, windows[0]);
     return 0;
   }
   const std::string key = key_of_exact(options, model, text);

@@ -48,4 +48,10 @@ std::string human_bytes(double bytes) {
   return text;
 }
 
+std::string comma_separated(const std::vector<int>& numbers) {
+  std::string text;
+  for (const int number : numbers) text += (text.empty() ? "" : ",") + std::to_string(number);
+  return text;
+}
+
 }  // namespace engine

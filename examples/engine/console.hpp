@@ -3,6 +3,7 @@
 #include <chrono>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace engine {
 
@@ -33,5 +34,8 @@ int run_program(const std::function<int()>& body);
 
 /// Bytes as people read them, e.g. "1.25 MiB".
 std::string human_bytes(double bytes);
+
+/// Numbers as options take them, e.g. "1,2,3".
+std::string comma_separated(const std::vector<int>& numbers);
 
 }  // namespace engine

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <random>
 
@@ -96,26 +95,6 @@ double divergence(const Model& model, CacheHandle cache, std::span<const int> wi
     }
   }
   return sum / static_cast<double>(tokens - first);
-}
-
-std::vector<int> spread_stages(const std::vector<double>& divergences, int stages) {
-  constexpr double kFactor = 0.9;
-  const int fewest = (stages + 1) / 2, most = 2 * stages;
-  std::vector<int> spread(divergences.size(), stages);
-  const auto at = [&](std::size_t layer, int change) {
-    return divergences[layer] * std::pow(kFactor, spread[layer] + change - stages);
-  };
-  while (true) {
-    std::size_t taker = spread.size(), giver = spread.size();
-    double gain = 0, loss = std::numeric_limits<double>::infinity();
-    for (std::size_t i = 0; i < spread.size(); ++i) {
-      if (spread[i] < most && at(i, 0) - at(i, 1) > gain) gain = at(taker = i, 0) - at(i, 1);
-      if (spread[i] > fewest && at(i, -1) - at(i, 0) < loss) loss = at(giver = i, -1) - at(i, 0);
-    }
-    if (taker == spread.size() || giver == spread.size() || !(gain > loss)) return spread;
-    ++spread[taker];
-    --spread[giver];
-  }
 }
 
 RetrievalCase retrieval_case(const Tokenizer& tokenizer, const std::vector<int>& text, int context,

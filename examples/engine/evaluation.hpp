@@ -32,12 +32,6 @@ Predictions predict(const Model& model, CacheHandle cache, std::span<const int> 
 double divergence(const Model& model, CacheHandle cache, std::span<const int> window, Index first,
                   std::span<const float> exact_logits);
 
-/// Stages of every layer's keys with the same total as `stages` each, so that the divergences,
-/// measured with `stages` for each layer alone, add up to the least. A stage more multiplies a
-/// divergence by 0.9 (what from 11 to 20 stages does to squared logit errors). No layer gets less
-/// than half or more than twice as many.
-std::vector<int> spread_stages(const std::vector<double>& divergences, int stages);
-
 /// A text with facts planted in it, and a question for each: every question follows the text, not
 /// the other questions, so that the text is read once for all.
 struct RetrievalCase {

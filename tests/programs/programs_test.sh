@@ -16,6 +16,8 @@ prints "1/14.42 of FP16" "$programs/calibrate" "$model" --self --bits 1 --tokens
   --em-steps 1 --value-steps 5 --stages 10,11,11,11,11,12 --out "$work/1-bit.safetensors"
 refuses "stages has 2 numbers; give one, or one for each of 6 layers" "$programs/calibrate" "$model" \
   --self --stages 10,11 --out "$work/stages.safetensors"
+refuses "give --stages what calibrate --propose-stages prints" "$programs/calibrate" "$model" --self \
+  --layers 0:2 --out "$work/stages.safetensors"
 prints "1/14.63 of FP16" "$programs/calibrate" "$model" --self --bits 1 --method speed \
   --tokens 512 --em-steps 1 --refine 1 --value-steps 5 --layers 0:1 --out "$work/speed.safetensors"
 refuses "value-blocks is 3; it must divide the 2" "$programs/calibrate" "$model" --self \
@@ -38,6 +40,16 @@ for kept in absent present; do
 done
 cmp "$work/absent" "$work/present" || fail "evaluate --exact"
 
+# What is spread by default is what --propose-stages prints.
+spread() {
+  "$programs/calibrate" "$checkpoints/llama3" --self --context 64 --tokens 512 --em-steps 1 \
+    --value-steps 5 "$@"
+}
+spread --out "$work/spread"
+spread --stages "$(spread --propose-stages)" --out "$work/given"
+cmp "$work/spread" "$work/given" || fail "the default differs from --stages of --propose-stages"
+refuses "give --out FILE" spread
+
 for checkpoint in "$checkpoints"/*/; do
   prints "1/[0-9.]* of FP16" "$programs/calibrate" "$checkpoint" --self --context 64 --tokens 512 \
     --em-steps 1 --value-steps 5 --out "$work/tiny.safetensors"
@@ -46,7 +58,8 @@ for checkpoint in "$checkpoints"/*/; do
 done
 for rank in 0 1; do
   prints "1/[0-9.]* of FP16" "$programs/calibrate" "$checkpoints/llama3" --self --context 64 \
-    --tokens 512 --em-steps 1 --value-steps 5 --ranks 2 --rank $rank --out "$work/rank.safetensors"
+    --tokens 512 --em-steps 1 --value-steps 5 --stages 0 --ranks 2 --rank $rank \
+    --out "$work/rank.safetensors"
 done
 refuses "for 1 KV heads; the model has 2" "$programs/generate" "$checkpoints/llama3" \
   --codebooks "$work/rank.safetensors" --prompt a

@@ -76,15 +76,6 @@ TEST(Divergence, IsZeroWithAnExactCacheAndGrowsWithTheWindowThatIsCoded) {
   EXPECT_GT(divergence(model, third, window, 10, other), 0);
 }
 
-TEST(SpreadStages, GivesTheWorstLayerMoreAtTheSameTotal) {
-  EXPECT_EQ(spread_stages({1, 1, 1}, 11), (std::vector<int>{11, 11, 11}));
-  const std::vector<int> spread = spread_stages({1, 1, 4, 1}, 11);
-  EXPECT_EQ(std::accumulate(spread.begin(), spread.end(), 0), 44);
-  EXPECT_GT(spread[2], spread[0] + 10);  // log(4) / -log(0.9) = 13.2
-  EXPECT_LT(spread[2], spread[0] + 15);
-  EXPECT_EQ(spread_stages({0, 1e9}, 10), (std::vector<int>{5, 15}));
-}
-
 TEST(Retrieval, PlantsFactsAndAsksForEach) {
   const Tokenizer tokenizer(small_model() / "tokenizer.json");
   const std::vector<int> text = tokenizer.encode(std::string(3000, '.'));

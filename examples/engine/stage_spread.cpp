@@ -1,0 +1,109 @@
+#include "engine/stage_spread.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <mutex>
+
+#include "engine/calibration_data.hpp"
+#include "engine/evaluation.hpp"
+#include "engine/parallel.hpp"
+
+namespace engine {
+namespace {
+
+/// What is learnt briefly: enough to tell layers apart that differ by a hundred times.
+constexpr int kBriefTokens = 4096, kBriefSteps = 2;
+constexpr Index kExactWindow = 128;
+
+/// Contexts to learn from briefly, and never the last one unless there is no other.
+std::vector<std::vector<int>> brief_contexts(const std::vector<std::vector<int>>& contexts) {
+  const std::size_t wanted = static_cast<std::size_t>(kBriefTokens) / contexts[0].size();
+  const std::size_t count =
+      std::clamp<std::size_t>(wanted, 1, std::max<std::size_t>(contexts.size() - 1, 1));
+  std::vector<std::vector<int>> chosen;
+  for (std::size_t i = 0; i < count; ++i) chosen.push_back(contexts[i * contexts.size() / count]);
+  return chosen;
+}
+
+}  // namespace
+
+LayerDivergences measure_layers(const Model& model, const std::vector<commvq::LayerCodec>& codecs,
+                                std::span<const int> window, Index exact_window, Index sinks,
+                                const std::function<void(double)>& progress) {
+  commvq::Cache exact = model.make_cache({});
+  const std::vector<float> logits = model.prefill(window, exact, Logits::kAll);
+  const std::size_t num_layers = codecs.size();
+  LayerDivergences result{std::vector<double>(num_layers), std::vector<double>(num_layers)};
+  std::vector<std::function<void()>> tasks;
+  for (std::size_t layer = 0; layer < num_layers; ++layer) {
+    const auto add = [&](const commvq::LayerCodec& side, double& divergence_of_side) {
+      tasks.push_back([&, side, layer] {
+        std::vector<commvq::LayerCodec> alone(num_layers);
+        alone[layer] = side;
+        commvq::Cache cache = model.make_cache(alone, exact_window, sinks);
+        divergence_of_side = divergence(model, cache, window, exact_window, logits);
+      });
+    };
+    if (codecs[layer].keys) add({codecs[layer].keys, nullptr}, result.keys[layer]);
+    if (codecs[layer].values) add({nullptr, codecs[layer].values}, result.values[layer]);
+  }
+  std::mutex mutex;
+  std::size_t num_done = 0;
+  for_each_task(static_cast<Index>(tasks.size()), [&](Index task) {
+    tasks[static_cast<std::size_t>(task)]();
+    const std::lock_guard lock(mutex);
+    if (progress) progress(double(++num_done) / double(tasks.size()));
+  });
+  return result;
+}
+
+std::vector<int> spread_stages(const std::vector<double>& divergences, int stages) {
+  constexpr double kFactor = 0.87;
+  const int fewest = (stages + 1) / 2, most = 2 * stages;
+  std::vector<int> spread(divergences.size(), stages);
+  const auto at = [&](std::size_t layer, int change) {
+    return divergences[layer] * std::pow(kFactor, spread[layer] + change - stages);
+  };
+  while (true) {
+    std::size_t taker = spread.size(), giver = spread.size();
+    double gain = 0, loss = std::numeric_limits<double>::infinity();
+    for (std::size_t i = 0; i < spread.size(); ++i) {
+      if (spread[i] < most && at(i, 0) - at(i, 1) > gain) gain = at(taker = i, 0) - at(i, 1);
+      if (spread[i] > fewest && at(i, -1) - at(i, 0) < loss) loss = at(giver = i, -1) - at(i, 0);
+    }
+    if (taker == spread.size() || giver == spread.size() || !(gain > loss)) return spread;
+    ++spread[taker];
+    --spread[giver];
+  }
+}
+
+std::vector<int> propose_stages(const Learner& learner, const Model& model,
+                                const std::vector<std::vector<int>>& contexts,
+                                const KeyOptionsOf& options_of,
+                                const std::function<void(double)>& progress) {
+  const ModelConfig& config = model.config();
+  const CalibrationData data = collect(model, brief_contexts(contexts));
+  std::vector<commvq::LayerCodec> codecs(data.layers.size());
+  for (std::size_t layer = 0; layer < codecs.size(); ++layer) {
+    const std::vector<float>& keys = data.layers[layer].keys;
+    commvq::KeyLearnerOptions options = options_of(layer, data.layers[layer].queries);
+    options.max_tokens = std::min(options.max_tokens, kBriefTokens);
+    options.max_steps = std::min(options.max_steps, kBriefSteps);
+    options.refinement.rounds = 0;
+    const auto tokens = static_cast<Index>(keys.size()) / config.kv_size();
+    codecs[layer].keys = std::make_shared<commvq::KeyCodec>(
+        learner.learn_key_codec({keys.data(), tokens, config.kv_size()}, options));
+    if (progress) progress(0.5 * double(layer + 1) / double(codecs.size()));
+  }
+  const std::vector<int>& window = contexts.back();
+  const LayerDivergences divergences = measure_layers(
+      model, codecs, window, std::min(kExactWindow, static_cast<Index>(window.size()) / 2),
+      /*sinks=*/0, [&](double share) {
+        if (progress) progress(0.5 + 0.5 * share);
+      });
+  return spread_stages(divergences.keys, codecs[0].keys->config().num_stages);
+}
+
+}  // namespace engine
