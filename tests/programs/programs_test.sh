@@ -28,7 +28,7 @@ prints "^1-bit" "$programs/evaluate" "$model" --self --context 192 --contexts 1 
   --window 32 --codebooks "$work/1-bit.safetensors" --json "$work/result.json"
 grep -q perplexity_increase "$work/result.json" || fail "evaluate --json"
 prints "spread over the layers: --stages [0-9,]*$" "$programs/evaluate" "$model" --self --context 64 \
-  --contexts 1 --window 32 --codebooks "$work/1-bit.safetensors" --by-layer
+  --contexts 1 --window 32 --codebooks "$work/paper.safetensors" --by-layer
 sed 's/[0-9]/& and /g' "$model/config.json" >"$work/text"
 for _ in 1 2 3 4 5; do cat "$work/text" "$work/text" >"$work/more"; mv "$work/more" "$work/text"; done
 head -c 12000 "$work/text" >"$work/short.txt"
