@@ -210,26 +210,29 @@ void run_case(const Preset& preset, int batch, int tokens) {
   });
   check(cudaStreamDestroy(stream));
   std::printf(
-      "{\"preset\": \"%s\", \"batch\": %d, \"tokens\": %d, \"microseconds\": %.2f, "
+      "{\"preset\": \"%s\", \"stages\": %d, \"batch\": %d, \"tokens\": %d, \"microseconds\": %.2f, "
       "\"cache_bytes_per_token\": %.3f, \"workspace_bytes\": %zu}\n",
-      preset.name, batch, tokens, time, layout.bytes_per_token(), call.workspace_bytes);
+      preset.name, preset.num_stages, batch, tokens, time, layout.bytes_per_token(),
+      call.workspace_bytes);
   std::fflush(stdout);
 }
 
 }  // namespace
 
-/// Arguments: preset, batch, tokens; without any, the cases of bench/README.md.
+/// Arguments: preset, batch, tokens and, if they are not the preset's, stages of the keys; without
+/// any, the cases of bench/README.md.
 int main(int argc, char** argv) {
   try {
-    if (argc == 4) {
-      for (const Preset& preset : kPresets)
+    if (argc == 4 || argc == 5) {
+      for (Preset preset : kPresets)
         if (argv[1] == std::string(preset.name)) {
+          if (argc == 5) preset.num_stages = std::stoi(argv[4]);
           run_case(preset, std::stoi(argv[2]), std::stoi(argv[3]));
           return 0;
         }
       fail("no preset is called ", argv[1]);
     }
-    require(argc == 1, "give PRESET BATCH TOKENS, or nothing");
+    require(argc == 1, "give PRESET BATCH TOKENS [STAGES], or nothing");
     for (const Preset& preset : kPresets) {
       run_case(preset, 1, 8192);
       run_case(preset, 1, 32768);

@@ -28,6 +28,7 @@ struct Book {
 template <int kCodeBits, int kNumBooks>
 class FixedCodes {
  public:
+  static constexpr bool kIsFixed = true;
   /// Any bits are codes: none can lead beyond a book.
   static constexpr bool kAnyBitsAreCodes = true;
 
@@ -48,7 +49,7 @@ class FixedCodes {
   }
 
   /// Uses what was fetched of `index`: until then the loads may be under way.
-  __device__ __forceinline__ void finish(int index) {
+  __device__ __forceinline__ void finish(const KeyCodes&, int index) {
     if constexpr (kTail > 0)
       words_[kWords] =
           __funnelshift_r(words_[kWords], next_tail_, static_cast<std::uint32_t>(index * kTail));
@@ -89,25 +90,31 @@ class FixedCodes {
   __device__ __forceinline__ void for_each_book(Function function) const {
     visit<0>(function);
   }
-  /// Calls function(book, the next one) for every second book; for an odd last one the same twice.
+  /// Calls function(book, the next one, whether there is one) for every second book.
   template <class Function>
-  __device__ __forceinline__ static void for_each_two_books(Function function) {
+  __device__ __forceinline__ static void for_each_two_books(const KeyCodes&, Function function) {
     visit_two<0>(function);
   }
   /// Bytes that the lines of one number take, for all centroids.
   static constexpr int kLineBytes = 128 << kCodeBits;
   /// Number of two books' lines, of as many as there are books, where two share one.
-  static constexpr int kTwoBookLines = (kNumBooks + 1) / 2;
+  __device__ __forceinline__ static constexpr int two_book_lines(const KeyCodes&) {
+    return (kNumBooks + 1) / 2;
+  }
   /// Sixteen bytes at `address`, as `row_address` gives it, in lines kLine.
   template <int kLine>
   __device__ __forceinline__ static uint4 load_line(std::uint32_t address) {
     return load_shared_16<kLine * kLineBytes>(address);
   }
 
- private:
+ protected:
   static constexpr int kWords = kNumBooks * kCodeBits / 32;
   static constexpr int kTail = kNumBooks * kCodeBits % 32;
 
+  std::uint32_t words_[kWords + (kTail > 0 ? 1 : 0)];
+  std::uint32_t next_tail_;
+
+ private:
   __device__ __forceinline__ void fetch_at(const std::uint8_t* words, const std::uint8_t* tail) {
     if constexpr (kWords == 4) {
       const uint4 v = *reinterpret_cast<const uint4*>(words);
@@ -138,13 +145,66 @@ class FixedCodes {
   template <int kBook, class Function>
   __device__ __forceinline__ static void visit_two(Function function) {
     if constexpr (kBook < kNumBooks) {
-      function(Book<kBook>(), Book<(kBook + 1 < kNumBooks ? kBook + 1 : kBook)>());
+      constexpr bool kIsTwo = kBook + 1 < kNumBooks;
+      function(Book<kBook>(), Book<(kIsTwo ? kBook + 1 : kBook)>(), kIsTwo);
       visit_two<kBook + 2>(function);
     }
   }
+};
 
-  std::uint32_t words_[kWords + (kTail > 0 ? 1 : 0)];
-  std::uint32_t next_tail_;
+/// The same of any number of books up to kMostBooks: loops end early.
+template <int kCodeBits, int kMostBooks>
+class CodesUpTo : public FixedCodes<kCodeBits, kMostBooks> {
+  using Most = FixedCodes<kCodeBits, kMostBooks>;
+  static_assert(Most::kTail > 0 && kMostBooks % 2 == 0);
+
+ public:
+  static constexpr bool kIsFixed = false;
+
+  __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
+                                        int index) {
+    const auto* const words =
+        reinterpret_cast<const std::uint32_t*>(page + codes.words) + index * codes.num_words;
+#pragma unroll
+    for (int i = 0; i < Most::kWords; ++i)
+      this->words_[i] = i < codes.num_words ? words[i] : 0;
+    const auto* const tail =
+        reinterpret_cast<const std::uint32_t*>(page + codes.tails) + index * codes.tail_bits / 32;
+    tail_ = tail[0];
+    this->next_tail_ = tail[1];  // norms follow the tails
+  }
+  __device__ __forceinline__ static void fetch_two(const KeyCodes& codes, const std::uint8_t* page,
+                                                   int index, CodesUpTo (&two)[2]) {
+    two[0].fetch(codes, page, index);
+    two[1].fetch(codes, page, index + 16);
+  }
+  __device__ __forceinline__ void finish(const KeyCodes& codes, int index) {
+    const std::uint32_t tail = __funnelshift_r(tail_, this->next_tail_,
+                                               static_cast<std::uint32_t>(index * codes.tail_bits));
+#pragma unroll
+    for (int i = 0; i <= Most::kWords; ++i)
+      this->words_[i] = i == codes.num_words ? tail : this->words_[i];
+  }
+  template <class Function>
+  __device__ __forceinline__ static void for_each_two_books(const KeyCodes& codes,
+                                                            Function function) {
+    visit_two<0>(codes.num_books, function);
+  }
+  __device__ __forceinline__ static int two_book_lines(const KeyCodes& codes) {
+    return (codes.num_books + 1) / 2;
+  }
+
+ private:
+  template <int kBook, class Function>
+  __device__ __forceinline__ static void visit_two(int num_books, Function function) {
+    if constexpr (kBook < kMostBooks) {
+      if (kBook >= num_books) return;
+      function(Book<kBook>(), Book<kBook + 1>(), kBook + 1 < num_books);
+      visit_two<kBook + 2>(num_books, function);
+    }
+  }
+
+  std::uint32_t tail_;
 };
 
 /// Codes of any shape: each is read from the page when it is used.
@@ -163,7 +223,7 @@ class AnyCodes {
     tail_ = __funnelshift_r(tail[0], tail[1], static_cast<std::uint32_t>(bit));
   }
 
-  __device__ __forceinline__ void finish(int) {}
+  __device__ __forceinline__ void finish(const KeyCodes&, int) {}
 
   __device__ __forceinline__ static uint4 load(int, std::uint32_t address) {
     return load_shared_16<0>(address);

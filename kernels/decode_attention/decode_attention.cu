@@ -253,18 +253,18 @@ Problem problem_of(const DeviceCodebooks& codebooks, const DecodeAttention& call
 }
 
 KeyScoresLauncher launcher_of(const DevicePageLayout& layout, const KeySlice& slice) {
-  const KeyPlane& plane = layout.planes[slice.plane];
-  const auto is = [&](int code_bits, int books, int row_bits, int planes) {
-    return slice.width == 64 && layout.code_bits == code_bits &&
-           layout.codebook_size == 1 << code_bits && plane.num_books == books &&
-           slice.row_bits == row_bits && slice.num_planes == planes;
-  };
-  if (is(6, 22, 4, 1)) return launch_key_scores<64, Codes22, 4, 1>;
-  if (is(6, 21, 4, 1)) return launch_key_scores<64, Codes21, 4, 1>;
-  if (is(6, 20, 4, 1)) return launch_key_scores<64, Codes20, 4, 1>;
-  if (is(6, 21, 4, 2)) return launch_key_scores<64, Codes21, 4, 2>;
-  if (is(6, 20, 4, 2)) return launch_key_scores<64, Codes20, 4, 2>;
-  return slice.width == 64 ? launch_key_scores<64, AnyCodes> : launch_key_scores<32, AnyCodes>;
+  if (slice.row_bits == 8)
+    return slice.width == 64 ? launch_key_scores<64, AnyCodes> : launch_key_scores<32, AnyCodes>;
+  const KeyPlane& first = layout.planes[slice.plane];
+  const KeyPlane& last = layout.planes[slice.plane + slice.num_planes - 1];
+  const bool has_kernel = first.first_book == 0 && first.num_books == last.num_books;
+  if (slice.num_planes == 1) {
+    if (has_kernel && first.num_books == 22) return launch_key_scores<64, Codes22, 4, 1>;
+    return launch_key_scores<64, NarrowCodes, 4, 1>;
+  }
+  if (has_kernel && first.num_books == 21) return launch_key_scores<64, Codes21, 4, 2>;
+  if (has_kernel && first.num_books == 20) return launch_key_scores<64, Codes20, 4, 2>;
+  return launch_key_scores<64, NarrowCodes, 4, 2>;
 }
 
 KeyCodes codes_of(const DevicePageLayout& layout, const KeyPlane& plane) {
@@ -287,7 +287,8 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
     const int shared_bytes =
         std::max(key_scores::shared_bytes(slice),
                  exact_tokens::Shared<KeyScoresConfig::kThreads>::bytes(p.head_dim, p.group));
-    key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}};
+    const bool is_split = view.layout.planes[slice.plane].first_book == 0;
+    key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}, is_split};
     for (int plane = 0; plane < slice.num_planes; ++plane)
       arguments.codes[plane] = codes_of(view.layout, view.layout.planes[slice.plane + plane]);
     const cudaError_t error =

@@ -44,6 +44,7 @@ struct Arguments {
   KeySlice slice;
   Turn turn;
   KeyCodes codes[kMaxPlanes];
+  bool is_split;          ///< rows of the slice's first two books, see `sum_rows`
   std::uint32_t one = 1;  ///< see `NarrowSums`
 };
 
@@ -372,11 +373,11 @@ struct LaneTokens {
     }
   }
   /// Uses what was fetched: until then the loads may be under way.
-  __device__ __forceinline__ void finish_codes(const Problem& p, int head, int half,
-                                               Reader (&readers)[2]) const {
+  __device__ __forceinline__ void finish_codes(const Problem& p, const KeyCodes& codes, int head,
+                                               int half, Reader (&readers)[2]) const {
 #pragma unroll
     for (int t = 0; t < 2; ++t)
-      readers[t].finish(head * p.page.size + slot_of(p, token(p, half + 2 * t)));
+      readers[t].finish(codes, head * p.page.size + slot_of(p, token(p, half + 2 * t)));
   }
   /// The tokens' key norms and value scales, all bf16.
   __device__ __forceinline__ void fetch_scales(const Problem& p, int head,
@@ -490,12 +491,14 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       std::uint32_t sums[kPlanes][2][kWidth / 8];
-      tokens_of(step).finish_codes(p, segment.place.head, half, readers);
-      sum_rows<kWidth, kRowBits, 0, kPlanes>(rows, a.one, readers[0], readers[1], sums[0]);
+      tokens_of(step).finish_codes(p, a.codes[0], segment.place.head, half, readers);
+      sum_rows<kWidth, kRowBits, 0, kPlanes>(rows, a.is_split, a.one, a.codes, readers[0],
+                                             readers[1], sums[0]);
       if constexpr (kPlanes == 2) {
         tokens_of(step).fetch_codes(p, a.codes[1], segment.place.head, half, readers);
-        tokens_of(step).finish_codes(p, segment.place.head, half, readers);
-        sum_rows<kWidth, kRowBits, 1, kPlanes>(rows, a.one, readers[0], readers[1], sums[1]);
+        tokens_of(step).finish_codes(p, a.codes[1], segment.place.head, half, readers);
+        sum_rows<kWidth, kRowBits, 1, kPlanes>(rows, a.is_split, a.one, a.codes, readers[0],
+                                               readers[1], sums[1]);
       }
       if (half == 0) {
         tokens_of(step).fetch_codes(p, a.codes[0], segment.place.head, 1, readers);

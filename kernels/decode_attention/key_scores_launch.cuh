@@ -11,6 +11,9 @@ namespace commvq::cuda {
 template <int kWidth, class Reader, int kRowBits, int kPlanes>
 __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     key_scores_kernel(const __grid_constant__ key_scores::Arguments arguments) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (kRowBits == 4) return;  // too little shared memory: see key_row_bits
+#endif
   extern __shared__ __align__(128) std::uint8_t shared_memory[];
   const Problem& problem = arguments.problem;
   let_next_kernel_start();

@@ -89,27 +89,28 @@ struct NarrowSums {
   }
 };
 
-/// The same for rows of 4 bits of one of kPlanes planes; kSplit: the first two books' rows come in
-/// two parts.
-template <bool kSplit, int kPlanes, class Reader>
-__device__ __forceinline__ void sum_narrow_rows(std::uint32_t rows, std::uint32_t one,
+/// The same for rows of 4 bits of one of kPlanes planes, whose lines begin at `lines`; where the
+/// first two books' rows come in two parts, the second ones are in the line before.
+template <int kPlanes, class Reader>
+__device__ __forceinline__ void sum_narrow_rows(std::uint32_t lines, bool is_split,
+                                                std::uint32_t one, const KeyCodes& codes,
                                                 const Reader& first, const Reader& second,
                                                 std::uint32_t (&sums)[2][8]) {
   const int lane = threadIdx.x % 32;
   // A line holds the rows of two books; odd tokens read the second one first, so that eight lanes
   // meet all 32 banks.
   const bool odd = lane / 4 % 2 != 0;
-  const std::uint32_t part = rows + lane % 4 * 16 + (odd ? 64 : 0);
+  const std::uint32_t part = lines + lane % 4 * 16 + (odd ? 64 : 0);
   // part ^ 64. Which way of saying so takes fewest registers was found by trying.
   const std::uint32_t other_part =
-      kPlanes == 1 ? part ^ 64 : (odd ? 0 : 64) * one + (rows + lane % 4 * 16);
+      kPlanes == 1 ? part ^ 64 : (odd ? 0 : 64) * one + (lines + lane % 4 * 16);
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
     const Reader& reader = t == 0 ? first : second;
     NarrowSums total;
-    Reader::for_each_two_books([&](auto even, auto next) {
-      constexpr int kLine = even.kNumber / 2 + (kSplit ? 1 : 0);
-      if constexpr (even.kNumber == next.kNumber) {
+    Reader::for_each_two_books(codes, [&](auto even, auto next, bool is_two) {
+      constexpr int kLine = even.kNumber / 2;
+      if (!is_two) {
         const std::uint32_t address = reader.row_address(even, part);
         total.add(Reader::template load_line<kLine>(address), one);
       } else {
@@ -118,9 +119,9 @@ __device__ __forceinline__ void sum_narrow_rows(std::uint32_t rows, std::uint32_
         const std::uint32_t y = Reader::row_address(odd ? a : b, other_part);
         total.add(Reader::template load_line<kLine>(x), one);
         total.add(Reader::template load_line<kLine>(y), one);
-        if constexpr (kSplit && even.kNumber == 0) {
-          total.add(Reader::template load_line<0>(x), one);
-          total.add(Reader::template load_line<0>(y), one);
+        if (even.kNumber == 0 && is_split) {
+          total.add(Reader::template load_line<-1>(x), one);
+          total.add(Reader::template load_line<-1>(y), one);
         }
       }
     });
@@ -128,18 +129,28 @@ __device__ __forceinline__ void sum_narrow_rows(std::uint32_t rows, std::uint32_
   }
 }
 
-/// The sums of plane kPlane of the kPlanes whose rows, of kRowBits bits, begin at `rows`; `one`
-/// is 1.
+/// The sums of plane kPlane of the kPlanes whose rows, of kRowBits bits, begin at `rows`; `codes`
+/// are the planes'. Of 4 bits the first plane's first two books are split if `is_split`, those of a
+/// shape known at compile time always. `one` is 1.
 template <int kWidth, int kRowBits, int kPlane, int kPlanes, class Reader>
-__device__ __forceinline__ void sum_rows(std::uint32_t rows, std::uint32_t one, const Reader& first,
+__device__ __forceinline__ void sum_rows(std::uint32_t rows, bool is_split, std::uint32_t one,
+                                         const KeyCodes* codes, const Reader& first,
                                          const Reader& second,
                                          std::uint32_t (&sums)[2][kWidth / 8]) {
   if constexpr (kRowBits == 8) {
     sum_byte_rows<kWidth>(rows, first, second, sums);
   } else {
-    constexpr int kLinesBefore = kPlane * (1 + Reader::kTwoBookLines);
-    sum_narrow_rows<kPlane == 0, kPlanes>(rows + kLinesBefore * Reader::kLineBytes, one, first,
-                                          second, sums);
+    const int split_lines = Reader::kIsFixed || is_split ? 1 : 0;
+    if constexpr (kPlane == 1) {
+      sum_narrow_rows<kPlanes>(
+          rows + (split_lines + Reader::two_book_lines(codes[0])) * Reader::kLineBytes, false, one,
+          codes[1], first, second, sums);
+    } else if constexpr (Reader::kIsFixed) {
+      sum_narrow_rows<kPlanes>(rows + Reader::kLineBytes, true, one, codes[0], first, second, sums);
+    } else {
+      sum_narrow_rows<kPlanes>(rows + split_lines * Reader::kLineBytes, is_split, one, codes[0],
+                               first, second, sums);
+    }
   }
 }
 

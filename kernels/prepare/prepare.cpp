@@ -95,9 +95,10 @@ std::vector<SliceOffsets> add_slices(const KeyCodec& keys, const Rope& rope, Cod
   const int g = keys.config().group_pairs;
   const int width = slice_width(keys.config());
   const int row_bits = key_row_bits(view.layout, keys.config());
-  const int planes = planes_of_slice(view.layout, row_bits);
   std::vector<SliceOffsets> offsets;
-  for (int plane = 0; plane < view.layout.num_planes; plane += planes)
+  int planes = 0;
+  for (int plane = 0; plane < view.layout.num_planes; plane += planes) {
+    planes = planes_of_slice(view.layout, row_bits, plane);
     for (int first = 0; first < g; first += width) {
       require(view.num_slices < CodebooksView::kMaxSlices, "the key codec needs more than ",
               CodebooksView::kMaxSlices, " slices on the device; use larger groups");
@@ -110,6 +111,7 @@ std::vector<SliceOffsets> add_slices(const KeyCodec& keys, const Rope& rope, Cod
       slice.width = width;
       offsets.push_back(add_slice(keys, rope, view.layout, slice, image));
     }
+  }
   return offsets;
 }
 

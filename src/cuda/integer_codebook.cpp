@@ -191,18 +191,17 @@ std::vector<std::int8_t> IntegerKeySlice::image() const {
 }
 
 int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config) {
-  if (slice_width(config) != 64 || layout.code_bits != 6 || layout.codebook_size != 64) return 8;
-  const int planes = layout.num_planes / layout.num_groups;
-  const int most_books = planes == 1 ? 22 : 21;
-  for (int i = 0; i < layout.num_planes; ++i)
-    if (planes > 2 || layout.planes[i].num_books < 20 || layout.planes[i].num_books > most_books ||
-        layout.planes[i].num_books != layout.planes[0].num_books)
-      return 8;
-  return 4;
+  const int width = slice_width(config);
+  const bool is_narrow =
+      width == 64 && layout.code_bits == 6 && layout.codebook_size == 64 &&
+      layout.plane_bytes >=
+          IntegerKeySlice::image_bytes(width, 8, 0, layout.kMostNarrowBooks, layout.codebook_size);
+  return is_narrow ? 4 : 8;
 }
 
-int planes_of_slice(const DevicePageLayout& layout, int row_bits) {
-  return row_bits == 4 ? layout.num_planes / layout.num_groups : 1;
+int planes_of_slice(const DevicePageLayout& layout, int row_bits, int first_plane) {
+  const int of_group = layout.num_planes / layout.num_groups;
+  return row_bits == 4 ? std::min(2, of_group - first_plane % of_group) : 1;
 }
 
 std::vector<IntegerKeySlice> integer_slices(const KeyCodebook<float>& codebook,
@@ -213,7 +212,7 @@ std::vector<IntegerKeySlice> integer_slices(const KeyCodebook<float>& codebook,
   std::vector<IntegerKeySlice> slices;
   std::vector<float> least_units;
   // The first plane last: its units depend on the others'.
-  for (int i = planes_of_slice(layout, row_bits) - 1; i >= 0; --i) {
+  for (int i = planes_of_slice(layout, row_bits, first_plane) - 1; i >= 0; --i) {
     slices.insert(slices.begin(),
                   IntegerKeySlice(codebook, layout.planes[first_plane + i], first_pair, num_pairs,
                                   width, row_bits, least_units));
@@ -275,19 +274,18 @@ KeyCodec rounded_to_integers(const KeyCodec& codec, const DevicePageLayout& layo
   if (layout.is_binary()) return codec;  // in fp16 on the device
   const KeyCodecConfig& config = codec.config();
   const int g = config.group_pairs, width = slice_width(config);
-  const int planes = planes_of_slice(layout, key_row_bits(layout, config));
+  const int row_bits = key_row_bits(layout, config);
   std::vector<KeyCodebook<float>> rounded;
   for (int head = 0; head < codec.num_kv_heads(); ++head) {
     KeyCodebook<float> codebook = codec.codebook(head);
     codebook.config.tied = false;  // the halves are rounded apart
-    for (int p = 0; p < layout.num_planes; p += planes)
+    for (int p = 0; p < layout.num_planes; p += planes_of_slice(layout, row_bits, p))
       for (int first = 0; first < g; first += width) {
         const int num_pairs = std::min(width, g - first);
         const auto slices = integer_slices(codec.codebook(head), layout, p,
                                            layout.planes[p].group * g + first, num_pairs);
-        for (int i = 0; i < planes; ++i)
-          replace(codebook, layout.planes[p + i], slices[static_cast<std::size_t>(i)], first,
-                  num_pairs);
+        for (std::size_t i = 0; i < slices.size(); ++i)
+          replace(codebook, layout.planes[p + static_cast<int>(i)], slices[i], first, num_pairs);
       }
     rounded.push_back(std::move(codebook));
   }

@@ -45,7 +45,7 @@ Index key_plane_bytes(int compute_capability) {
 
 DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_,
                                    const ValueCodecConfig& values, int page_size_,
-                                   Index plane_bytes)
+                                   Index plane_bytes_)
     : page_size(page_size_),
       num_kv_heads(num_kv_heads_),
       head_dim(keys.pairs.head_dim),
@@ -55,7 +55,8 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
       num_books(2 * keys.num_stages),
       num_code_bits(values.num_code_bits()),
       value_blocks(values.num_blocks),
-      norms_per_token(keys.num_norms(num_kv_heads)) {
+      norms_per_token(keys.num_norms(num_kv_heads)),
+      plane_bytes(plane_bytes_) {
   require(page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128,
           "page_size is ", page_size, "; the device supports 16, 32, 64 and 128");
   require(head_dim == 64 || head_dim == 128 || head_dim == 256, "head_dim is ", head_dim,

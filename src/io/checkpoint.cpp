@@ -36,8 +36,10 @@ void require_plain_name(const std::string& shard, const std::filesystem::path& i
   const auto is_strange = [](unsigned char c) {
     return c < 0x20 || c == 0x7f || c == '/' || c == '\\';
   };
-  const bool plain = !shard.empty() && shard != "." && shard != ".." &&
-                     std::none_of(shard.begin(), shard.end(), is_strange);
+  // A longer name is no file's and would fill the error of whoever tries to open it.
+  constexpr std::size_t kLongestName = 255;
+  const bool plain = !shard.empty() && shard.size() <= kLongestName && shard != "." &&
+                     shard != ".." && std::none_of(shard.begin(), shard.end(), is_strange);
   require(plain, index.string(), ": shard ", in_quotes(shard),
           " is not the plain name of a file beside the index");
 }

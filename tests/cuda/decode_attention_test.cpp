@@ -173,6 +173,16 @@ std::vector<DecodeCase> all_cases() {
   auto& norms1 = add("1bit_norm_per_head_page16", commvq1);
   norms1.page_size = 16;
   norms1.lengths = {290};
+  // As many as calibrate may give a layer: planes of few books, odd ones, two and three and four.
+  for (const int stages : {4, 6, 9, 13, 16, 22, 25, 40}) {
+    KeyCodecConfig spread = commvq1;
+    spread.num_stages = stages;
+    add(("stages" + std::to_string(stages)).c_str(), spread).lengths = {700, 150};
+  }
+  auto& tied = add("tied_13_stages_page16", key_config(128, 64, 64, 13));
+  tied.page_size = 16;
+  tied.num_query_tokens = 3;
+  tied.lengths = {290};
   add("head_dim64", key_config(64, 32, 64, 5)).lengths = {800, 33};
   add("head_dim256", key_config(256, 64, 64, 11)).lengths = {400};
   add("7bit_8_books", key_config(128, 64, 128, 4)).lengths = {900};

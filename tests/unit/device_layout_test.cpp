@@ -251,10 +251,23 @@ TEST(KeyRowBits, AreFourForThePresetsAtHeadDim128) {
         KeyCodecConfig::commvq_1bit(pairs), KeyCodecConfig::commvq_2bit(pairs)}) {
     const DevicePageLayout layout(config, 8, values, 64, key_plane_bytes(90));
     EXPECT_EQ(key_row_bits(layout, config), 4) << config.num_stages;
-    EXPECT_EQ(planes_of_slice(layout, 4), config.num_stages > 11 ? 2 : 1);
+    EXPECT_EQ(planes_of_slice(layout, 4, 0), config.num_stages > 11 ? 2 : 1);
     // With less shared memory a plane holds fewer books.
     const DevicePageLayout small(config, 8, values, 64, key_plane_bytes(86));
     EXPECT_EQ(key_row_bits(small, config), 8) << config.num_stages;
+  }
+}
+
+TEST(KeyRowBits, PlanesOfAnyNumberAreAddedUpTwoAtATime) {
+  for (const auto& [stages, slices] : std::vector<std::pair<int, std::vector<int>>>{
+           {6, {1}}, {22, {2}}, {25, {2, 1}}, {40, {2, 2}}}) {
+    const Shape shape{128, 64, 64, stages, 8, 1, 64, 176 * 1024};
+    const DevicePageLayout layout = layout_of(shape);
+    ASSERT_EQ(key_row_bits(layout, key_config(shape)), 4);
+    std::vector<int> found;
+    for (int plane = 0; plane < layout.num_planes; plane += found.back())
+      found.push_back(planes_of_slice(layout, 4, plane));
+    EXPECT_EQ(found, slices) << stages;
   }
 }
 
@@ -263,6 +276,9 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(Shape{128, 64, 64, 11, 8, 1, 64, 176 * 1024},        // the paper's 1 bit
                     Shape{128, 64, 64, 21, 8, 2, 32, 176 * 1024},        // and 2 bits: two planes
                     Shape{128, 64, 64, 11, 2, 1, 16, 56 * 1024},         // little shared memory
+                    Shape{128, 64, 64, 6, 2, 1, 64, 176 * 1024, true},   // few stages
+                    Shape{128, 64, 64, 13, 2, 1, 64, 176 * 1024, true},  // planes of 13 books
+                    Shape{128, 64, 64, 40, 2, 2, 32, 176 * 1024, true},  // four planes
                     Shape{64, 32, 64, 5, 4, 1, 16, 176 * 1024},          // half-width rows
                     Shape{256, 64, 64, 11, 1, 1, 128, 176 * 1024},       // two groups
                     Shape{128, 64, 128, 4, 8, 1, 64, 176 * 1024},        // few wide books

@@ -431,6 +431,9 @@ TEST_F(SafetensorsTest, RefusesBadIndexes) {
         R"(".")", R"("")", R"("one\u0000.safetensors")", R"("one\u007f.safetensors")",
         R"("\u0001one.safetensors")", R"("..\\one.safetensors")"})
     EXPECT_THAT(error_for_shard(escape), HasSubstr("not the plain name")) << escape;
+  const std::string long_name(3000, 'a');
+  EXPECT_THAT(error_for_shard('"' + long_name + '"'), HasSubstr("not the plain name"));
+  EXPECT_LT(error_for_shard('"' + long_name + '"').size(), 500u);
   EXPECT_THAT(error_for_shard("3"), HasSubstr("is not a string"));
   EXPECT_THAT(error_for_shard(R"("two.safetensors")"), HasSubstr("cannot be opened"));
   EXPECT_THAT(error_for(R"({"weight_map":{"b":"one.safetensors"}})"), HasSubstr("which lacks it"));

@@ -37,7 +37,8 @@ struct COMMVQ_API IntegerKeySlice {
   /// Bytes of `image` of a plane that begins with book `first_book` of its group.
   static Index image_bytes(int width, int row_bits, int first_book, int num_books,
                            int codebook_size);
-  /// The kernel's shared memory: lines of 128 bytes, `[book][centroid]` at width 64 and 8 bits, else
+  /// The kernel's shared memory: lines of 128 bytes, `[book][centroid]` at width 64 and 8 bits,
+  /// else
   /// `[two books][centroid]`, the even book's row first (of 4 bits an odd last book's row twice).
   /// What rows of 4 bits of the first stage have above 15 comes in lines before all others. Within
   /// a row, 16-byte piece q and (at width 64 and 8 bits) q + 4 belong to thread q of four; word k
@@ -50,21 +51,22 @@ struct COMMVQ_API IntegerKeySlice {
   std::vector<std::uint16_t> zero_points() const;
 };
 
-/// Bits of the device's key rows: 4 for the shapes whose kernels add up such rows (one plane of 20
-/// to 22 or two of 20 or 21 books of 64 centroids a group, as in the presets at head_dim 128),
-/// else 8.
+/// Bits of the device's key rows: 4 for books of 64 centroids over groups of more than 32 pairs, as
+/// in the presets at head_dim 128, where `DevicePageLayout::kMostNarrowBooks` of them in 8 bits
+/// would fit a plane; else 8.
 COMMVQ_API int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config);
 
 /// The integer rows of pairs `[first_pair, first_pair + num_pairs)` of the head for the planes that
-/// one kernel adds up: `layout.planes[first_plane]` and, at 4 bits, the other of its group. Their
-/// units are at most sixteen times those of the first.
+/// one kernel adds up, `planes_of_slice` from `layout.planes[first_plane]` on. Their units are at
+/// most sixteen times those of the first.
 COMMVQ_API std::vector<IntegerKeySlice> integer_slices(const KeyCodebook<float>& codebook,
                                                        const DevicePageLayout& layout,
                                                        int first_plane, int first_pair,
                                                        int num_pairs);
 
-/// Planes that one kernel adds up: all of a group at 4 bits, else one.
-COMMVQ_API int planes_of_slice(const DevicePageLayout& layout, int row_bits);
+/// Planes from `first_plane` on that one kernel adds up: at 4 bits two, where the group has as many
+/// left, else one.
+COMMVQ_API int planes_of_slice(const DevicePageLayout& layout, int row_bits, int first_plane);
 
 /// The codec whose codebooks are what the integers stand for: with it the evaluation measures what
 /// rounding costs. The same codes decode to what the device computes.

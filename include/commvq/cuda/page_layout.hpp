@@ -46,6 +46,7 @@ struct KeyPlane {
 /// order.
 struct COMMVQ_API DevicePageLayout {
   static constexpr int kMaxPlanes = 16;
+  static constexpr int kMostNarrowBooks = 22;  ///< of a plane whose rows have 4 bits
 
   int page_size = 64;  ///< tokens: 16, 32, 64 or 128
   int num_kv_heads = 0;
@@ -57,6 +58,7 @@ struct COMMVQ_API DevicePageLayout {
   int num_code_bits = 0;    ///< of one token's values
   int value_blocks = 1;     ///< of the value codec: each has its own bits, in order, and scale
   int norms_per_token = 1;  ///< 1: over all heads; num_kv_heads: one a head
+  Index plane_bytes = 0;    ///< shared memory that the 8-bit rows of one plane may take
   int num_planes = 0;
   KeyPlane planes[kMaxPlanes] = {};
   int value_codes_offset = 0;  ///< bytes
@@ -65,15 +67,14 @@ struct COMMVQ_API DevicePageLayout {
   int page_bytes = 0;  ///< a multiple of 16, at most 64 MiB
 
   DevicePageLayout() = default;
-  /// `plane_bytes` is the shared memory that the 8-bit rows of one plane may take (see
-  /// `key_plane_bytes`). Throws `Error` for shapes that the kernels do not support, naming the
-  /// limit.
+  /// For `plane_bytes` see `key_plane_bytes`. Throws `Error` for shapes that the kernels do not
+  /// support, naming the limit.
   DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads, const ValueCodecConfig& values,
                    int page_size, Index plane_bytes);
 
-  /// True for key codes of 120 or 248 books of two rows over whole heads of 128 channels, and values
-  /// with a block a head of 8 bits more: binary codes, which a kernel of their own reads without
-  /// looking anything up.
+  /// True for key codes of 120 or 248 books of two rows over whole heads of 128 channels, and
+  /// values with a block a head of 8 bits more: binary codes, which a kernel of their own reads
+  /// without looking anything up.
   bool is_binary() const {
     return codebook_size == 2 && num_groups == 1 && num_planes == 1 && head_dim == 128 &&
            value_blocks == num_kv_heads && (num_books == 120 || num_books == 248) &&
