@@ -160,14 +160,14 @@ class CodesUpTo : public FixedCodes<kCodeBits, kMostBooks> {
 
  public:
   static constexpr bool kIsFixed = false;
+  static constexpr int kAtOnce = 4;
 
   __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
                                         int index) {
     const auto* const words =
         reinterpret_cast<const std::uint32_t*>(page + codes.words) + index * codes.num_words;
 #pragma unroll
-    for (int i = 0; i < Most::kWords; ++i)
-      this->words_[i] = i < codes.num_words ? words[i] : 0;
+    for (int i = 0; i < Most::kWords; ++i) this->words_[i] = i < codes.num_words ? words[i] : 0;
     const auto* const tail =
         reinterpret_cast<const std::uint32_t*>(page + codes.tails) + index * codes.tail_bits / 32;
     tail_ = tail[0];
@@ -185,22 +185,37 @@ class CodesUpTo : public FixedCodes<kCodeBits, kMostBooks> {
     for (int i = 0; i <= Most::kWords; ++i)
       this->words_[i] = i == codes.num_words ? tail : this->words_[i];
   }
+  /// Four books, then two and one at a time: between branches loads need not wait for each other.
   template <class Function>
   __device__ __forceinline__ static void for_each_two_books(const KeyCodes& codes,
                                                             Function function) {
-    visit_two<0>(codes.num_books, function);
+    visit<0, kAtOnce>(codes.num_books, function);
   }
   __device__ __forceinline__ static int two_book_lines(const KeyCodes& codes) {
     return (codes.num_books + 1) / 2;
   }
 
  private:
-  template <int kBook, class Function>
-  __device__ __forceinline__ static void visit_two(int num_books, Function function) {
-    if constexpr (kBook < kMostBooks) {
-      if (kBook >= num_books) return;
-      function(Book<kBook>(), Book<kBook + 1>(), kBook + 1 < num_books);
-      visit_two<kBook + 2>(num_books, function);
+  /// Visits the books from kBook on, kCount at once while there are as many.
+  template <int kBook, int kCount, class Function>
+  __device__ __forceinline__ static void visit(int num_books, Function function) {
+    if constexpr (kCount == 1) {
+      if constexpr (kBook < kMostBooks)
+        if (kBook < num_books) function(Book<kBook>(), Book<kBook>(), false);
+    } else if constexpr (kBook + kCount > kMostBooks) {
+      visit<kBook, kCount / 2>(num_books, function);
+    } else if (kBook + kCount <= num_books) {
+      visit_all<kBook, kCount>(function);
+      visit<kBook + kCount, kCount == kAtOnce ? kAtOnce : kCount / 2>(num_books, function);
+    } else {
+      visit<kBook, kCount / 2>(num_books, function);
+    }
+  }
+  template <int kBook, int kCount, class Function>
+  __device__ __forceinline__ static void visit_all(Function function) {
+    if constexpr (kCount > 0) {
+      function(Book<kBook>(), Book<kBook + 1>(), true);
+      visit_all<kBook + 2, kCount - 2>(function);
     }
   }
 

@@ -257,13 +257,18 @@ KeyScoresLauncher launcher_of(const DevicePageLayout& layout, const KeySlice& sl
     return slice.width == 64 ? launch_key_scores<64, AnyCodes> : launch_key_scores<32, AnyCodes>;
   const KeyPlane& first = layout.planes[slice.plane];
   const KeyPlane& last = layout.planes[slice.plane + slice.num_planes - 1];
-  const bool has_kernel = first.first_book == 0 && first.num_books == last.num_books;
+  // Only the first planes of a group have split rows, which shapes known at compile time take for
+  // granted.
+  const bool is_plain = first.first_book == 0 && first.num_books == last.num_books;
+  const int books = is_plain ? first.num_books : 0;
   if (slice.num_planes == 1) {
-    if (has_kernel && first.num_books == 22) return launch_key_scores<64, Codes22, 4, 1>;
+    if (books == 22) return launch_key_scores<64, Codes22, 4, 1>;
+    if (books == 20) return launch_key_scores<64, Codes20, 4, 1>;
     return launch_key_scores<64, NarrowCodes, 4, 1>;
   }
-  if (has_kernel && first.num_books == 21) return launch_key_scores<64, Codes21, 4, 2>;
-  if (has_kernel && first.num_books == 20) return launch_key_scores<64, Codes20, 4, 2>;
+  if (books == 22) return launch_key_scores<64, Codes22, 4, 2>;
+  if (books == 21) return launch_key_scores<64, Codes21, 4, 2>;
+  if (books == 20) return launch_key_scores<64, Codes20, 4, 2>;
   return launch_key_scores<64, NarrowCodes, 4, 2>;
 }
 

@@ -23,14 +23,17 @@ cudaError_t launch_key_scores(const key_scores::Arguments& arguments, dim3 grid,
 
 extern COMMVQ_KEY_SCORES(64, AnyCodes);
 extern COMMVQ_KEY_SCORES(32, AnyCodes);
-// Books of 64 rows in 4 bits: 22 of the 1-bit presets, twice 21 or 20 of the 2-bit ones, any
+// Books of 64 rows in 4 bits: 22 of the 1-bit presets and twice 21 or 20 of the 2-bit ones; where
+// stages are spread, twice 22 are the most of the former and 20 the least of the latter; and any
 // number.
 using Codes22 = FixedCodes<6, 22>;
 using Codes21 = FixedCodes<6, 21>;
 using Codes20 = FixedCodes<6, 20>;
 using NarrowCodes = CodesUpTo<6, DevicePageLayout::kMostNarrowBooks>;
 extern COMMVQ_KEY_SCORES(64, Codes22, 4, 1);
+extern COMMVQ_KEY_SCORES(64, Codes20, 4, 1);
 extern COMMVQ_KEY_SCORES(64, NarrowCodes, 4, 1);
+extern COMMVQ_KEY_SCORES(64, Codes22, 4, 2);
 extern COMMVQ_KEY_SCORES(64, Codes21, 4, 2);
 extern COMMVQ_KEY_SCORES(64, Codes20, 4, 2);
 extern COMMVQ_KEY_SCORES(64, NarrowCodes, 4, 2);

@@ -3,6 +3,7 @@
 namespace commvq::cuda {
 
 COMMVQ_KEY_SCORES(64, Codes22, 4, 1);
+COMMVQ_KEY_SCORES(64, Codes20, 4, 1);
 COMMVQ_KEY_SCORES(64, NarrowCodes, 4, 1);
 
 }  // namespace commvq::cuda

@@ -2,6 +2,7 @@
 
 namespace commvq::cuda {
 
+COMMVQ_KEY_SCORES(64, Codes22, 4, 2);
 COMMVQ_KEY_SCORES(64, Codes21, 4, 2);
 COMMVQ_KEY_SCORES(64, Codes20, 4, 2);
 COMMVQ_KEY_SCORES(64, NarrowCodes, 4, 2);
