@@ -38,7 +38,7 @@ void for_each_piece(const DevicePageLayout& layout, const KeyPlane& plane, int h
 
 Index key_plane_bytes(int compute_capability) {
   // Of 227, 163 and 99 KiB a block, less what the kernel keeps beside the rows.
-  if (compute_capability >= 90) return 176 * 1024;
+  if (compute_capability >= 90 && compute_capability < 120) return 176 * 1024;
   if (compute_capability == 80 || compute_capability == 87) return 112 * 1024;
   return 56 * 1024;
 }

@@ -258,6 +258,13 @@ TEST(KeyRowBits, AreFourForThePresetsAtHeadDim128) {
   }
 }
 
+TEST(KeyPlaneBytes, FollowTheSharedMemoryOfABlock) {
+  EXPECT_EQ(key_plane_bytes(100), key_plane_bytes(90));
+  EXPECT_EQ(key_plane_bytes(89), key_plane_bytes(86));
+  EXPECT_EQ(key_plane_bytes(120), key_plane_bytes(86));
+  EXPECT_LT(key_plane_bytes(86), key_plane_bytes(80));
+}
+
 TEST(KeyRowBits, PlanesOfAnyNumberAreAddedUpTwoAtATime) {
   for (const auto& [stages, slices] : std::vector<std::pair<int, std::vector<int>>>{
            {6, {1}}, {22, {2}}, {25, {2, 1}}, {40, {2, 2}}}) {

@@ -37,13 +37,12 @@ struct COMMVQ_API IntegerKeySlice {
   /// Bytes of `image` of a plane that begins with book `first_book` of its group.
   static Index image_bytes(int width, int row_bits, int first_book, int num_books,
                            int codebook_size);
-  /// The kernel's shared memory: lines of 128 bytes, `[book][centroid]` at width 64 and 8 bits,
-  /// else
-  /// `[two books][centroid]`, the even book's row first (of 4 bits an odd last book's row twice).
-  /// What rows of 4 bits of the first stage have above 15 comes in lines before all others. Within
-  /// a row, 16-byte piece q and (at width 64 and 8 bits) q + 4 belong to thread q of four; word k
-  /// of a thread is pairs 8k + 2q and 8k + 2q + 1: real parts, then imaginary parts. Words of 4
-  /// bits hold word k in the low and word k + 4 in the high halves of their bytes.
+  /// The kernel's shared memory: lines of 128 bytes, at width 64 and 8 bits `[book][centroid]`,
+  /// else `[two books][centroid]`, the even book's row first (of 4 bits an odd last book's row
+  /// twice). What rows of 4 bits of the first stage have above 15 comes in lines before all others.
+  /// Within a row, 16-byte piece q and (at width 64 and 8 bits) q + 4 belong to thread q of four;
+  /// word k of a thread is pairs 8k + 2q and 8k + 2q + 1: real parts, then imaginary parts. Words
+  /// of 4 bits hold word k in the low and word k + 4 in the high halves of their bytes.
   std::vector<std::int8_t> image() const;
   /// What a sum of 4 bits, or of 8 bits plus 128, is less 1024 when it stands for zero, negated, as
   /// fp16 numbers `[width / 8][4 threads][real, imaginary][2 pairs]`: 1024 - offset and
