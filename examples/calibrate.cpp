@@ -37,6 +37,7 @@ struct Options {
   // Of the key codec; 0: the method's.
   int codebook_size = 0;
   int group_pairs = 0;
+  std::string norms;     ///< "token" or "head"; empty: the method's
   int em_steps = 0;      ///< 0: the method's
   int refine = -1;       ///< -1: the method's
   int value_steps = 0;   ///< 0: the method's
@@ -111,6 +112,7 @@ commvq::KeyLearnerOptions key_options(const Options& options, std::size_t layer,
   if (const int stages = stages_of(options, layer); stages > 0) keys.codec.num_stages = stages;
   if (options.codebook_size > 0) keys.codec.codebook_size = options.codebook_size;
   if (options.group_pairs > 0) keys.codec.group_pairs = options.group_pairs;
+  if (!options.norms.empty()) keys.codec.norm_per_head = options.norms == "head";
   keys.max_tokens = options.key_tokens;
   if (options.em_steps > 0) keys.max_steps = options.em_steps;
   if (options.refine >= 0) keys.refinement.rounds = options.refine;
@@ -196,6 +198,7 @@ std::string provenance_of(const Options& options, const std::vector<std::vector<
         << " em_steps=" << options.em_steps << " refine=" << options.refine
         << " value_steps=" << options.value_steps << " device=" << options.device
         << " seed=" << options.seed;
+  if (!options.norms.empty()) words << " norms=" << options.norms;
   if (options.value_blocks > 0) words << " value_blocks=" << options.value_blocks;
   if (options.ranks > 1) words << " ranks=" << options.ranks << " rank=" << options.rank;
   return words.str();
@@ -392,6 +395,11 @@ int main(int argc, char** argv) {
                  "Rotary pairs of a key group; 0: the method's")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
+  app.add_option(
+         "--norms", options.norms,
+         "One norm of the keys a token, over all heads, or one a head, which takes more and "
+         "loses less; by default the method's")
+      ->check(CLI::IsMember({"token", "head"}));
   app.add_option("--em-steps", options.em_steps, "EM steps of each key stage; 0: the method's")
       ->check(CLI::Range(0, 10000))
       ->capture_default_str();

@@ -14,6 +14,8 @@ prints "1/14.84 of FP16" "$programs/calibrate" "$model" --self --bits 1 --method
   --tokens 512 --em-steps 1 --value-steps 5 --out "$work/paper.safetensors"
 prints "1/14.42 of FP16" "$programs/calibrate" "$model" --self --bits 1 --tokens 512 \
   --em-steps 1 --value-steps 5 --stages 10,11,11,11,11,12 --out "$work/1-bit.safetensors"
+prints "1/14.84 of FP16" "$programs/calibrate" "$model" --self --bits 1 --norms token --tokens 512 \
+  --em-steps 1 --value-steps 5 --stages 0 --out "$work/token.safetensors"
 refuses "stages has 2 numbers; give one, or one for each of 6 layers" "$programs/calibrate" "$model" \
   --self --stages 10,11 --out "$work/stages.safetensors"
 refuses "give --stages what calibrate --propose-stages prints" "$programs/calibrate" "$model" --self \
