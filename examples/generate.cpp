@@ -33,10 +33,13 @@ void print_size(const engine::Model& model, commvq::Index length, commvq::Index 
 
 void print_cost(const engine::Model& model, const commvq::Cache& cache) {
   print_size(model, cache.length(), cache.allocated_bytes());
-  const commvq::LayerCache& layer = cache.layer(0);
-  const auto coded = static_cast<long long>(layer.coded_end() - layer.sinks_end());
-  std::printf("%lld of them coded, %.3f bytes each a layer: 1/%.2f of FP16\n", coded,
-              layer.bytes_per_token(), 4.0 * model.config().kv_size() / layer.bytes_per_token());
+  const commvq::LayerCache& first = cache.layer(0);
+  const auto coded = static_cast<long long>(first.coded_end() - first.sinks_end());
+  double bytes = 0;  // mean over the layers
+  for (int layer = 0; layer < model.config().num_layers; ++layer)
+    bytes += cache.layer(layer).bytes_per_token() / model.config().num_layers;
+  std::printf("%lld of them coded, %.3f bytes each a layer: 1/%.2f of FP16\n", coded, bytes,
+              4.0 * model.config().kv_size() / bytes);
 }
 
 int generate(const Options& options) {

@@ -24,7 +24,9 @@ prints "1/14.63 of FP16" "$programs/calibrate" "$model" --self --bits 1 --method
   --tokens 512 --em-steps 1 --refine 1 --value-steps 5 --layers 0:1 --out "$work/speed.safetensors"
 refuses "value-blocks is 3; it must divide the 2" "$programs/calibrate" "$model" --self \
   --value-blocks 3 --out "$work/blocks.safetensors"
-prints "of them coded" "$programs/generate" "$model" --codebooks "$work/1-bit.safetensors" \
+# A mean over layers of 10, 11 and 12 stages.
+prints "of them coded, 71.000 bytes each a layer: 1/14.42" "$programs/generate" "$model" \
+  --codebooks "$work/1-bit.safetensors" \
   --prompt "The history" --max-tokens 150 --window 32
 prints "^1-bit" "$programs/evaluate" "$model" --self --context 192 --contexts 1 --questions 1 \
   --window 32 --codebooks "$work/1-bit.safetensors" --json "$work/result.json"
