@@ -295,21 +295,18 @@ void print_layers(const Options& options, const engine::Model& model,
     }();
     std::printf("\n%s, each side of each layer coded alone:\n%-8s %12s %12s\n", path.c_str(),
                 "layer", "keys", "values");
-    int stages = 0;  // of all layers
-    for (std::size_t layer = 0; layer < codecs.size(); ++layer) {
+    for (std::size_t layer = 0; layer < codecs.size(); ++layer)
       std::printf("%-8zu %12.6f %12.6f\n", layer, divergences.keys[layer],
                   divergences.values[layer]);
-      if (codecs[layer].keys) stages += codecs[layer].keys->config().num_stages;
-    }
-    const auto is_even = [&](const commvq::LayerCodec& codec) {
-      return codec.keys &&
-             codec.keys->config().num_stages * static_cast<int>(codecs.size()) == stages;
+    const auto stages_of = [](const commvq::LayerCodec& codec) {
+      return codec.keys ? codec.keys->config().num_stages : 0;
     };
-    if (!std::all_of(codecs.begin(), codecs.end(), is_even)) continue;
-    const auto spread =
-        engine::spread_stages(divergences.keys, stages / static_cast<int>(codecs.size()));
+    const int stages = stages_of(codecs[0]);
+    const bool is_even = std::all_of(codecs.begin(), codecs.end(),
+                                     [&](const auto& codec) { return stages_of(codec) == stages; });
+    if (stages == 0 || !is_even) continue;
     std::printf("as many stages of the keys, spread over the layers: --stages %s\n",
-                engine::comma_separated(spread).c_str());
+                engine::comma_separated(engine::spread_stages(divergences.keys, stages)).c_str());
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "engine/cache_method.hpp"
 #include "engine/console.hpp"
 #include "engine/device_cache.hpp"
 #include "engine/tokenizer.hpp"
@@ -35,11 +36,9 @@ void print_cost(const engine::Model& model, const commvq::Cache& cache) {
   print_size(model, cache.length(), cache.allocated_bytes());
   const commvq::LayerCache& first = cache.layer(0);
   const auto coded = static_cast<long long>(first.coded_end() - first.sinks_end());
-  double bytes = 0;  // mean over the layers
-  for (int layer = 0; layer < model.config().num_layers; ++layer)
-    bytes += cache.layer(layer).bytes_per_token() / model.config().num_layers;
-  std::printf("%lld of them coded, %.3f bytes each a layer: 1/%.2f of FP16\n", coded, bytes,
-              4.0 * model.config().kv_size() / bytes);
+  const double bits = engine::bits_per_number(cache, model.config().kv_size());
+  std::printf("%lld of them coded, %.3f bytes each a layer: 1/%.2f of FP16\n", coded,
+              bits * model.config().kv_size() / 4, 16 / bits);
 }
 
 int generate(const Options& options) {

@@ -27,13 +27,6 @@ class HostCache final : public SequenceCache {
   commvq::Cache cache_;
 };
 
-double bits_per_number(const commvq::Cache& cache, Index num_channels) {
-  double bits = 0;
-  for (int layer = 0; layer < cache.num_layers(); ++layer)
-    bits += double(cache.layer(layer).bits_per_token());
-  return bits / (2.0 * double(num_channels) * cache.num_layers());
-}
-
 /// Encodes and decodes keys, then rotates them.
 void code_keys(const commvq::KeyCodec& codec, const commvq::Rope& rope, MatrixView<float> keys) {
   const Index num_codes = Index{codec.num_kv_heads()} * codec.config().num_codes();
@@ -46,6 +39,13 @@ void code_keys(const commvq::KeyCodec& codec, const commvq::Rope& rope, MatrixVi
 }
 
 }  // namespace
+
+double bits_per_number(const commvq::Cache& cache, Index num_channels) {
+  double bits = 0;
+  for (int layer = 0; layer < cache.num_layers(); ++layer)
+    bits += double(cache.layer(layer).bits_per_token());
+  return bits / (2.0 * double(num_channels) * cache.num_layers());
+}
 
 CacheMethod codec_method(std::string name, const Model& model,
                          const std::vector<commvq::LayerCodec>& codecs, Index window, Index sinks) {

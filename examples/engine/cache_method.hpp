@@ -23,6 +23,10 @@ struct CacheMethod {
   std::vector<KeyRoundTrip> key_round_trips;  ///< one a layer; none if keys are exact
 };
 
+/// Bits that a page allocates for a number of a coded token, a mean over the layers, whose keys
+/// have `num_channels` numbers and whose values as many.
+double bits_per_number(const commvq::Cache& cache, Index num_channels);
+
 /// `commvq::Cache` with these codecs, one a layer, or exact where there are none.
 CacheMethod codec_method(std::string name, const Model& model,
                          const std::vector<commvq::LayerCodec>& codecs, Index window, Index sinks);

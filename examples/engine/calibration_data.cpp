@@ -16,14 +16,19 @@ void copy_rows(MatrixView<const float> rows, Index first, std::vector<float>& to
 
 }  // namespace
 
+std::vector<std::vector<int>> evenly(const std::vector<std::vector<int>>& contexts,
+                                     std::size_t count) {
+  std::vector<std::vector<int>> chosen;
+  for (std::size_t i = 0; i < count; ++i) chosen.push_back(contexts[i * contexts.size() / count]);
+  return chosen;
+}
+
 std::vector<std::vector<int>> spread_contexts(const std::vector<int>& text, int context,
                                               int tokens, const std::vector<int>& prefix) {
   const auto all = windows_of(text, context, 0, prefix);
   const auto count =
       std::clamp<std::size_t>(static_cast<std::size_t>(tokens / context), 1, all.size());
-  std::vector<std::vector<int>> contexts;
-  for (std::size_t i = 0; i < count; ++i) contexts.push_back(all[i * all.size() / count]);
-  return contexts;
+  return evenly(all, count);
 }
 
 CalibrationData collect(const Model& model, const std::vector<std::vector<int>>& contexts,

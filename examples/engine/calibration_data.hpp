@@ -22,6 +22,10 @@ struct CalibrationData {
   std::vector<LayerData> layers;
 };
 
+/// `count` of the contexts, at most all, spread over them from the first one on.
+std::vector<std::vector<int>> evenly(const std::vector<std::vector<int>>& contexts,
+                                     std::size_t count);
+
 /// About `tokens` tokens of `text` in contexts of `context`, at least one, spread over the text:
 /// its beginning may be all of one kind. Each begins with `prefix`. Throws `commvq::Error` if the
 /// text has not enough tokens for one.

@@ -22,9 +22,7 @@ std::vector<std::vector<int>> brief_contexts(const std::vector<std::vector<int>>
   const std::size_t wanted = static_cast<std::size_t>(kBriefTokens) / contexts[0].size();
   const std::size_t count =
       std::clamp<std::size_t>(wanted, 1, std::max<std::size_t>(contexts.size() - 1, 1));
-  std::vector<std::vector<int>> chosen;
-  for (std::size_t i = 0; i < count; ++i) chosen.push_back(contexts[i * contexts.size() / count]);
-  return chosen;
+  return evenly(contexts, count);
 }
 
 }  // namespace

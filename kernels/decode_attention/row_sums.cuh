@@ -140,17 +140,11 @@ __device__ __forceinline__ void sum_rows(std::uint32_t rows, bool is_split, std:
   if constexpr (kRowBits == 8) {
     sum_byte_rows<kWidth>(rows, first, second, sums);
   } else {
-    const int split_lines = Reader::kIsFixed || is_split ? 1 : 0;
-    if constexpr (kPlane == 1) {
-      sum_narrow_rows<kPlanes>(
-          rows + (split_lines + Reader::two_book_lines(codes[0])) * Reader::kLineBytes, false, one,
-          codes[1], first, second, sums);
-    } else if constexpr (Reader::kIsFixed) {
-      sum_narrow_rows<kPlanes>(rows + Reader::kLineBytes, true, one, codes[0], first, second, sums);
-    } else {
-      sum_narrow_rows<kPlanes>(rows + split_lines * Reader::kLineBytes, is_split, one, codes[0],
-                               first, second, sums);
-    }
+    is_split = is_split || Reader::kIsFixed;
+    const int lines_before =
+        (is_split ? 1 : 0) + (kPlane == 1 ? Reader::two_book_lines(codes[0]) : 0);
+    sum_narrow_rows<kPlanes>(rows + lines_before * Reader::kLineBytes, is_split && kPlane == 0, one,
+                             codes[kPlane], first, second, sums);
   }
 }
 
