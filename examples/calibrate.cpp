@@ -33,7 +33,7 @@ struct Options {
   int key_tokens = 0;  ///< 0: half of the tokens
   std::string method = "commvq";
   std::string device = "cpu";
-  std::vector<int> stages;  ///< of the keys of all layers, or of each; 0: the method's, empty: spread
+  std::vector<int> stages;  ///< of the keys of all layers or each; 0: the method's, empty: spread
   // Of the key codec; 0: the method's.
   int codebook_size = 0;
   int group_pairs = 0;
