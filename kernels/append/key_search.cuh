@@ -573,7 +573,7 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
         }
         if (word < plane.num_words) {
           reinterpret_cast<std::uint32_t*>(page + layout.key_words(plane, head, slot))[word] = bits;
-        } else if (plane.tail_bits > 0) {
+        } else {
           // Other tokens' tails share the words; see `write_values`.
           const Index at = layout.key_tail_bit(plane, head, slot);
           auto* const tail = reinterpret_cast<std::uint32_t*>(page) + at / 32;

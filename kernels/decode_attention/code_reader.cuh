@@ -28,7 +28,6 @@ struct Book {
 template <int kCodeBits, int kNumBooks>
 class FixedCodes {
  public:
-  static constexpr bool kIsFixed = true;
   /// Any bits are codes: none can lead beyond a book.
   static constexpr bool kAnyBitsAreCodes = true;
 
@@ -50,16 +49,10 @@ class FixedCodes {
 
   /// Uses what was fetched of `index`: until then the loads may be under way.
   __device__ __forceinline__ void finish(const KeyCodes&, int index) {
-    if constexpr (kTail > 0)
-      words_[kWords] =
-          __funnelshift_r(words_[kWords], next_tail_, static_cast<std::uint32_t>(index * kTail));
+    words_[kWords] =
+        __funnelshift_r(words_[kWords], next_tail_, static_cast<std::uint32_t>(index * kTail));
   }
 
-  /// Sixteen bytes at `address` as `row_address` gives it.
-  template <int kBook>
-  __device__ __forceinline__ static uint4 load(Book<kBook>, std::uint32_t address) {
-    return load_shared_16<kBook << (kCodeBits + 7)>(address);
-  }
   /// Address of the code's row at 128 bytes a row, less the book's distance from the first one;
   /// `part` is the rows' address, which leaves the bits of a code free, and the place in the row.
   template <int kBook>
@@ -86,35 +79,28 @@ class FixedCodes {
     }
   }
 
+  /// Calls function(book, the next one or, at the end, the same) for every second book.
   template <class Function>
-  __device__ __forceinline__ void for_each_book(Function function) const {
-    visit<0>(function);
-  }
-  /// Calls function(book, the next one, whether there is one) for every second book.
-  template <class Function>
-  __device__ __forceinline__ static void for_each_two_books(const KeyCodes&, Function function) {
+  __device__ __forceinline__ static void for_each_two_books(Function function) {
     visit_two<0>(function);
   }
   /// Bytes that the lines of one number take, for all centroids.
   static constexpr int kLineBytes = 128 << kCodeBits;
-  /// Number of two books' lines, of as many as there are books, where two share one.
-  __device__ __forceinline__ static constexpr int two_book_lines(const KeyCodes&) {
-    return (kNumBooks + 1) / 2;
-  }
+  /// Numbers of lines, where two books share one.
+  static constexpr int kTwoBookLines = (kNumBooks + 1) / 2;
   /// Sixteen bytes at `address`, as `row_address` gives it, in lines kLine.
   template <int kLine>
   __device__ __forceinline__ static uint4 load_line(std::uint32_t address) {
     return load_shared_16<kLine * kLineBytes>(address);
   }
 
- protected:
-  static constexpr int kWords = kNumBooks * kCodeBits / 32;
-  static constexpr int kTail = kNumBooks * kCodeBits % 32;
+ private:
+  static constexpr int kWords = (kNumBooks * kCodeBits - 1) / 32;
+  static constexpr int kTail = kNumBooks * kCodeBits - kWords * 32;
 
-  std::uint32_t words_[kWords + (kTail > 0 ? 1 : 0)];
+  std::uint32_t words_[kWords + 1];
   std::uint32_t next_tail_;
 
- private:
   __device__ __forceinline__ void fetch_at(const std::uint8_t* words, const std::uint8_t* tail) {
     if constexpr (kWords == 4) {
       const uint4 v = *reinterpret_cast<const uint4*>(words);
@@ -126,100 +112,20 @@ class FixedCodes {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
     }
-    if constexpr (kTail > 0) {
-      const auto* const two = reinterpret_cast<const std::uint32_t*>(tail);
-      words_[kWords] = two[0];
-      // The next word belongs to the page as well: norms follow the tails.
-      next_tail_ = 32 % kTail == 0 ? 0 : two[1];
-    }
-  }
-
-  template <int kBook, class Function>
-  __device__ __forceinline__ static void visit(Function function) {
-    if constexpr (kBook < kNumBooks) {
-      function(Book<kBook>());
-      visit<kBook + 1>(function);
-    }
+    const auto* const two = reinterpret_cast<const std::uint32_t*>(tail);
+    words_[kWords] = two[0];
+    // The next word belongs to the page as well: norms follow the tails.
+    next_tail_ = 32 % kTail == 0 ? 0 : two[1];
   }
 
   template <int kBook, class Function>
   __device__ __forceinline__ static void visit_two(Function function) {
     if constexpr (kBook < kNumBooks) {
       constexpr bool kIsTwo = kBook + 1 < kNumBooks;
-      function(Book<kBook>(), Book<(kIsTwo ? kBook + 1 : kBook)>(), kIsTwo);
+      function(Book<kBook>(), Book<kBook + kIsTwo>());
       visit_two<kBook + 2>(function);
     }
   }
-};
-
-/// The same of any number of books up to kMostBooks: loops end early.
-template <int kCodeBits, int kMostBooks>
-class CodesUpTo : public FixedCodes<kCodeBits, kMostBooks> {
-  using Most = FixedCodes<kCodeBits, kMostBooks>;
-  static_assert(Most::kTail > 0 && kMostBooks % 2 == 0);
-
- public:
-  static constexpr bool kIsFixed = false;
-  static constexpr int kAtOnce = 4;
-
-  __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
-                                        int index) {
-    const auto* const words =
-        reinterpret_cast<const std::uint32_t*>(page + codes.words) + index * codes.num_words;
-#pragma unroll
-    for (int i = 0; i < Most::kWords; ++i) this->words_[i] = i < codes.num_words ? words[i] : 0;
-    const auto* const tail =
-        reinterpret_cast<const std::uint32_t*>(page + codes.tails) + index * codes.tail_bits / 32;
-    tail_ = tail[0];
-    this->next_tail_ = tail[1];  // norms follow the tails
-  }
-  __device__ __forceinline__ static void fetch_two(const KeyCodes& codes, const std::uint8_t* page,
-                                                   int index, CodesUpTo (&two)[2]) {
-    two[0].fetch(codes, page, index);
-    two[1].fetch(codes, page, index + 16);
-  }
-  __device__ __forceinline__ void finish(const KeyCodes& codes, int index) {
-    const std::uint32_t tail = __funnelshift_r(tail_, this->next_tail_,
-                                               static_cast<std::uint32_t>(index * codes.tail_bits));
-#pragma unroll
-    for (int i = 0; i <= Most::kWords; ++i)
-      this->words_[i] = i == codes.num_words ? tail : this->words_[i];
-  }
-  /// Four books, then two and one at a time: between branches loads need not wait for each other.
-  template <class Function>
-  __device__ __forceinline__ static void for_each_two_books(const KeyCodes& codes,
-                                                            Function function) {
-    visit<0, kAtOnce>(codes.num_books, function);
-  }
-  __device__ __forceinline__ static int two_book_lines(const KeyCodes& codes) {
-    return (codes.num_books + 1) / 2;
-  }
-
- private:
-  /// Visits the books from kBook on, kCount at once while there are as many.
-  template <int kBook, int kCount, class Function>
-  __device__ __forceinline__ static void visit(int num_books, Function function) {
-    if constexpr (kCount == 1) {
-      if constexpr (kBook < kMostBooks)
-        if (kBook < num_books) function(Book<kBook>(), Book<kBook>(), false);
-    } else if constexpr (kBook + kCount > kMostBooks) {
-      visit<kBook, kCount / 2>(num_books, function);
-    } else if (kBook + kCount <= num_books) {
-      visit_all<kBook, kCount>(function);
-      visit<kBook + kCount, kCount == kAtOnce ? kAtOnce : kCount / 2>(num_books, function);
-    } else {
-      visit<kBook, kCount / 2>(num_books, function);
-    }
-  }
-  template <int kBook, int kCount, class Function>
-  __device__ __forceinline__ static void visit_all(Function function) {
-    if constexpr (kCount > 0) {
-      function(Book<kBook>(), Book<kBook + 1>(), true);
-      visit_all<kBook + 2, kCount - 2>(function);
-    }
-  }
-
-  std::uint32_t tail_;
 };
 
 /// Codes of any shape: each is read from the page when it is used.
@@ -231,8 +137,6 @@ class AnyCodes {
                                         int index) {
     codes_ = &codes;
     words_ = reinterpret_cast<const std::uint32_t*>(page + codes.words) + index * codes.num_words;
-    tail_ = 0;
-    if (codes.tail_bits == 0) return;
     const int bit = index * codes.tail_bits;
     const auto* const tail = reinterpret_cast<const std::uint32_t*>(page + codes.tails) + bit / 32;
     tail_ = __funnelshift_r(tail[0], tail[1], static_cast<std::uint32_t>(bit));

@@ -254,22 +254,9 @@ Problem problem_of(const DeviceCodebooks& codebooks, const DecodeAttention& call
 
 KeyScoresLauncher launcher_of(const DevicePageLayout& layout, const KeySlice& slice) {
   if (slice.row_bits == 8)
-    return slice.width == 64 ? launch_key_scores<64, AnyCodes> : launch_key_scores<32, AnyCodes>;
-  const KeyPlane& first = layout.planes[slice.plane];
-  const KeyPlane& last = layout.planes[slice.plane + slice.num_planes - 1];
-  // Only the first planes of a group have split rows, which shapes known at compile time take for
-  // granted.
-  const bool is_plain = first.first_book == 0 && first.num_books == last.num_books;
-  const int books = is_plain ? first.num_books : 0;
-  if (slice.num_planes == 1) {
-    if (books == 22) return launch_key_scores<64, Codes22, 4, 1>;
-    if (books == 20) return launch_key_scores<64, Codes20, 4, 1>;
-    return launch_key_scores<64, NarrowCodes, 4, 1>;
-  }
-  if (books == 22) return launch_key_scores<64, Codes22, 4, 2>;
-  if (books == 21) return launch_key_scores<64, Codes21, 4, 2>;
-  if (books == 20) return launch_key_scores<64, Codes20, 4, 2>;
-  return launch_key_scores<64, NarrowCodes, 4, 2>;
+    return slice.width == 64 ? launch_byte_key_scores<64> : launch_byte_key_scores<32>;
+  const int books = layout.planes[slice.plane].num_books;
+  return slice.num_planes == 1 ? one_plane_launcher(books) : two_planes_launcher(books);
 }
 
 KeyCodes codes_of(const DevicePageLayout& layout, const KeyPlane& plane) {
@@ -292,8 +279,7 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
     const int shared_bytes =
         std::max(key_scores::shared_bytes(slice),
                  exact_tokens::Shared<KeyScoresConfig::kThreads>::bytes(p.head_dim, p.group));
-    const bool is_split = view.layout.planes[slice.plane].first_book == 0;
-    key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}, is_split};
+    key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}};
     for (int plane = 0; plane < slice.num_planes; ++plane)
       arguments.codes[plane] = codes_of(view.layout, view.layout.planes[slice.plane + plane]);
     const cudaError_t error =

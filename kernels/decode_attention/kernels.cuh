@@ -11,32 +11,15 @@ namespace commvq::cuda {
 using KeyScoresLauncher = cudaError_t (*)(const key_scores::Arguments& arguments, dim3 grid,
                                           int shared_bytes, cudaStream_t stream);
 
-/// Scores keys of any shape, or of one known at compile time (see the instantiations): rows of
-/// kWidth pairs in kRowBits bits, kPlanes planes at once.
-template <int kWidth, class Reader, int kRowBits = 8, int kPlanes = 1>
-cudaError_t launch_key_scores(const key_scores::Arguments& arguments, dim3 grid, int shared_bytes,
-                              cudaStream_t stream);
+/// Scores keys whose rows, of kWidth pairs, have 8 bits.
+template <int kWidth>
+cudaError_t launch_byte_key_scores(const key_scores::Arguments& arguments, dim3 grid,
+                                   int shared_bytes, cudaStream_t stream);
 
-#define COMMVQ_KEY_SCORES(...)                                                                 \
-  template cudaError_t launch_key_scores<__VA_ARGS__>(const key_scores::Arguments&, dim3, int, \
-                                                      cudaStream_t)
-
-extern COMMVQ_KEY_SCORES(64, AnyCodes);
-extern COMMVQ_KEY_SCORES(32, AnyCodes);
-// Books of 64 rows in 4 bits: 22 of the 1-bit presets and twice 21 or 20 of the 2-bit ones; where
-// stages are spread, twice 22 are the most of the former and 20 the least of the latter; and any
-// number.
-using Codes22 = FixedCodes<6, 22>;
-using Codes21 = FixedCodes<6, 21>;
-using Codes20 = FixedCodes<6, 20>;
-using NarrowCodes = CodesUpTo<6, DevicePageLayout::kMostNarrowBooks>;
-extern COMMVQ_KEY_SCORES(64, Codes22, 4, 1);
-extern COMMVQ_KEY_SCORES(64, Codes20, 4, 1);
-extern COMMVQ_KEY_SCORES(64, NarrowCodes, 4, 1);
-extern COMMVQ_KEY_SCORES(64, Codes22, 4, 2);
-extern COMMVQ_KEY_SCORES(64, Codes21, 4, 2);
-extern COMMVQ_KEY_SCORES(64, Codes20, 4, 2);
-extern COMMVQ_KEY_SCORES(64, NarrowCodes, 4, 2);
+/// Those of books of 64 rows of 64 pairs in 4 bits: one plane of an even number of books, or two
+/// planes of kLeastPairedBooks or more books each. Null for other numbers.
+KeyScoresLauncher one_plane_launcher(int num_books);
+KeyScoresLauncher two_planes_launcher(int num_books);
 
 /// Launches attention over binary codes, and beside it over the exact tokens.
 cudaError_t launch_binary_attention(const binary_attention::Arguments& arguments, dim3 grid,

@@ -44,7 +44,6 @@ struct Arguments {
   KeySlice slice;
   Turn turn;
   KeyCodes codes[kMaxPlanes];
-  bool is_split;          ///< rows of the slice's first two books, see `sum_rows`
   std::uint32_t one = 1;  ///< see `NarrowSums`
 };
 
@@ -58,7 +57,8 @@ struct Place {
 /// A sequence's blocks in one part. Kept in shared memory, since registers are scarce.
 struct Segment {
   Place place;
-  Cursor cursor;      ///< at the first block
+  int seq;
+  int index;          ///< of the first block in the workspace
   int count;          ///< blocks
   int num_steps;      ///< of kStepBlocks blocks
   int steps_before;   ///< of earlier segments
@@ -68,10 +68,9 @@ struct Segment {
   int seen_begin;     ///< every query sees the coded tokens from here ...
   int seen_end;       ///< ... to here
 
-  __device__ Segment(const Problem& p, const Place& place_, const Cursor& cursor_,
-                     int steps_before_)
-      : place(place_), cursor(cursor_), steps_before(steps_before_) {
-    const Sequence sequence(p, cursor.seq);
+  __device__ Segment(const Problem& p, const Place& place_, const Cursor& cursor, int steps_before_)
+      : place(place_), seq(cursor.seq), index(cursor.index), steps_before(steps_before_) {
+    const Sequence sequence(p, seq);
     count = cursor.count(INT_MAX);
     num_steps = (count + Config::kStepBlocks - 1) / Config::kStepBlocks;
     first_token = cursor.block * kBlockTokens;
@@ -101,6 +100,9 @@ struct Shared {
   int lags[Config::kMaxRows];                  ///< how far a row's position is from the last one
   std::uint64_t full[Config::kBuffers];
   std::uint64_t empty[Config::kBuffers];
+  Place place;
+  Cursor cursor;  ///< at the next segment
+  int num_steps;  ///< before it
   Segment segment;
 };
 
@@ -466,13 +468,15 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
   // The warp's block in a step; the last block where it has none.
   const auto tokens_of = [&](int step) {
     const int block = min(step * Config::kStepBlocks + warp, segment.count - 1);
-    return LaneTokens<Reader>(p, segment.cursor.seq, segment.first_token + block * kBlockTokens,
+    return LaneTokens<Reader>(p, segment.seq, segment.first_token + block * kBlockTokens,
                               segment.last_token);
   };
-  // Queries are turned a step ahead; codes are read while those before them are added up.
-  Reader readers[2];
+  // Queries are turned a step ahead; a plane's codes are read while others are added up.
+  Reader readers[kPlanes][2];
   turn_if_due(a, shared, 0);
-  tokens_of(0).fetch_codes(p, a.codes[0], segment.place.head, 0, readers);
+#pragma unroll
+  for (int plane = 0; plane < kPlanes; ++plane)
+    tokens_of(0).fetch_codes(p, a.codes[plane], segment.place.head, 0, readers[plane]);
 #pragma unroll 1
   for (int step = 0; step < segment.num_steps; ++step) {
     const bool last_step = step + 1 == segment.num_steps;
@@ -491,19 +495,20 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       std::uint32_t sums[kPlanes][2][kWidth / 8];
-      tokens_of(step).finish_codes(p, a.codes[0], segment.place.head, half, readers);
-      sum_rows<kWidth, kRowBits, 0, kPlanes>(rows, a.is_split, a.one, a.codes, readers[0],
-                                             readers[1], sums[0]);
-      if constexpr (kPlanes == 2) {
-        tokens_of(step).fetch_codes(p, a.codes[1], segment.place.head, half, readers);
-        tokens_of(step).finish_codes(p, a.codes[1], segment.place.head, half, readers);
-        sum_rows<kWidth, kRowBits, 1, kPlanes>(rows, a.is_split, a.one, a.codes, readers[0],
-                                               readers[1], sums[1]);
-      }
-      if (half == 0) {
-        tokens_of(step).fetch_codes(p, a.codes[0], segment.place.head, 1, readers);
-      } else if (!last_step) {
-        tokens_of(step + 1).fetch_codes(p, a.codes[0], segment.place.head, 0, readers);
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        Reader(&of_plane)[2] = readers[plane];
+        tokens_of(step).finish_codes(p, a.codes[plane], segment.place.head, half, of_plane);
+        if (plane == 0)
+          sum_rows<kWidth, kRowBits, 0, kPlanes>(rows, a.one, of_plane[0], of_plane[1], sums[0]);
+        else
+          sum_rows<kWidth, kRowBits, kPlanes - 1, kPlanes>(rows, a.one, of_plane[0], of_plane[1],
+                                                           sums[plane]);
+        if (half == 0) {
+          tokens_of(step).fetch_codes(p, a.codes[plane], segment.place.head, 1, of_plane);
+        } else if (!last_step) {
+          tokens_of(step + 1).fetch_codes(p, a.codes[plane], segment.place.head, 0, of_plane);
+        }
       }
       if (half == 0) {
         full.wait(number / Config::kBuffers % 2);
@@ -521,8 +526,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     empty.arrive();
 
     const int token = tokens_of(step).first;
-    const Block block{segment.cursor.seq, segment.cursor.index + step * Config::kStepBlocks + warp,
-                      token,
+    const Block block{segment.seq, segment.index + step * Config::kStepBlocks + warp, token,
                       token >= segment.seen_begin && token + kBlockTokens <= segment.seen_end};
     score_block(a, block, products, norms, scales, shared.factors, shared.lags, segment.place);
   }
@@ -534,14 +538,11 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   const Problem& p = a.problem;
   Shared<kWidth>& shared = *reinterpret_cast<Shared<kWidth>*>(memory);
   const std::uint32_t rows = rows_address<kWidth>(memory);
-  const int part = blockIdx.x / p.num_kv_heads;
-  Place place{static_cast<int>(blockIdx.x) % p.num_kv_heads,
-              static_cast<int>(blockIdx.y) * Config::kMaxRows, 0};
-  place.rows = min(Config::kMaxRows, p.rows_per_head - place.first_row);
+  const int head = static_cast<int>(blockIdx.x) % p.num_kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   const int row_bytes = static_cast<int>(a.slice.row_bytes);
-  const std::int8_t* const image = a.slice.rows + Index{place.head} * row_bytes;
+  const std::int8_t* const image = a.slice.rows + Index{head} * row_bytes;
 #pragma unroll 4
   for (int at = static_cast<int>(threadIdx.x) * 16; at < row_bytes; at += Config::kThreads * 16)
     copy_async_16(rows + at, image + at);
@@ -553,38 +554,45 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < kPlanes * kWidth / 2; i += Config::kThreads)
     shared.zero_points[0][i] =
-        reinterpret_cast<const uint2*>(a.slice.zero_points + place.head * kPlanes * kWidth)[i];
+        reinterpret_cast<const uint2*>(a.slice.zero_points + head * kPlanes * kWidth)[i];
   if (kPlanes > 1 && threadIdx.x < kWidth / 2)
-    shared.unit_ratios[threadIdx.x] = a.slice.unit_ratios[place.head * (kWidth / 2) + threadIdx.x];
+    shared.unit_ratios[threadIdx.x] = a.slice.unit_ratios[head * (kWidth / 2) + threadIdx.x];
   if (threadIdx.x < Config::kMaxRows) shared.factors[threadIdx.x] = 0, shared.lags[threadIdx.x] = 0;
   if (threadIdx.x < kWidth)
     shared.eight_turns[threadIdx.x] =
         static_cast<int>(threadIdx.x) < a.slice.num_pairs
             ? rotation_of(8, p.turns[a.slice.first_pair + threadIdx.x])
             : make_float2(1, 0);
-  if (threadIdx.x == 0)
+  if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kBuffers; ++i) {
       WarpBarrier(&shared.full[i]).init(Config::kTurningWarps);
       WarpBarrier(&shared.empty[i]).init(Config::kWarps);
     }
+    const int first_row = static_cast<int>(blockIdx.y) * Config::kMaxRows;
+    shared.num_steps = 0;
+    shared.place = {head, first_row, min(Config::kMaxRows, p.rows_per_head - first_row)};
+  }
 
   wait_for_previous_kernel();
-  const int total = total_blocks(p);
-  Cursor cursor = cursor_at(p, part_begin(total, part, p.num_key_parts),
-                            part_begin(total, part + 1, p.num_key_parts));
-  if (!fits(p, total)) cursor.stop = cursor.index;
-  int steps_done = 0;
+  if (warp == 0) {
+    const int part = static_cast<int>(blockIdx.x) / p.num_kv_heads;
+    const Cursor cursor = part_cursor(p, total_blocks(p), part, p.num_key_parts);
+    if (lane == 0) shared.cursor = cursor;
+  }
+  __syncthreads();
 #pragma unroll 1
-  while (!cursor.done()) {
-    __syncthreads();  // nobody needs the last sequence's queries any more
-    if (threadIdx.x == 0) shared.segment = Segment(p, place, cursor, steps_done);
-    load_queries<kWidth>(a, shared, cursor.seq, place);
+  while (!shared.cursor.done()) {
+    if (threadIdx.x == 0)
+      shared.segment = Segment(p, shared.place, shared.cursor, shared.num_steps);
+    load_queries<kWidth>(a, shared, shared.cursor.seq, shared.place);
     wait_for_copies();
     __syncthreads();
     run_segment<kWidth, Reader, kRowBits, kPlanes>(a, shared, rows, token_turns);
-    steps_done = shared.segment.steps_before + shared.segment.num_steps;
-    cursor = shared.segment.cursor;
-    cursor.advance(p, cursor.count(INT_MAX));
+    if (threadIdx.x == 0) {
+      shared.num_steps += shared.segment.num_steps;
+      shared.cursor.advance(p, shared.segment.count);
+    }
+    __syncthreads();  // nobody needs the last sequence's queries any more
   }
   wait_for_copies();
 }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <utility>
+
 #include "common/launch.cuh"
 #include "decode_attention/exact_items.cuh"
 #include "decode_attention/kernels.cuh"
@@ -12,7 +14,8 @@ template <int kWidth, class Reader, int kRowBits, int kPlanes>
 __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     key_scores_kernel(const __grid_constant__ key_scores::Arguments arguments) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (kRowBits == 4) return;  // too little shared memory: see key_row_bits
+  if constexpr (kRowBits == 4)
+    return;  // too little shared memory: see DevicePageLayout::key_row_bits
 #endif
   extern __shared__ __align__(128) std::uint8_t shared_memory[];
   const Problem& problem = arguments.problem;
@@ -38,6 +41,18 @@ cudaError_t launch_key_scores(const key_scores::Arguments& arguments, dim3 grid,
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, grid, KeyScoresConfig::kThreads, shared_bytes, stream, arguments);
+}
+
+/// Launchers of kPlanes planes of 64 rows in 4 bits, by number of books: kFirst, kFirst + kStep,
+/// ...
+template <int kPlanes, int kFirst, int kStep, int... kIndices>
+KeyScoresLauncher narrow_launcher(int num_books, std::integer_sequence<int, kIndices...>) {
+  static constexpr KeyScoresLauncher kLaunchers[] = {
+      launch_key_scores<64, FixedCodes<6, kFirst + kStep * kIndices>, 4, kPlanes>...};
+  const int index = (num_books - kFirst) / kStep;
+  const bool is_there = num_books >= kFirst && (num_books - kFirst) % kStep == 0 &&
+                        index < static_cast<int>(sizeof...(kIndices));
+  return is_there ? kLaunchers[index] : nullptr;
 }
 
 }  // namespace commvq::cuda

@@ -2,8 +2,9 @@
 
 namespace commvq::cuda {
 
-COMMVQ_KEY_SCORES(64, Codes22, 4, 1);
-COMMVQ_KEY_SCORES(64, Codes20, 4, 1);
-COMMVQ_KEY_SCORES(64, NarrowCodes, 4, 1);
+KeyScoresLauncher one_plane_launcher(int num_books) {
+  constexpr int kMost = DevicePageLayout::kMostNarrowBooks;
+  return narrow_launcher<1, 2, 2>(num_books, std::make_integer_sequence<int, kMost / 2>());
+}
 
 }  // namespace commvq::cuda

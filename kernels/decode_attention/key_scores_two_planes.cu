@@ -2,9 +2,11 @@
 
 namespace commvq::cuda {
 
-COMMVQ_KEY_SCORES(64, Codes22, 4, 2);
-COMMVQ_KEY_SCORES(64, Codes21, 4, 2);
-COMMVQ_KEY_SCORES(64, Codes20, 4, 2);
-COMMVQ_KEY_SCORES(64, NarrowCodes, 4, 2);
+KeyScoresLauncher two_planes_launcher(int num_books) {
+  constexpr int kLeast = DevicePageLayout::kLeastPairedBooks;
+  constexpr int kMost = DevicePageLayout::kMostNarrowBooks;
+  return narrow_launcher<2, kLeast, 1>(num_books,
+                                       std::make_integer_sequence<int, kMost - kLeast + 1>());
+}
 
 }  // namespace commvq::cuda

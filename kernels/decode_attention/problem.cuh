@@ -27,7 +27,7 @@ struct PageShape {
   int value_codes;  ///< offsets in bytes
   int key_norms;
   int value_scales;
-  int norm_stride;  ///< bytes from one head's norms to the next one's; 0: all heads share them
+  int norm_stride;   ///< bytes from one head's norms to the next one's; 0: all heads share them
   int scale_stride;  ///< likewise of value scales
 };
 
@@ -211,6 +211,13 @@ __device__ inline int part_of(int total, int block, int parts) {
 /// True if the workspace holds all blocks; otherwise the output becomes NaN.
 __device__ inline bool fits(const Problem& problem, int total) {
   return total <= problem.max_workspace_blocks;
+}
+
+/// The beginning of a part of `parts`; done at once where there is no such part. Called by whole
+/// warps.
+__device__ inline Cursor part_cursor(const Problem& problem, int total, int part, int parts) {
+  if (!fits(problem, total) || part >= parts) return {problem.batch, 0, 0, 0, 0};
+  return cursor_at(problem, part_begin(total, part, parts), part_begin(total, part + 1, parts));
 }
 
 }  // namespace commvq::cuda

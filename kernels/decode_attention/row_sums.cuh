@@ -89,28 +89,28 @@ struct NarrowSums {
   }
 };
 
-/// The same for rows of 4 bits of one of kPlanes planes, whose lines begin at `lines`; where the
-/// first two books' rows come in two parts, the second ones are in the line before.
-template <int kPlanes, class Reader>
-__device__ __forceinline__ void sum_narrow_rows(std::uint32_t lines, bool is_split,
-                                                std::uint32_t one, const KeyCodes& codes,
+/// The same for rows of 4 bits of plane kPlane of kPlanes, whose lines begin at `lines`. The rows
+/// of the first plane's first two books come in two parts, the second ones in the line before.
+template <int kPlane, int kPlanes, class Reader>
+__device__ __forceinline__ void sum_narrow_rows(std::uint32_t lines, std::uint32_t one,
                                                 const Reader& first, const Reader& second,
                                                 std::uint32_t (&sums)[2][8]) {
   const int lane = threadIdx.x % 32;
   // A line holds the rows of two books; odd tokens read the second one first, so that eight lanes
   // meet all 32 banks.
   const bool odd = lane / 4 % 2 != 0;
-  const std::uint32_t part = lines + lane % 4 * 16 + (odd ? 64 : 0);
-  // part ^ 64. Which way of saying so takes fewest registers was found by trying.
-  const std::uint32_t other_part =
-      kPlanes == 1 ? part ^ 64 : (odd ? 0 : 64) * one + (lines + lane % 4 * 16);
+  const std::uint32_t line_part = lines + lane % 4 * 16, part = line_part + (odd ? 64 : 0);
+  // part ^ 64. Which way of saying so spills no registers was found by trying.
+  const std::uint32_t other_part = kPlanes == 2                 ? line_part + (odd ? 0 : 64) * one
+                                   : Reader::kTwoBookLines == 8 ? line_part + (odd ? 0 : 64)
+                                                                : part ^ 64;
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
     const Reader& reader = t == 0 ? first : second;
     NarrowSums total;
-    Reader::for_each_two_books(codes, [&](auto even, auto next, bool is_two) {
+    Reader::for_each_two_books([&](auto even, auto next) {
       constexpr int kLine = even.kNumber / 2;
-      if (!is_two) {
+      if constexpr (even.kNumber == next.kNumber) {
         const std::uint32_t address = reader.row_address(even, part);
         total.add(Reader::template load_line<kLine>(address), one);
       } else {
@@ -119,7 +119,7 @@ __device__ __forceinline__ void sum_narrow_rows(std::uint32_t lines, bool is_spl
         const std::uint32_t y = Reader::row_address(odd ? a : b, other_part);
         total.add(Reader::template load_line<kLine>(x), one);
         total.add(Reader::template load_line<kLine>(y), one);
-        if (even.kNumber == 0 && is_split) {
+        if constexpr (kPlane == 0 && kLine == 0) {
           total.add(Reader::template load_line<-1>(x), one);
           total.add(Reader::template load_line<-1>(y), one);
         }
@@ -129,22 +129,18 @@ __device__ __forceinline__ void sum_narrow_rows(std::uint32_t lines, bool is_spl
   }
 }
 
-/// The sums of plane kPlane of the kPlanes whose rows, of kRowBits bits, begin at `rows`; `codes`
-/// are the planes'. Of 4 bits the first plane's first two books are split if `is_split`, those of a
-/// shape known at compile time always. `one` is 1.
+/// The sums of plane kPlane of the kPlanes, all of one shape, whose rows, of kRowBits bits, begin
+/// at `rows`. `one` is 1.
 template <int kWidth, int kRowBits, int kPlane, int kPlanes, class Reader>
-__device__ __forceinline__ void sum_rows(std::uint32_t rows, bool is_split, std::uint32_t one,
-                                         const KeyCodes* codes, const Reader& first,
+__device__ __forceinline__ void sum_rows(std::uint32_t rows, std::uint32_t one, const Reader& first,
                                          const Reader& second,
                                          std::uint32_t (&sums)[2][kWidth / 8]) {
   if constexpr (kRowBits == 8) {
     sum_byte_rows<kWidth>(rows, first, second, sums);
   } else {
-    is_split = is_split || Reader::kIsFixed;
-    const int lines_before =
-        (is_split ? 1 : 0) + (kPlane == 1 ? Reader::two_book_lines(codes[0]) : 0);
-    sum_narrow_rows<kPlanes>(rows + lines_before * Reader::kLineBytes, is_split && kPlane == 0, one,
-                             codes[kPlane], first, second, sums);
+    constexpr int kLinesBefore = 1 + kPlane * Reader::kTwoBookLines;
+    sum_narrow_rows<kPlane, kPlanes>(rows + kLinesBefore * Reader::kLineBytes, one, first, second,
+                                     sums);
   }
 }
 

@@ -260,10 +260,8 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
   const int first_row = blockIdx.z * Config::kRows;
   const int rows = min(Config::kRows, p.num_rows - first_row);
   const int total = total_blocks(p);
-  const int parts = value_parts(p, total);
-  if (!fits(p, total) || blockIdx.x >= parts) return;
-  Cursor cursor =
-      cursor_at(p, part_begin(total, blockIdx.x, parts), part_begin(total, blockIdx.x + 1, parts));
+  Cursor cursor = part_cursor(p, total, static_cast<int>(blockIdx.x), value_parts(p, total));
+  if (cursor.done()) return;
   const WarpBarrier barrier(&barriers[warp / Config::kBitGroups]);
   if (threadIdx.x < Config::kTokenGroups)
     WarpBarrier(&barriers[threadIdx.x]).init(Config::kBitGroups);

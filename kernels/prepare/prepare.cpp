@@ -94,18 +94,17 @@ std::vector<SliceOffsets> add_slices(const KeyCodec& keys, const Rope& rope, Cod
                                      Image& image) {
   const int g = keys.config().group_pairs;
   const int width = slice_width(keys.config());
-  const int row_bits = key_row_bits(view.layout, keys.config());
   std::vector<SliceOffsets> offsets;
   int planes = 0;
   for (int plane = 0; plane < view.layout.num_planes; plane += planes) {
-    planes = planes_of_slice(view.layout, row_bits, plane);
+    planes = planes_of_slice(view.layout, plane);
     for (int first = 0; first < g; first += width) {
       require(view.num_slices < CodebooksView::kMaxSlices, "the key codec needs more than ",
               CodebooksView::kMaxSlices, " slices on the device; use larger groups");
       KeySlice& slice = view.slices[view.num_slices++];
       slice.plane = plane;
       slice.num_planes = planes;
-      slice.row_bits = row_bits;
+      slice.row_bits = view.layout.key_row_bits;
       slice.first_pair = view.layout.planes[plane].group * g + first;
       slice.num_pairs = std::min(width, g - first);
       slice.width = width;

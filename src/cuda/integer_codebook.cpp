@@ -10,22 +10,17 @@
 namespace commvq::cuda {
 namespace {
 
-/// Books of a group's first stage, whose rows of 4 bits come in two parts.
+/// Books whose rows come in two parts where those of a plane's first stage do.
 constexpr int kSplitBooks = 2;
-
-bool is_split(int row_bits, int book) {
-  return row_bits == 4 && book < kSplitBooks;
-}
 
 /// The largest sum of one row a book, in units.
 double largest_sum(int row_bits) {
   return row_bits == 4 ? 255 : 127;
 }
-/// The largest row of book `book` of a group, less the half unit that the rounding of the bases'
-/// rest adds.
-double largest_row(int row_bits, int book) {
+/// The largest entry of a row, less the half unit that the rounding of the bases' rest adds.
+double largest_row(int row_bits, bool is_split) {
   if (row_bits == 8) return 127;
-  return is_split(row_bits, book) ? 29.5 : 14.5;
+  return is_split ? 29.5 : 14.5;
 }
 
 /// Integers up to so many have an exact 1152 - offset in fp16.
@@ -61,12 +56,15 @@ struct Channel {
 
   Channel(const KeyCodebook<float>& codebook, const KeyPlane& plane, int channel, int row_bits) {
     const int channels = 2 * codebook.config.group_pairs;
-    for (int b = plane.first_book; b < plane.first_book + plane.num_books; ++b) {
+    for (int book = 0; book < plane.num_books; ++book) {
+      const int b = plane.first_book + book;
       columns.emplace_back(codebook.book(plane.group, b / 2, b % 2) + channel,
                            codebook.config.codebook_size, channels, row_bits);
       base += columns.back().base;
       sum += columns.back().largest;
-      least_unit = std::max(least_unit, columns.back().largest / largest_row(row_bits, b));
+      least_unit =
+          std::max(least_unit, columns.back().largest /
+                                   largest_row(row_bits, plane.place == 0 && book < kSplitBooks));
     }
     // Rounding adds half a unit a book, and half a unit of the bases' rest.
     least_unit = std::max({least_unit, sum / (largest_sum(row_bits) - 0.5 * (plane.num_books + 1)),
@@ -85,7 +83,7 @@ IntegerKeySlice::IntegerKeySlice(const KeyCodebook<float>& codebook, const KeyPl
                                  const std::vector<float>& least_units)
     : width(width_),
       row_bits(row_bits_),
-      first_book(plane.first_book),
+      is_split(row_bits == 4 && plane.place == 0),
       num_books(plane.num_books),
       codebook_size(codebook.config.codebook_size),
       rows(static_cast<std::size_t>(num_books) * codebook_size * 2 * width),
@@ -126,11 +124,6 @@ int books_per_line(int width, int row_bits) {
   return 64 * 8 / (width * row_bits);
 }
 
-/// Lines a centroid that hold the second parts of split rows.
-int split_lines(int row_bits, int first_book) {
-  return is_split(row_bits, first_book) ? 1 : 0;
-}
-
 /// Four integers of one word add up as one: a byte carries what bytes below it borrow. Pairs
 /// 8k + 2q and 8k + 2q + 1 of `row`, each integer mapped by `part`.
 template <class Part>
@@ -156,22 +149,22 @@ void write_row(std::int8_t* target, const std::int16_t* source, int width, int r
 
 }  // namespace
 
-Index IntegerKeySlice::image_bytes(int width, int row_bits, int first_book, int num_books,
+Index IntegerKeySlice::image_bytes(int width, int row_bits, bool is_split, int num_books,
                                    int codebook_size) {
   const int per_line = books_per_line(width, row_bits);
-  const int lines = split_lines(row_bits, first_book) + (num_books + per_line - 1) / per_line;
+  const int lines = (is_split ? 1 : 0) + (num_books + per_line - 1) / per_line;
   return Index{lines} * codebook_size * 128;
 }
 
 std::vector<std::int8_t> IntegerKeySlice::image() const {
   const int per_line = books_per_line(width, row_bits);
   std::vector<std::int8_t> bytes(
-      static_cast<std::size_t>(image_bytes(width, row_bits, first_book, num_books, codebook_size)));
+      static_cast<std::size_t>(image_bytes(width, row_bits, is_split, num_books, codebook_size)));
   const auto row_at = [&](int line, int book, int c) {
     return bytes.data() + (Index{line} * codebook_size + c) * 128 +
            book % per_line * (128 / per_line);
   };
-  const int before = split_lines(row_bits, first_book);
+  const int before = is_split ? 1 : 0;
   for (int book = 0; book < num_books; ++book)
     for (int c = 0; c < codebook_size; ++c) {
       const std::int16_t* const source =
@@ -182,7 +175,7 @@ std::vector<std::int8_t> IntegerKeySlice::image() const {
         continue;
       }
       write_row(row, source, width, row_bits, [](int entry) { return std::min(entry, 15); });
-      if (is_split(row_bits, first_book + book))
+      if (is_split && book < kSplitBooks)
         write_row(row_at(0, book, c), source, width, row_bits,
                   [](int entry) { return std::max(entry - 15, 0); });
       if (book % 2 == 0 && book + 1 == num_books) std::memcpy(row + 64, row, 64);
@@ -190,32 +183,22 @@ std::vector<std::int8_t> IntegerKeySlice::image() const {
   return bytes;
 }
 
-int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config) {
-  const int width = slice_width(config);
-  const bool is_narrow =
-      width == 64 && layout.code_bits == 6 && layout.codebook_size == 64 &&
-      layout.plane_bytes >=
-          IntegerKeySlice::image_bytes(width, 8, 0, layout.kMostNarrowBooks, layout.codebook_size);
-  return is_narrow ? 4 : 8;
-}
-
-int planes_of_slice(const DevicePageLayout& layout, int row_bits, int first_plane) {
-  const int of_group = layout.num_planes / layout.num_groups;
-  return row_bits == 4 ? std::min(2, of_group - first_plane % of_group) : 1;
+int planes_of_slice(const DevicePageLayout& layout, int first_plane) {
+  const int next = first_plane + 1;
+  return next < layout.num_planes && layout.planes[next].place == 1 ? 2 : 1;
 }
 
 std::vector<IntegerKeySlice> integer_slices(const KeyCodebook<float>& codebook,
                                             const DevicePageLayout& layout, int first_plane,
                                             int first_pair, int num_pairs) {
   const int width = slice_width(codebook.config);
-  const int row_bits = key_row_bits(layout, codebook.config);
   std::vector<IntegerKeySlice> slices;
   std::vector<float> least_units;
   // The first plane last: its units depend on the others'.
-  for (int i = planes_of_slice(layout, row_bits, first_plane) - 1; i >= 0; --i) {
+  for (int i = planes_of_slice(layout, first_plane) - 1; i >= 0; --i) {
     slices.insert(slices.begin(),
                   IntegerKeySlice(codebook, layout.planes[first_plane + i], first_pair, num_pairs,
-                                  width, row_bits, least_units));
+                                  width, layout.key_row_bits, least_units));
     least_units = slices.front().units;
     for (float& unit : least_units) unit /= 16;
   }
@@ -274,12 +257,11 @@ KeyCodec rounded_to_integers(const KeyCodec& codec, const DevicePageLayout& layo
   if (layout.is_binary()) return codec;  // in fp16 on the device
   const KeyCodecConfig& config = codec.config();
   const int g = config.group_pairs, width = slice_width(config);
-  const int row_bits = key_row_bits(layout, config);
   std::vector<KeyCodebook<float>> rounded;
   for (int head = 0; head < codec.num_kv_heads(); ++head) {
     KeyCodebook<float> codebook = codec.codebook(head);
     codebook.config.tied = false;  // the halves are rounded apart
-    for (int p = 0; p < layout.num_planes; p += planes_of_slice(layout, row_bits, p))
+    for (int p = 0; p < layout.num_planes; p += planes_of_slice(layout, p))
       for (int first = 0; first < g; first += width) {
         const int num_pairs = std::min(width, g - first);
         const auto slices = integer_slices(codec.codebook(head), layout, p,

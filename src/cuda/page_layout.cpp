@@ -13,6 +13,10 @@ namespace {
 /// Larger pages' bit offsets would not fit an int.
 constexpr Index kMaxPageBits = Index{60} << 23;
 
+int divide_up(int a, int b) {
+  return (a + b - 1) / b;
+}
+
 int align(Index bytes) {
   return static_cast<int>((bytes + 15) / 16 * 16);
 }
@@ -65,18 +69,20 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
           values.num_channels, " channels; the keys have ", num_kv_heads, " heads of ", head_dim);
   const int width = slice_width(keys);
   const int step = width == 32 ? 2 : 1;  // books that share a line
-  const Index bytes_per_step = IntegerKeySlice::image_bytes(width, 8, 0, step, codebook_size);
+  const Index bytes_per_step = IntegerKeySlice::image_bytes(width, 8, false, step, codebook_size);
   require(bytes_per_step <= plane_bytes, "codebook_size is ", codebook_size,
           "; one book of the device's integers takes ", bytes_per_step,
           " bytes of shared memory, of which ", plane_bytes, " are there");
-  const int most = static_cast<int>(plane_bytes / bytes_per_step) * step;
-  const int per_group = (num_books + most - 1) / most;
+  int most = static_cast<int>(std::min<Index>(plane_bytes / bytes_per_step, num_books)) * step;
+  if (width == 64 && codebook_size == 64 && plane_bytes >= kMostNarrowBooks * bytes_per_step) {
+    key_row_bits = 4;
+    most = kMostNarrowBooks;
+  }
+  const int per_group = divide_up(num_books, most);
   num_planes = num_groups * per_group;
   require(num_planes <= kMaxPlanes, "the key codec needs ", num_planes,
           " planes of codes on the device (", num_groups, " groups of ", num_books, " books of ",
           codebook_size, " centroids); at most ", kMaxPlanes, " are supported");
-  // Planes of one group as even as the step allows.
-  const int books = ((num_books + per_group - 1) / per_group + step - 1) / step * step;
   const Index bits = Index{keys.bits_per_head()} * num_kv_heads + num_code_bits;
   require(
       bits * page_size <= kMaxPageBits, "a page of ", page_size, " tokens of ", bits,
@@ -85,10 +91,16 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
   for (int i = 0; i < num_planes; ++i) {
     KeyPlane& plane = planes[i];
     plane.group = i / per_group;
-    plane.first_book = i % per_group * books;
-    plane.num_books = std::min(books, num_books - plane.first_book);
-    plane.num_words = plane.num_books * code_bits / 32;
-    plane.tail_bits = plane.num_books * code_bits % 32;
+    const int in_group = i % per_group;
+    plane.place = key_row_bits == 4 ? in_group % 2 : 0;
+    plane.first_book = in_group == 0 ? 0 : planes[i - 1].first_book + planes[i - 1].num_books;
+    // As even as the step allows, and of those added up together each as many.
+    const int left = num_books - plane.first_book, planes_left = per_group - in_group;
+    plane.num_books = plane.place == 1
+                          ? planes[i - 1].num_books
+                          : std::min(left, divide_up(divide_up(left, planes_left), step) * step);
+    plane.num_words = (plane.num_books * code_bits - 1) / 32;
+    plane.tail_bits = plane.num_books * code_bits - plane.num_words * 32;
     plane.words_offset = at;
     at = align(at + Index{num_kv_heads} * page_size * plane.num_words * 4);
   }

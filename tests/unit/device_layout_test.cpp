@@ -110,7 +110,7 @@ TEST_P(DeviceLayout, APageHoldsItsBitsAndLittleMore) {
   for (int i = 0; i < layout.num_planes; ++i) {
     const KeyPlane& plane = layout.planes[i];
     EXPECT_EQ(plane.num_books * layout.code_bits, plane.num_words * 32 + plane.tail_bits);
-    EXPECT_LE(IntegerKeySlice::image_bytes(slice_width(config), 8, 0, plane.num_books,
+    EXPECT_LE(IntegerKeySlice::image_bytes(slice_width(config), 8, false, plane.num_books,
                                            layout.codebook_size),
               GetParam().plane_bytes);
     plane_bits += plane.num_books * layout.code_bits;
@@ -125,7 +125,7 @@ TEST_P(DeviceLayout, SumsOfIntegersStayInAByteAndDecodeToTheCodebook) {
   const auto codec = testing_support::random_key_codec(rng, key_config(shape), shape.num_kv_heads);
   const KeyCodebook<float>& codebook = codec->codebook(0);
   const int width = slice_width(codebook.config);
-  const int row_bits = key_row_bits(layout, codebook.config);
+  const int row_bits = layout.key_row_bits;
   for (int i = 0; i < layout.num_planes; ++i) {
     const KeyPlane& plane = layout.planes[i];
     const int num_pairs = std::min(width, shape.group_pairs);
@@ -140,7 +140,7 @@ TEST_P(DeviceLayout, SumsOfIntegersStayInAByteAndDecodeToTheCodebook) {
               (book * slice.codebook_size + c) * 2 * width + channel)];
           if (row_bits == 4) {
             EXPECT_GE(entry, 0);
-            EXPECT_LE(entry, plane.first_book + book < 2 ? 30 : 15);
+            EXPECT_LE(entry, plane.place == 0 && book < 2 ? 30 : 15);
           }
           largest = std::max(largest, std::abs(entry));
         }
@@ -187,7 +187,7 @@ std::vector<std::uint32_t> add_rows(const IntegerKeySlice& slice, const std::vec
   const int per_line = 64 * 8 / (slice.width * slice.row_bits);
   const auto words = static_cast<std::size_t>(slice.width / 2);
   std::vector<std::uint32_t> low(words, narrow ? 0 : 0x80808080u), high(words, 0);
-  const bool split = narrow && slice.first_book == 0;
+  const bool split = slice.is_split;
   for (int piece = split ? -2 : 0; piece < slice.num_books; ++piece) {
     const int book = piece < 0 ? piece + 2 : piece;
     const int line = piece < 0 ? 0 : (split ? 1 : 0) + book / per_line;
@@ -219,7 +219,7 @@ TEST_P(DeviceLayout, FourIntegersAddUpInOneWord) {
   Rng rng(3);
   const auto codec = testing_support::random_key_codec(rng, key_config(shape), 1);
   const int width = slice_width(codec->config());
-  const int row_bits = key_row_bits(layout, codec->config());
+  const int row_bits = layout.key_row_bits;
   const IntegerKeySlice slice(codec->codebook(0), layout.planes[0], 0,
                               std::min(width, shape.group_pairs), width, row_bits);
   for (int trial = 0; trial < 20; ++trial) {
@@ -250,11 +250,11 @@ TEST(KeyRowBits, AreFourForThePresetsAtHeadDim128) {
        {KeyCodecConfig::paper_1bit(pairs), KeyCodecConfig::paper_2bit(pairs),
         KeyCodecConfig::commvq_1bit(pairs), KeyCodecConfig::commvq_2bit(pairs)}) {
     const DevicePageLayout layout(config, 8, values, 64, key_plane_bytes(90));
-    EXPECT_EQ(key_row_bits(layout, config), 4) << config.num_stages;
-    EXPECT_EQ(planes_of_slice(layout, 4, 0), config.num_stages > 11 ? 2 : 1);
+    EXPECT_EQ(layout.key_row_bits, 4) << config.num_stages;
+    EXPECT_EQ(planes_of_slice(layout, 0), config.num_stages > 11 ? 2 : 1);
     // With less shared memory a plane holds fewer books.
     const DevicePageLayout small(config, 8, values, 64, key_plane_bytes(86));
-    EXPECT_EQ(key_row_bits(small, config), 8) << config.num_stages;
+    EXPECT_EQ(small.key_row_bits, 8) << config.num_stages;
   }
 }
 
@@ -265,16 +265,26 @@ TEST(KeyPlaneBytes, FollowTheSharedMemoryOfABlock) {
   EXPECT_LT(key_plane_bytes(86), key_plane_bytes(80));
 }
 
-TEST(KeyRowBits, PlanesOfAnyNumberAreAddedUpTwoAtATime) {
-  for (const auto& [stages, slices] : std::vector<std::pair<int, std::vector<int>>>{
-           {6, {1}}, {22, {2}}, {25, {2, 1}}, {40, {2, 2}}}) {
-    const Shape shape{128, 64, 64, stages, 8, 1, 64, 176 * 1024};
-    const DevicePageLayout layout = layout_of(shape);
-    ASSERT_EQ(key_row_bits(layout, key_config(shape)), 4);
-    std::vector<int> found;
-    for (int plane = 0; plane < layout.num_planes; plane += found.back())
-      found.push_back(planes_of_slice(layout, 4, plane));
-    EXPECT_EQ(found, slices) << stages;
+/// Stages up to the most that the device takes, and slices of one or two planes that have kernels.
+TEST(KeyRowBits, PlanesOfAnyNumberOfStagesAreAddedUpTwoAtATime) {
+  for (int stages = 1; stages <= 176; ++stages) {
+    const DevicePageLayout layout = layout_of({128, 64, 64, stages, 8, 1, 64, 176 * 1024});
+    ASSERT_EQ(layout.key_row_bits, 4);
+    int books = 0;
+    for (int plane = 0; plane < layout.num_planes; plane += planes_of_slice(layout, plane)) {
+      const int planes = planes_of_slice(layout, plane);
+      const int of_each = layout.planes[plane].num_books;
+      EXPECT_LE(of_each, layout.kMostNarrowBooks) << stages;
+      if (planes == 2) {
+        EXPECT_GE(of_each, layout.kLeastPairedBooks) << stages;
+        EXPECT_EQ(of_each, layout.planes[plane + 1].num_books) << stages;
+      } else {
+        EXPECT_EQ(of_each % 2, 0) << stages;
+        EXPECT_EQ(plane + 1, layout.num_planes) << stages;
+      }
+      books += planes * of_each;
+    }
+    EXPECT_EQ(books, 2 * stages);
   }
 }
 

@@ -15,12 +15,13 @@ namespace commvq::cuda {
 /// bits) over its centroids was taken off; these come back as one integer offset per channel, and
 /// what their rounding leaves goes into the first book. The unit is the smallest for which no sum
 /// of one row a book leaves [-127, 127] (8 bits) or [0, 255] (4 bits): four sums then add up in one
-/// 32-bit word, whatever the intermediate sums. Rows of 4 bits are in [0, 15]; those of a group's
-/// first stage, which are larger than the others, in [0, 30] and kept as two that add up to them.
+/// 32-bit word, whatever the intermediate sums. Rows of 4 bits are in [0, 15]; those of the first
+/// stage that a kernel adds up, which are larger than the others, in [0, 30] and kept as two that
+/// add up to them.
 struct COMMVQ_API IntegerKeySlice {
   int width = 64;  ///< pairs, 64 or 32
   int row_bits = 8;
-  int first_book = 0;  ///< of the group's
+  bool is_split = false;  ///< rows of the first two books come in two parts
   int num_books = 0;
   int codebook_size = 0;
   std::vector<std::int16_t> rows;     ///< [num_books][codebook_size][2][width]
@@ -34,12 +35,12 @@ struct COMMVQ_API IntegerKeySlice {
                   int num_pairs, int width, int row_bits,
                   const std::vector<float>& least_units = {});
 
-  /// Bytes of `image` of a plane that begins with book `first_book` of its group.
-  static Index image_bytes(int width, int row_bits, int first_book, int num_books,
+  /// Bytes of `image`.
+  static Index image_bytes(int width, int row_bits, bool is_split, int num_books,
                            int codebook_size);
   /// The kernel's shared memory: lines of 128 bytes, at width 64 and 8 bits `[book][centroid]`,
   /// else `[two books][centroid]`, the even book's row first (of 4 bits an odd last book's row
-  /// twice). What rows of 4 bits of the first stage have above 15 comes in lines before all others.
+  /// twice). What split rows have above 15 comes in lines before all others.
   /// Within a row, 16-byte piece q and (at width 64 and 8 bits) q + 4 belong to thread q of four;
   /// word k of a thread is pairs 8k + 2q and 8k + 2q + 1: real parts, then imaginary parts. Words
   /// of 4 bits hold word k in the low and word k + 4 in the high halves of their bytes.
@@ -50,11 +51,6 @@ struct COMMVQ_API IntegerKeySlice {
   std::vector<std::uint16_t> zero_points() const;
 };
 
-/// Bits of the device's key rows: 4 for books of 64 centroids over groups of more than 32 pairs, as
-/// in the presets at head_dim 128, where `DevicePageLayout::kMostNarrowBooks` of them in 8 bits
-/// would fit a plane; else 8.
-COMMVQ_API int key_row_bits(const DevicePageLayout& layout, const KeyCodecConfig& config);
-
 /// The integer rows of pairs `[first_pair, first_pair + num_pairs)` of the head for the planes that
 /// one kernel adds up, `planes_of_slice` from `layout.planes[first_plane]` on. Their units are at
 /// most sixteen times those of the first.
@@ -63,9 +59,8 @@ COMMVQ_API std::vector<IntegerKeySlice> integer_slices(const KeyCodebook<float>&
                                                        int first_plane, int first_pair,
                                                        int num_pairs);
 
-/// Planes from `first_plane` on that one kernel adds up: at 4 bits two, where the group has as many
-/// left, else one.
-COMMVQ_API int planes_of_slice(const DevicePageLayout& layout, int row_bits, int first_plane);
+/// Planes from `first_plane` on that one kernel adds up: 1, or at 4 bits 2.
+COMMVQ_API int planes_of_slice(const DevicePageLayout& layout, int first_plane);
 
 /// The codec whose codebooks are what the integers stand for: with it the evaluation measures what
 /// rounding costs. The same codes decode to what the device computes.

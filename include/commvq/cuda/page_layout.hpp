@@ -18,15 +18,16 @@ struct ValueCodecConfig;
 
 namespace commvq::cuda {
 
-/// Codes of some consecutive books of one group: what a kernel adds up in one pass, because the
-/// rows of these books fit its shared memory. A book is a half stage: book 2r is A_r, 2r + 1 is
-/// B_r.
+/// Codes of some consecutive books of one group, whose rows fit a kernel's shared memory together:
+/// in 8 bits those of one plane, in 4 bits those of two, which have as many books. A book is a half
+/// stage: book 2r is A_r, 2r + 1 is B_r.
 struct KeyPlane {
   int group;       ///< of pairs
+  int place;       ///< 0, or 1: the second of two that one kernel adds up
   int first_book;  ///< of the group's 2 * num_stages
   int num_books;
   int num_words;     ///< whole 32-bit words that a token's codes fill ...
-  int tail_bits;     ///< ... and the bits that are left, in [0, 31]
+  int tail_bits;     ///< ... and the bits that are left, in [1, 32]
   int words_offset;  ///< bytes from the page's start to the words of head 0
   int tails_offset;  ///< likewise of the tails
 };
@@ -46,7 +47,8 @@ struct KeyPlane {
 /// order.
 struct COMMVQ_API DevicePageLayout {
   static constexpr int kMaxPlanes = 16;
-  static constexpr int kMostNarrowBooks = 22;  ///< of a plane whose rows have 4 bits
+  static constexpr int kMostNarrowBooks = 22;   ///< of a plane whose rows have 4 bits
+  static constexpr int kLeastPairedBooks = 12;  ///< of each where a group has two planes or more
 
   int page_size = 64;  ///< tokens: 16, 32, 64 or 128
   int num_kv_heads = 0;
@@ -59,6 +61,10 @@ struct COMMVQ_API DevicePageLayout {
   int value_blocks = 1;     ///< of the value codec: each has its own bits, in order, and scale
   int norms_per_token = 1;  ///< 1: over all heads; num_kv_heads: one a head
   Index plane_bytes = 0;    ///< shared memory that the 8-bit rows of one plane may take
+  /// Bits of the entries of key rows: 4 for books of 64 centroids over groups of more than 32
+  /// pairs, as in the presets at head_dim 128, where kMostNarrowBooks of them in 8 bits fit
+  /// `plane_bytes`; else 8.
+  int key_row_bits = 8;
   int num_planes = 0;
   KeyPlane planes[kMaxPlanes] = {};
   int value_codes_offset = 0;  ///< bytes

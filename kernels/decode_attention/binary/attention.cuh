@@ -121,14 +121,6 @@ __device__ __forceinline__ void load_entries(const Arguments& a, Shared<Shape>& 
   copy(shared.turns, a.keys.turns, 0);
 }
 
-/// The beginning of a part; done at once where there is no such part. Called by whole warps.
-__device__ inline Cursor part_cursor(const Problem& p, int part) {
-  const int total = total_blocks(p);
-  const int parts = value_parts(p, total);
-  if (!fits(p, total) || part >= parts) return {p.batch, 0, 0, 0, 0};
-  return cursor_at(p, part_begin(total, part, parts), part_begin(total, part + 1, parts));
-}
-
 /// `memory` is shared: a `Shared<Shape>`. A thread block takes a part of the blocks of all
 /// sequences for one head and four rows. What depends on the codebooks alone comes before the
 /// previous kernel of the stream has ended.
@@ -148,7 +140,8 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     reinterpret_cast<uint4*>(shared.turned)[i] = make_uint4(0, 0, 0, 0);
   wait_for_previous_kernel();
   if (threadIdx.x < 32) {
-    const Cursor begin = part_cursor(p, part);
+    const int total = total_blocks(p);
+    const Cursor begin = part_cursor(p, total, part, value_parts(p, total));
     if (threadIdx.x == 0) shared.cursor = begin;
   }
   wait_for_copies();
