@@ -5,6 +5,9 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <utility>
+
+#include "commvq/core/error.hpp"
 
 #include "engine/calibration_data.hpp"
 #include "engine/evaluation.hpp"
@@ -57,24 +60,50 @@ LayerDivergences measure_layers(const Model& model, const std::vector<commvq::La
   return result;
 }
 
+int step_time(int stages) {
+  // One kernel adds up 11 stages, or 22 in two planes; beyond, kernels take turns.
+  static constexpr int kTimes[kMostTimedStages] = {
+      117, 124, 127, 134, 144, 157, 167, 174, 175, 182, 189,  //
+      210, 220, 226, 236, 239, 256, 254, 270, 276, 284, 288,  //
+      369, 379, 395, 395, 402, 411, 417, 424, 430, 437, 445,  //
+      470, 479, 484, 489, 494, 499, 503, 509, 515, 520, 525};
+  return kTimes[stages - 1];
+}
+
 std::vector<int> spread_stages(const std::vector<double>& divergences, int stages) {
   constexpr double kFactor = 0.87;
-  const int fewest = (stages + 1) / 2, most = 2 * stages;
-  std::vector<int> spread(divergences.size(), stages);
-  const auto at = [&](std::size_t layer, int change) {
-    return divergences[layer] * std::pow(kFactor, spread[layer] + change - stages);
+  constexpr int kLeastTime = 9;  // of a stage: no more stages than allowed come for their time
+  const int fewest = (stages + 2) / 3, most = 2 * stages;
+  commvq::require(stages >= 1 && most <= kMostTimedStages, "stages is ", stages,
+                  "; stages are spread over layers where there are 1 to ", kMostTimedStages / 2);
+  const auto cost = [&](int count) {
+    return std::max(step_time(count), step_time(stages) + kLeastTime * (count - stages));
   };
-  while (true) {
-    std::size_t taker = spread.size(), giver = spread.size();
-    double gain = 0, loss = std::numeric_limits<double>::infinity();
-    for (std::size_t i = 0; i < spread.size(); ++i) {
-      if (spread[i] < most && at(i, 0) - at(i, 1) > gain) gain = at(taker = i, 0) - at(i, 1);
-      if (spread[i] > fewest && at(i, -1) - at(i, 0) < loss) loss = at(giver = i, -1) - at(i, 0);
+  const std::size_t num_layers = divergences.size();
+  const auto budget = num_layers * static_cast<std::size_t>(cost(stages));
+  // By what the layers so far may cost: the least divergence, and the last one's stages for it.
+  std::vector<double> least(budget + 1, 0.0);
+  std::vector<std::vector<int>> choices(num_layers, std::vector<int>(budget + 1, fewest));
+  for (std::size_t layer = 0; layer < num_layers; ++layer) {
+    std::vector<double> with_layer(budget + 1, std::numeric_limits<double>::infinity());
+    for (int count = fewest; count <= most; ++count) {
+      const double divergence = divergences[layer] * std::pow(kFactor, count - stages);
+      const auto taken = static_cast<std::size_t>(cost(count));
+      for (std::size_t c = taken; c <= budget; ++c)
+        if (least[c - taken] + divergence < with_layer[c]) {
+          with_layer[c] = least[c - taken] + divergence;
+          choices[layer][c] = count;
+        }
     }
-    if (taker == spread.size() || giver == spread.size() || !(gain > loss)) return spread;
-    ++spread[taker];
-    --spread[giver];
+    least = std::move(with_layer);
   }
+  std::vector<int> spread(num_layers);
+  std::size_t left = budget;
+  for (std::size_t layer = num_layers; layer-- > 0;) {
+    spread[layer] = choices[layer][left];
+    left -= static_cast<std::size_t>(cost(spread[layer]));
+  }
+  return spread;
 }
 
 std::vector<int> propose_stages(const Learner& learner, const Model& model,

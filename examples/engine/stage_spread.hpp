@@ -25,10 +25,18 @@ LayerDivergences measure_layers(const Model& model, const std::vector<commvq::La
                                 std::span<const int> window, Index exact_window, Index sinks,
                                 const std::function<void(double)>& progress = {});
 
-/// Stages of every layer's keys with the same total as `stages` each, so that the divergences,
-/// measured with `stages` for each layer alone, add up to the least. A stage more multiplies a
-/// divergence by 0.87 (measured, from 6 to 22 stages: 0.82 to 0.95). No layer gets less than half
-/// or more than twice as many.
+/// Stages up to which `step_time` is known.
+inline constexpr int kMostTimedStages = 44;
+
+/// What the keys of a layer cost a step of decoding on a device, in microseconds, by their number
+/// of stages in [1, kMostTimedStages]: measured as in bench/README.md, "Layers of other stages".
+int step_time(int stages);
+
+/// Stages of every layer's keys, so that the divergences, measured with `stages` for each layer
+/// alone, add up to the least, and neither the stages nor the layers' `step_time` to more than with
+/// `stages` each. A stage more multiplies a divergence by 0.87 (measured, from 4 to 22 stages: 0.82
+/// to 0.95). No layer gets less than a third or more than twice as many. Throws `Error` if twice as
+/// many are not timed.
 std::vector<int> spread_stages(const std::vector<double>& divergences, int stages);
 
 /// How the keys of a layer are to be learnt.
