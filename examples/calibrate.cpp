@@ -204,7 +204,7 @@ std::string provenance_of(const Options& options, const std::vector<std::vector<
   return words.str();
 }
 
-/// As many stages of the keys as the method has, spread over the layers.
+/// The method's stages of the keys, spread over the layers.
 std::vector<int> spread_stages(const Options& options, const engine::Learner& learner,
                                const engine::Model& model,
                                const std::vector<std::vector<int>>& contexts) {

@@ -304,8 +304,8 @@ void print_layers(const Options& options, const engine::Model& model,
     const int stages = stages_of(codecs[0]);
     const bool is_even = std::all_of(codecs.begin(), codecs.end(),
                                      [&](const auto& codec) { return stages_of(codec) == stages; });
-    if (stages == 0 || !is_even) continue;
-    std::printf("as many stages of the keys, spread over the layers: --stages %s\n",
+    if (stages == 0 || !is_even || 2 * stages > engine::kMostTimedStages) continue;
+    std::printf("no more stages of the keys, spread over the layers: --stages %s\n",
                 engine::comma_separated(engine::spread_stages(divergences.keys, stages)).c_str());
   }
 }
