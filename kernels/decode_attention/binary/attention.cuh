@@ -33,7 +33,7 @@ __device__ __forceinline__ void gather_block(const Problem& p, const Shared<Shap
                                              int step, int tile, int tile_block,
                                              Gathered<Shape>& gathered) {
   const Segment& segment = shared.segment;
-  const int lane = forgotten(static_cast<int>(threadIdx.x) % 32);
+  const int lane = forgotten<32>(static_cast<int>(threadIdx.x) % 32);
   float scores[4], scales[4];
   score_keys(shared, stage, code_place, step, tile, tile_block, lane, scores);
   const int block = step * Shape::kStepBlocks + tile * kTileBlocks + tile_block;

@@ -12,7 +12,7 @@ template <class Shape>
 __device__ __forceinline__ void load_queries(const Arguments& a, Shared<Shape>& shared, int seq,
                                              int head, int first_row, int rows) {
   const Problem& p = a.problem;
-  const int thread = forgotten(static_cast<int>(threadIdx.x));
+  const int thread = forgotten<Shape::kThreads>(static_cast<int>(threadIdx.x));
   const int row = thread / 32, lane = thread % 32;
   if (row >= kRows) return;
   float2 query[2] = {};
@@ -62,7 +62,7 @@ __device__ __forceinline__ void turn_queries(const Arguments& a, Shared<Shape>& 
   constexpr int kHighItems = 4 * Shape::kHighEights * kRounds;
   constexpr int kItems = kHighItems + Shape::kLowEights * 4 * kNodes;
   static_assert(kItems <= kTileWarps * 32, "one item a thread");
-  const int item = forgotten(static_cast<int>(threadIdx.x) % (kTileWarps * 32));
+  const int item = forgotten<kTileWarps * 32>(static_cast<int>(threadIdx.x) % (kTileWarps * 32));
   if (item >= kItems) return;
   TurnedQueries<Shape>& queries = shared.turned[tile];
   const bool is_high = item < kHighItems;

@@ -148,8 +148,10 @@ __device__ __forceinline__ int lane_token(int lane) {
 
 /// A number that the compiler knows nothing of: what follows from it is computed where it is
 /// needed, not kept in registers from loop to loop, of which there are none to spare.
+template <int kLimit>
 __device__ __forceinline__ int forgotten(int number) {
   asm volatile("" : "+r"(number));
+  __builtin_assume(number >= 0 && number < kLimit);
   return number;
 }
 
