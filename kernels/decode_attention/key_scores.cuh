@@ -100,10 +100,12 @@ struct Shared {
   int lags[Config::kMaxRows];                  ///< how far a row's position is from the last one
   std::uint64_t full[Config::kBuffers];
   std::uint64_t empty[Config::kBuffers];
-  Place place;
-  Cursor cursor;  ///< at the next segment
-  int num_steps;  ///< before it
+  alignas(16) Place place;
   Segment segment;
+  /// At the next segment. Aligned, so that no vector that others read of the segment has it in it,
+  /// which a thread may be moving.
+  alignas(16) Cursor cursor;
+  int num_steps;  ///< before it
 };
 
 /// Dynamic shared memory begins behind what the system reserves, at least so many bytes.
