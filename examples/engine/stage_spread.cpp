@@ -67,6 +67,8 @@ int step_time(int stages) {
       210, 220, 226, 236, 239, 256, 254, 270, 276, 285, 288,  //
       371, 379, 395, 396, 399, 412, 419, 424, 435, 439, 446,  //
       463, 481, 464, 495, 492, 517, 505, 533, 525, 546, 532};
+  commvq::require(stages >= 1 && stages <= kMostTimedStages, "stages is ", stages,
+                  "; times of 1 to ", kMostTimedStages, " are known");
   return kTimes[stages - 1];
 }
 

@@ -501,11 +501,8 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
       for (int plane = 0; plane < kPlanes; ++plane) {
         Reader(&of_plane)[2] = readers[plane];
         tokens_of(step).finish_codes(p, a.codes[plane], segment.place.head, half, of_plane);
-        if (plane == 0)
-          sum_rows<kWidth, kRowBits, 0, kPlanes>(rows, a.one, of_plane[0], of_plane[1], sums[0]);
-        else
-          sum_rows<kWidth, kRowBits, kPlanes - 1, kPlanes>(rows, a.one, of_plane[0], of_plane[1],
-                                                           sums[plane]);
+        sum_rows<kWidth, kRowBits, kPlanes>(rows, plane, a.one, of_plane[0], of_plane[1],
+                                            sums[plane]);
         if (half == 0) {
           tokens_of(step).fetch_codes(p, a.codes[plane], segment.place.head, 1, of_plane);
         } else if (!last_step) {

@@ -89,10 +89,10 @@ struct NarrowSums {
   }
 };
 
-/// The same for rows of 4 bits of plane kPlane of kPlanes, whose lines begin at `lines`. The rows
+/// The same for rows of 4 bits of plane `plane` of kPlanes, whose lines begin at `lines`. The rows
 /// of the first plane's first two books come in two parts, the second ones in the line before.
-template <int kPlane, int kPlanes, class Reader>
-__device__ __forceinline__ void sum_narrow_rows(std::uint32_t lines, std::uint32_t one,
+template <int kPlanes, class Reader>
+__device__ __forceinline__ void sum_narrow_rows(std::uint32_t lines, int plane, std::uint32_t one,
                                                 const Reader& first, const Reader& second,
                                                 std::uint32_t (&sums)[2][8]) {
   const int lane = threadIdx.x % 32;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void sum_narrow_rows(std::uint32_t lines, std::uint32
         const std::uint32_t y = Reader::row_address(odd ? a : b, other_part);
         total.add(Reader::template load_line<kLine>(x), one);
         total.add(Reader::template load_line<kLine>(y), one);
-        if constexpr (kPlane == 0 && kLine == 0) {
+        if (plane == 0 && kLine == 0) {
           total.add(Reader::template load_line<-1>(x), one);
           total.add(Reader::template load_line<-1>(y), one);
         }
@@ -129,18 +129,18 @@ __device__ __forceinline__ void sum_narrow_rows(std::uint32_t lines, std::uint32
   }
 }
 
-/// The sums of plane kPlane of the kPlanes, all of one shape, whose rows, of kRowBits bits, begin
-/// at `rows`. `one` is 1.
-template <int kWidth, int kRowBits, int kPlane, int kPlanes, class Reader>
-__device__ __forceinline__ void sum_rows(std::uint32_t rows, std::uint32_t one, const Reader& first,
-                                         const Reader& second,
+/// The sums of plane `plane`, a constant after unrolling, of the kPlanes, all of one shape, whose
+/// rows, of kRowBits bits, begin at `rows`. `one` is 1.
+template <int kWidth, int kRowBits, int kPlanes, class Reader>
+__device__ __forceinline__ void sum_rows(std::uint32_t rows, int plane, std::uint32_t one,
+                                         const Reader& first, const Reader& second,
                                          std::uint32_t (&sums)[2][kWidth / 8]) {
   if constexpr (kRowBits == 8) {
     sum_byte_rows<kWidth>(rows, first, second, sums);
   } else {
-    constexpr int kLinesBefore = 1 + kPlane * Reader::kTwoBookLines;
-    sum_narrow_rows<kPlane, kPlanes>(rows + kLinesBefore * Reader::kLineBytes, one, first, second,
-                                     sums);
+    const int lines_before = 1 + plane * Reader::kTwoBookLines;
+    sum_narrow_rows<kPlanes>(rows + lines_before * Reader::kLineBytes, plane, one, first, second,
+                             sums);
   }
 }
 
