@@ -253,8 +253,7 @@ Problem problem_of(const DeviceCodebooks& codebooks, const DecodeAttention& call
 }
 
 KeyScoresLauncher launcher_of(const DevicePageLayout& layout, const KeySlice& slice) {
-  if (slice.row_bits == 8)
-    return slice.width == 64 ? launch_byte_key_scores<64> : launch_byte_key_scores<32>;
+  if (slice.row_bits == 8) return byte_rows_launcher(slice.width);
   const int books = layout.planes[slice.plane].num_books;
   return slice.num_planes == 1 ? one_plane_launcher(books) : two_planes_launcher(books);
 }

@@ -11,13 +11,11 @@ namespace commvq::cuda {
 using KeyScoresLauncher = cudaError_t (*)(const key_scores::Arguments& arguments, dim3 grid,
                                           int shared_bytes, cudaStream_t stream);
 
-/// Scores keys whose rows, of kWidth pairs, have 8 bits.
-template <int kWidth>
-cudaError_t launch_byte_key_scores(const key_scores::Arguments& arguments, dim3 grid,
-                                   int shared_bytes, cudaStream_t stream);
+/// For keys whose rows, of `width` pairs, 64 or 32, have 8 bits.
+KeyScoresLauncher byte_rows_launcher(int width);
 
-/// Those of books of 64 rows of 64 pairs in 4 bits: one plane of an even number of books, or two
-/// planes of kLeastPairedBooks or more books each. Null for other numbers.
+/// For books of 64 rows of 64 pairs in 4 bits: one plane of an even number of books, or two planes
+/// of kLeastPairedBooks or more books each. Null for other numbers.
 KeyScoresLauncher one_plane_launcher(int num_books);
 KeyScoresLauncher two_planes_launcher(int num_books);
 

@@ -11,6 +11,7 @@
 
 #include "attention/head_attention.hpp"
 #include "attention/tile_kernels.hpp"
+#include "core/divide_up.hpp"
 
 namespace commvq {
 namespace {
@@ -29,9 +30,6 @@ constexpr Index kBatchItems = 64;
 
 Index round_up(Index value, Index unit) {
   return (value + unit - 1) / unit * unit;
-}
-Index divide_up(Index value, Index unit) {
-  return (value + unit - 1) / unit;
 }
 
 /// How the work is cut. Depends on shapes alone, so that the result does not depend on threads.

@@ -7,12 +7,10 @@
 
 #include "commvq/cache/cache.hpp"
 
+#include "core/divide_up.hpp"
+
 namespace commvq {
 namespace {
-
-Index divide_up(Index value, Index unit) {
-  return (value + unit - 1) / unit;
-}
 
 void check_extent(const CacheConfig& config, const LayerExtent& extent) {
   const auto [length, exact_begin, exact_floor, coded_end] = extent;

@@ -7,15 +7,13 @@
 #include "commvq/cuda/integer_codebook.hpp"
 #include "commvq/value_codec/value_codec.hpp"
 
+#include "core/divide_up.hpp"
+
 namespace commvq::cuda {
 namespace {
 
 /// Larger pages' bit offsets would not fit an int.
 constexpr Index kMaxPageBits = Index{60} << 23;
-
-int divide_up(int a, int b) {
-  return (a + b - 1) / b;
-}
 
 int align(Index bytes) {
   return static_cast<int>((bytes + 15) / 16 * 16);

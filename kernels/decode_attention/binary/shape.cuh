@@ -146,8 +146,9 @@ __device__ __forceinline__ int lane_token(int lane) {
   return 4 * (g / 2) + 16 * (g % 2);
 }
 
-/// A number that the compiler knows nothing of: what follows from it is computed where it is
-/// needed, not kept in registers from loop to loop, of which there are none to spare.
+/// A number that the compiler knows nothing of but that it is in [0, kLimit): what follows from it
+/// is computed where it is needed, not kept in registers from loop to loop, of which there are none
+/// to spare.
 template <int kLimit>
 __device__ __forceinline__ int forgotten(int number) {
   asm volatile("" : "+r"(number));
