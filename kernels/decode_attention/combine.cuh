@@ -46,7 +46,7 @@ template <class Config>
 struct Shared {
   alignas(16) float sums[Config::kChunkBits][Config::kRows];
   float halves[Config::kRows][kMaxDim];
-  float exact_weights[Config::kRows][ExactConfig::kMaxPieces];
+  float exact_weights[Config::kRows][kMaxExactPieces];
   RowSum totals[Config::kRows];
   unsigned finished;
 };

@@ -55,14 +55,26 @@ struct CombineConfig {
 /// Rows that a thread block takes, see `combine::block_rows`.
 constexpr int kCombineFewRows = 4, kCombineRows = 8;
 
-/// Tuning values of the exact tokens' attention, which runs in the first key kernel.
+/// Into how many pieces one query's exact tokens are cut at most, where thread blocks are idle.
+constexpr int kMaxExactPieces = 8;
+
+/// Tuning values of the exact tokens' attention beside codes with books, by thread blocks.
 struct ExactConfig {
   static constexpr int kChunkTokens = 64;
   static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
-  static constexpr int kMaxPieces = 4;  ///< of one query's tokens, where thread blocks are idle
+  static constexpr int kMaxPieces = 4;
   /// Time of one exact token, and of a coded one beside its rows, in that of adding up one row.
   static constexpr int kCostInRows = 400;
   static constexpr int kCodedCostInRows = 14;
+};
+
+/// Tuning values of the exact tokens' attention beside binary codes, by warps.
+struct ExactWarpsConfig {
+  static constexpr int kRows = 4;    ///< query heads of a KV head that a warp takes at once
+  static constexpr int kWarps = 16;  ///< of a thread block, at most
+  static constexpr int kMaxPieces = kMaxExactPieces;
+  /// Time of one exact token, where all warps are busy, in that of a coded one.
+  static constexpr int kCost = 5;
 };
 
 }  // namespace commvq::cuda

@@ -45,6 +45,25 @@ auto with_combine_rows(const Problem& p, Visit visit) {
   return visit(std::integral_constant<int, kCombineRows>{});
 }
 
+/// Cuts the exact tokens of a query so that all thread blocks have some.
+void cut_exact_for_blocks(const CodebooksView& view, Problem& p) {
+  p.num_exact_pieces =
+      std::clamp(view.num_multiprocessors / (p.num_kv_heads * p.batch * p.num_query_tokens), 1,
+                 ExactConfig::kMaxPieces);
+  const KeySlice& slice = view.slices[0];
+  const int books = view.layout.planes[slice.plane].num_books * slice.num_planes;
+  p.exact_cost = std::max(1, ExactConfig::kCostInRows / (books + ExactConfig::kCodedCostInRows));
+}
+/// Cuts them so that all warps of the blocks that score no keys have some, or of all blocks.
+void cut_exact_for_warps(const CodebooksView& view, Problem& p) {
+  const int blocks = p.num_exact_blocks > 0 ? p.num_exact_blocks : view.num_multiprocessors;
+  const int items =
+      p.num_kv_heads * divide_up(p.group, ExactWarpsConfig::kRows) * p.num_query_tokens * p.batch;
+  p.num_exact_pieces =
+      std::clamp(blocks * ExactWarpsConfig::kWarps / items, 1, ExactWarpsConfig::kMaxPieces);
+  p.exact_cost = ExactWarpsConfig::kCost;
+}
+
 /// Fills in what depends on shapes alone.
 Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   Problem p{};
@@ -76,13 +95,11 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   p.num_key_parts = std::max(1, view.num_multiprocessors / (p.num_kv_heads * row_blocks));
   p.num_exact_blocks =
       std::max(0, view.num_multiprocessors - p.num_kv_heads * p.num_key_parts * row_blocks);
-  p.num_exact_pieces =
-      std::clamp(view.num_multiprocessors / (p.num_kv_heads * p.batch * p.num_query_tokens), 1,
-                 ExactConfig::kMaxPieces);
-  const KeySlice& slice = view.slices[0];
-  // What takes the place of books takes about the time of four.
-  const int books = binary ? 4 : view.layout.planes[slice.plane].num_books * slice.num_planes;
-  p.exact_cost = std::max(1, ExactConfig::kCostInRows / (books + ExactConfig::kCodedCostInRows));
+  if (binary) {
+    cut_exact_for_warps(view, p);
+  } else {
+    cut_exact_for_blocks(view, p);
+  }
   p.head_code_bits = p.page.num_code_bits / layout.value_blocks;
   p.bits_stride = layout.value_blocks > 1 ? p.head_code_bits : 0;
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);

@@ -3,7 +3,7 @@
 #include "common/memory.cuh"
 #include "common/rope.cuh"
 #include "decode_attention/config.hpp"
-#include "decode_attention/problem.cuh"
+#include "decode_attention/exact_range.cuh"
 
 /// Attention of one query token over the tokens that have exact copies, or a piece of them, for the
 /// query heads of one KV head: flash attention in fp32, a chunk of tokens at a time.
@@ -45,28 +45,6 @@ struct Item {
   int query_token;
   int head;
   int piece;
-};
-
-/// The exact tokens that a query reads, sinks and then the window, numbered from 0.
-struct ExactRange {
-  int first_sink;
-  int num_sinks;
-  int first_other;
-  int count;
-
-  __device__ ExactRange(const Problem& p, const Sequence& sequence, int position) {
-    const int oldest = Sequence::oldest(p, position);
-    const int sinks_end = min(p.exact.sinks, position + 1);
-    first_sink = min(oldest, sinks_end);
-    num_sinks = sinks_end - first_sink;
-    first_other = max(max(oldest, sequence.exact_begin(p, position)), sinks_end);
-    count = num_sinks + max(0, position + 1 - first_other);
-  }
-  __device__ int token(int i) const {
-    return i < num_sinks ? first_sink + i : first_other + i - num_sinks;
-  }
-  /// Up to where tokens follow each other from the i-th on.
-  __device__ int run_end(int i) const { return i < num_sinks ? num_sinks : count; }
 };
 
 template <int kThreads>

@@ -4,6 +4,7 @@
 #include "decode_attention/binary/attention.cuh"
 #include "decode_attention/binary/shared_bytes.hpp"
 #include "decode_attention/exact_items.cuh"
+#include "decode_attention/exact_warps.cuh"
 #include "decode_attention/kernels.cuh"
 
 namespace commvq::cuda {
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     wait_for_previous_kernel();
   }
   clear_counters<Shape::kThreads>(problem);
-  if (blockIdx.y == 0) run_exact_items<Shape::kThreads>(problem, block, binary_memory);
+  if (blockIdx.y == 0) exact_warps::run_items<Shape::kThreads>(problem, block);
 }
 
 /// Calls `visit` with the `Shape` of the keys.
@@ -47,9 +48,7 @@ auto with_shape(const BinaryKeys& keys, Visit visit) {
 template <class Shape>
 cudaError_t launch(const binary_attention::Arguments& arguments, dim3 grid, cudaStream_t stream) {
   const auto kernel = binary_attention_kernel<Shape>;
-  const int bytes = std::max(static_cast<int>(sizeof(binary_attention::Shared<Shape>)),
-                             exact_tokens::Shared<Shape::kThreads>::bytes(
-                                 arguments.problem.head_dim, arguments.problem.group));
+  const int bytes = static_cast<int>(sizeof(binary_attention::Shared<Shape>));
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

@@ -1,0 +1,281 @@
+#pragma once
+
+#include "common/memory.cuh"
+#include "common/rope.cuh"
+#include "decode_attention/config.hpp"
+#include "decode_attention/exact_range.cuh"
+
+/// Attention of one query token over the tokens that have exact copies, or a piece of them, for
+/// some query heads of one KV head: flash attention in fp32 by one warp, which needs neither shared
+/// memory nor other warps.
+namespace commvq::cuda::exact_warps {
+
+constexpr int kPairs = BinaryKeys::kPairs / 32;  ///< of a lane
+constexpr int kChannels = 2 * kPairs;            ///< likewise
+constexpr int kDim = 32 * kChannels;
+constexpr int kRows = ExactWarpsConfig::kRows;
+constexpr int kTokens = 4;  ///< at once
+/// Lanes that have the scores of a row, and those that have one: row r's are with lanes
+/// kRowLanes r and the next.
+constexpr int kRowLanes = 32 / kRows;
+constexpr int kScoreLanes = kRowLanes / kTokens;
+
+/// What a warp computes: some query heads of one query token over a piece of the exact tokens.
+struct Item {
+  int seq;
+  int query_token;
+  int head;
+  int first_row;  ///< of the KV head's query heads
+  int piece;
+};
+
+/// A lane's share of a head: some pairs of keys and queries, and as many channels of values.
+struct Lane {
+  int real[kPairs], imag[kPairs];  ///< channels
+  std::uint64_t turns[kPairs];
+
+  __device__ __forceinline__ explicit Lane(const Problem& p) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int pair = static_cast<int>(threadIdx.x) % 32 + 32 * i;
+      real[i] = p.channels[pair];
+      imag[i] = p.channels[32 * kPairs + pair];
+      turns[i] = p.turns[pair];
+    }
+  }
+  /// The lane's pairs of the head that begins at element `head`.
+  __device__ __forceinline__ void load(const void* data, FloatType type, Index head,
+                                       float2 (&pairs)[kPairs]) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      pairs[i] = make_float2(load_float(data, type, head + real[i]),
+                             load_float(data, type, head + imag[i]));
+  }
+};
+
+/// What a warp has gathered of its rows. A row's largest score and a share of its sum are with the
+/// lanes that have its scores.
+struct Gathered {
+  float largest = -INFINITY;
+  float sum = 0;
+  float outputs[kRows][kChannels] = {};
+};
+
+/// Sums over the warp of some numbers: lane L gets that of number L / kStep for kStep lanes a
+/// number.
+template <int kStep, int kLanes = 16>
+__device__ __forceinline__ float lane_sums(float (&numbers)[32 / kStep]) {
+  if constexpr (kLanes >= kStep) {
+    const bool upper = (threadIdx.x & kLanes) != 0;
+    constexpr int kHalf = kLanes / kStep;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float other = upper ? numbers[i] : numbers[i + kHalf];
+      numbers[i] = (upper ? numbers[i + kHalf] : numbers[i]) + __shfl_xor_sync(~0u, other, kLanes);
+    }
+    return lane_sums<kStep, kLanes / 2>(numbers);
+  } else {
+    float sum = numbers[0];
+#pragma unroll
+    for (int step = kLanes; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    return sum;
+  }
+}
+
+/// Scores of some tokens in powers of two. Keys are turned by how far they are from the query.
+__device__ __forceinline__ float scores_of(const Problem& p, const Lane& lane,
+                                           const float2 (&queries)[kRows][kPairs],
+                                           const float2 (&keys)[kTokens][kPairs],
+                                           const int (&distances)[kTokens]) {
+  float products[kRows * kTokens] = {};
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 turn = rotation_of(distances[t], lane.turns[i]);
+      const float2 key = keys[t][i];
+      const float re = key.x * turn.x - key.y * turn.y, im = key.x * turn.y + key.y * turn.x;
+#pragma unroll
+      for (int row = 0; row < kRows; ++row)
+        products[row * kTokens + t] += queries[row][i].x * re + queries[row][i].y * im;
+    }
+  const float score = lane_sums<kScoreLanes>(products) * p.score_scale;
+  return p.soft_cap > 0 ? p.soft_cap * tanhf(score / p.soft_cap) : score;
+}
+
+/// The lane's channels of a token's values.
+__device__ __forceinline__ void load_values(const Problem& p, Index head,
+                                            std::uint32_t (&words)[kPairs]) {
+  const std::uint32_t* const source = static_cast<const std::uint32_t*>(p.exact.values) +
+                                      (head / kChannels + threadIdx.x % 32) * kPairs;
+  const uint2 two = *reinterpret_cast<const uint2*>(source);
+  words[0] = two.x, words[1] = two.y;
+}
+
+__device__ __forceinline__ float2 widen(FloatType type, std::uint32_t word) {
+  if (type == FloatType::kBf16)
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+
+/// Adds the values of some tokens; score -infinity: not to be added.
+__device__ __forceinline__ void add_values(FloatType type, float score,
+                                           const std::uint32_t (&values)[kTokens][kPairs],
+                                           Gathered& gathered) {
+  float largest = score;
+#pragma unroll
+  for (int step = kRowLanes / 2; step >= kScoreLanes; step /= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  largest = fmaxf(gathered.largest, largest);
+  const float weight = exp2_approx(score - largest);
+  const float keep = exp2_approx(gathered.largest - largest);
+  gathered.largest = largest;
+  gathered.sum = gathered.sum * keep + weight;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const float row_keep = __shfl_sync(~0u, keep, kRowLanes * row);
+#pragma unroll
+    for (float& output : gathered.outputs[row]) output *= row_keep;
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float row_weight = __shfl_sync(~0u, weight, kRowLanes * row + kScoreLanes * t);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const float2 two = widen(type, values[t][i]);
+        gathered.outputs[row][2 * i] += row_weight * two.x;
+        gathered.outputs[row][2 * i + 1] += row_weight * two.y;
+      }
+    }
+}
+
+/// Starts fetching a head's keys and values into the second cache level.
+__device__ __forceinline__ void prefetch(const Problem& p, Index head) {
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i)
+    for (const void* data : {p.exact.keys, p.exact.values})
+      asm volatile("prefetch.global.L2 [%0];\n" ::"l"(static_cast<const std::uint8_t*>(data) +
+                                                      head * 2 + i * 128));
+}
+
+/// Gathers tokens `[begin, end)` of the range.
+__device__ __forceinline__ void gather(const Problem& p, const Item& item, const ExactRange& range,
+                                       int position, int begin, int end, const Lane& lane,
+                                       const float2 (&queries)[kRows][kPairs], Gathered& gathered) {
+  const int lane_index = static_cast<int>(threadIdx.x) % 32;
+  const int lane_token = lane_index % kRowLanes / kScoreLanes;
+  const Index first_row = Index{p.exact_slots[item.seq]} * p.exact.rows_per_slot();
+  Index lane_head = 0;  // of token number lane_index of 32
+#pragma unroll 1
+  for (int first = begin; first < end; first += kTokens) {
+    const int place = (first - begin) % 32;
+    if (place == 0) {
+      const Index row = first_row + p.exact.row(0, range.token(min(first + lane_index, end - 1)));
+      lane_head = (row * p.num_kv_heads + item.head) * kDim;
+      prefetch(p, lane_head);
+    }
+    float2 keys[kTokens][kPairs];
+    std::uint32_t values[kTokens][kPairs];
+    int distances[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const Index head = __shfl_sync(~0u, lane_head, place + t);
+      distances[t] = range.token(min(first + t, end - 1)) - position;
+      lane.load(p.exact.keys, p.exact.type, head, keys[t]);
+      load_values(p, head, values[t]);
+    }
+    const float score = scores_of(p, lane, queries, keys, distances);
+    add_values(p.exact.type, first + lane_token < end ? score : -INFINITY, values, gathered);
+  }
+}
+
+__device__ __forceinline__ void store(const Problem& p, const Item& item,
+                                      const Gathered& gathered) {
+  float sum = gathered.sum;
+#pragma unroll
+  for (int step = kRowLanes / 2; step >= kScoreLanes; step /= 2)
+    sum += __shfl_xor_sync(~0u, sum, step);
+  const int lane = threadIdx.x % 32;
+  const Index first = (Index{item.seq} * p.num_rows + Index{item.head} * p.rows_per_head +
+                       item.query_token * p.group + item.first_row) *
+                          p.num_exact_pieces +
+                      item.piece;
+  const int rows = min(kRows, p.group - item.first_row);
+  const int row_of_lane = lane / kRowLanes;
+  if (lane % kRowLanes == 0 && row_of_lane < rows)
+    p.exact_sums[first + row_of_lane * p.num_exact_pieces] = {gathered.largest, sum};
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    if (row >= rows) break;
+    float2* const target = reinterpret_cast<float2*>(
+        p.exact_outputs + (first + row * p.num_exact_pieces) * kDim + lane * kChannels);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      target[i] = make_float2(gathered.outputs[row][2 * i], gathered.outputs[row][2 * i + 1]);
+  }
+}
+
+/// Called by whole warps.
+__device__ __forceinline__ void run(const Problem& p, const Item& item) {
+  const Sequence sequence(p, item.seq);
+  const int position = sequence.position(p, item.query_token);
+  Gathered gathered;
+  if (position >= 0 && p.exact.capacity > 0) {
+    const ExactRange range(p, sequence, position);
+    const Lane lane(p);
+    const Index first_head =
+        ((Index{item.seq} * p.num_query_tokens + item.query_token) * p.num_kv_heads + item.head) *
+        p.group;
+    float2 queries[kRows][kPairs];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row)
+      lane.load(p.queries, p.type, (first_head + min(item.first_row + row, p.group - 1)) * kDim,
+                queries[row]);
+    gather(p, item, range, position, part_begin(range.count, item.piece, p.num_exact_pieces),
+           part_begin(range.count, item.piece + 1, p.num_exact_pieces), lane, queries, gathered);
+  }
+  store(p, item, gathered);
+}
+
+/// Item number `index` of a call.
+__device__ __forceinline__ Item item_of(const Problem& p, int index) {
+  const auto next = [&](int count) {
+    const int result = index % count;
+    index /= count;
+    return result;
+  };
+  Item item;
+  item.head = next(p.num_kv_heads);
+  item.piece = next(p.num_exact_pieces);
+  item.first_row = next((p.group + kRows - 1) / kRows) * kRows;
+  item.query_token = next(p.num_query_tokens);
+  item.seq = index;
+  return item;
+}
+
+/// The items that fall to thread block `block` of this launch, a warp each. The blocks that score
+/// no keys take what they can in the time that the others need for theirs, at least one a warp; the
+/// rest is shared out evenly.
+template <int kThreads>
+__device__ __forceinline__ void run_items(const Problem& p, int block) {
+  constexpr int kWarps = kThreads / 32;
+  const int scoring = p.num_kv_heads * p.num_key_parts;
+  const int items = p.num_exact_pieces * p.num_kv_heads * ((p.group + kRows - 1) / kRows) *
+                    p.num_query_tokens * p.batch;
+  const int coded_tokens = total_blocks(p) / p.num_key_parts * kBlockTokens;
+  const int item_tokens = (p.window + p.exact.sinks) / p.num_exact_pieces + 1;
+  const int free_items = max(kWarps, coded_tokens / (p.exact_cost * item_tokens));
+  const int taken = min(items, p.num_exact_blocks * free_items);
+  const bool scores_keys = block < scoring;
+  const int first = scores_keys ? taken + block : block - scoring;
+  const int blocks = scores_keys ? scoring : p.num_exact_blocks;
+  const int end = scores_keys ? items : taken;
+#pragma unroll 1
+  for (int item = first + static_cast<int>(threadIdx.x) / 32 * blocks; item < end;
+       item += kWarps * blocks)
+    run(p, item_of(p, item));
+}
+
+}  // namespace commvq::cuda::exact_warps
