@@ -120,9 +120,11 @@ void require_fit_for_file(const KeyCodecConfig& keys, std::size_t layer) {
 }
 
 Json to_json(const KeyCodecConfig& keys) {
-  return {{"group_pairs", keys.group_pairs}, {"codebook_size", keys.codebook_size},
-          {"num_stages", keys.num_stages},   {"tied", keys.tied},
-          {"beam_width", keys.beam_width},   {"norm_per_head", keys.norm_per_head}};
+  Json json = {{"group_pairs", keys.group_pairs}, {"codebook_size", keys.codebook_size},
+               {"num_stages", keys.num_stages},   {"tied", keys.tied},
+               {"beam_width", keys.beam_width},   {"norm_per_head", keys.norm_per_head}};
+  if (keys.graded) json["graded"] = true;
+  return json;
 }
 
 KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs, std::size_t layer) {
@@ -134,6 +136,7 @@ KeyCodecConfig key_config_from(const Fields& fields, const PairLayout& pairs, st
   keys.tied = fields.flag("tied");
   keys.beam_width = fields.whole("beam_width");
   keys.norm_per_head = fields.has("norm_per_head") && fields.flag("norm_per_head");
+  keys.graded = fields.has("graded") && fields.flag("graded");
   keys.validate();
   require_fit_for_file(keys, layer);
   return keys;

@@ -27,6 +27,24 @@ std::uint16_t rounded_norm(MatrixView<const float> keys, Index token, Index firs
   return bits;
 }
 
+/// Throws unless the rows of a graded codebook share their directions.
+void check_graded(const KeyCodebook<float>& codebook, std::size_t head) {
+  const KeyCodecConfig& config = codebook.config;
+  for (int group = 0; group < config.num_groups(); ++group)
+    for (int book = 0; book < 2 * config.num_stages; ++book) {
+      const GradedBit bit = graded_bit(book);
+      int last = book;
+      while (graded_bit(last).weight > 1) ++last;
+      for (int i = 0; i < codebook.row_size(); ++i) {
+        const float given = codebook.difference(group, book, i);
+        const float needed = float(bit.weight) * codebook.difference(group, last, i);
+        require(given == needed, "the codebook of head ", head, " is not graded: in group ", group,
+                ", channel ", i, ", row 1 less row 0 is ", given, " in book ", book,
+                "; it must be ", bit.weight, " times that of book ", last, ", ", needed);
+      }
+    }
+}
+
 Digest digest_of(const std::vector<KeyEncoder<float>>& heads) {
   const KeyCodecConfig& config = heads.front().codebook().config;
   detail::Hasher hasher;
@@ -58,7 +76,10 @@ KeyCodec::KeyCodec(std::vector<KeyCodebook<float>> codebooks) {
               head, " is ", codebooks[head].rows[i], "; it must be finite");
   }
   heads_.reserve(codebooks.size());
-  for (KeyCodebook<float>& codebook : codebooks) heads_.emplace_back(std::move(codebook));
+  for (KeyCodebook<float>& codebook : codebooks) {
+    heads_.emplace_back(std::move(codebook));
+    if (config().graded) check_graded(heads_.back().codebook(), heads_.size() - 1);
+  }
   digest_ = digest_of(heads_);
 }
 

@@ -65,7 +65,7 @@ KeyLearnerOptions KeyLearnerOptions::commvq(const KeyCodecConfig& codec) {
   // What is left falls with the bits that were spent: a decade for four stages of the paper's two
   // codes of 6 bits.
   options.stages_per_decade = std::max(1, 4 * 6 / codec.code_bits());
-  options.refinement.rounds = 2;
+  options.refinement.rounds = codec.graded ? 8 : 2;
   return options;
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "learner/graded_books.hpp"
 #include "learner/key_refinement.hpp"
 #include "learner/key_sample.hpp"
 #include "learner/progress_meter.hpp"
@@ -43,8 +44,9 @@ constexpr double kStepsPerRound = 10.0;
 
 /// Work of one head's learning in EM steps.
 double total_steps(const KeyLearnerOptions& options) {
+  const int of_stages = options.codec.graded ? 0 : options.max_steps;
   return double(options.codec.num_groups()) * options.codec.num_stages *
-         (options.max_steps + kStepsPerRound * options.refinement.rounds);
+         (of_stages + kStepsPerRound * options.refinement.rounds);
 }
 
 /// Learns one stage of one group from its residuals and returns the best books met.
@@ -71,6 +73,19 @@ Matrix learn_stage(KeyWork& keys, const KeyLearnerOptions& options, int stage,
         1, best_objective);
   }
   return best;
+}
+
+/// Learns one group stage by stage.
+void learn_stages(KeyWork& keys, const KeyLearnerOptions& options, int group,
+                  std::mt19937_64& random, ProgressMeter& progress, KeyCodebook<float>& codebook,
+                  std::vector<std::vector<double>>& objectives) {
+  for (int stage = 0; stage < options.codec.num_stages; ++stage) {
+    keys.begin_stage(codebook, group, stage);
+    objectives.emplace_back();
+    const Matrix books = learn_stage(keys, options, stage, random, progress, objectives.back());
+    keys.assign(books);
+    std::copy_n(books.data(), books.size(), codebook.book(group, stage, 0));
+  }
 }
 
 std::vector<double> refine(KeyWork& keys, const KeyLearnerOptions& options,
@@ -128,17 +143,14 @@ KeyCodebook<float> learn(KeyWork& keys, const KeyLearnerOptions& options, std::m
   KeyLearnerReport result;
   KeyCodebook<float> codebook(options.codec);
   for (int group = 0; group < options.codec.num_groups(); ++group)
-    for (int stage = 0; stage < options.codec.num_stages; ++stage) {
-      keys.begin_stage(codebook, group, stage);
-      result.stage_objectives.emplace_back();
-      const Matrix books =
-          learn_stage(keys, options, stage, random, progress, result.stage_objectives.back());
-      keys.assign(books);
-      std::copy_n(books.data(), books.size(), codebook.book(group, stage, 0));
-    }
+    if (options.codec.graded)
+      graded_books::initialize(keys, group, codebook);
+    else
+      learn_stages(keys, options, group, random, progress, codebook, result.stage_objectives);
   if (options.refinement.rounds > 0)
     result.refinement_objectives = refine(keys, options, codebook, progress);
   fold_weights(options.pair_weights, codebook);
+  if (options.codec.graded) codebook.derive_graded_rows();
   if (report != nullptr) *report = std::move(result);
   return codebook;
 }

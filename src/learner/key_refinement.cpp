@@ -6,6 +6,7 @@
 #include <Eigen/Cholesky>
 
 #include "core/parallel_product.hpp"
+#include "learner/graded_books.hpp"
 
 namespace commvq {
 namespace {
@@ -30,6 +31,17 @@ void solve_untied(const Occurrences& keys, double ridge, int group, KeyCodebook<
   const Eigen::MatrixXd old = books.cast<double>();
   Eigen::MatrixXd normal = keys.counts;
   books = (old + change_of(normal, keys.sums, old, ridge)).cast<float>();
+}
+
+/// Graded books: the rows U = A V of the centre and the directions V that minimise the same.
+void solve_graded(const Occurrences& keys, double ridge, int group, KeyCodebook<float>& codebook) {
+  const Eigen::VectorXd shares = graded_books::shares_of(keys);
+  const Eigen::MatrixXd tie = graded_books::tie_of(shares);
+  const Eigen::MatrixXd old = graded_books::parameters_of(codebook, group, shares);
+  Eigen::MatrixXd normal = tie.transpose() * keys.counts * tie;
+  const Eigen::MatrixXd right = tie.transpose() * keys.sums;
+  Books(codebook.book(group, 0, 0), keys.sums.rows(), keys.sums.cols()) =
+      (tie * (old + change_of(normal, right, old, ridge))).cast<float>();
 }
 
 /// Tied books: the complex rows U, one book a stage, where the codes of book A have weight 1 and
@@ -78,7 +90,9 @@ std::vector<double> refine_key_codebook(KeyWork& keys, const KeyRefinement& refi
   for (int round = 0; round < refinement.rounds; ++round) {
     for (int group = 0; group < codebook.config.num_groups(); ++group) {
       KeyCodebook<float> candidate = codebook;
-      const auto solve = codebook.config.tied ? solve_tied : solve_untied;
+      const auto solve = codebook.config.tied     ? solve_tied
+                         : codebook.config.graded ? solve_graded
+                                                  : solve_untied;
       solve(keys.occurrences(group), refinement.ridge, group, candidate);
       const double candidate_error = keys.error(candidate);
       if (!(candidate_error < error)) continue;

@@ -36,6 +36,7 @@ inline std::shared_ptr<const KeyCodec> random_key_codec(Rng& rng, const KeyCodec
           std::copy(rows.begin(), rows.end(), codebook.book(group, stage, which));
         }
     if (config.tied) codebook.derive_tied_books();
+    if (config.graded) codebook.derive_graded_rows();
   }
   return std::make_shared<const KeyCodec>(std::move(heads));
 }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -77,7 +79,47 @@ struct KeyCodebook {
         }
   }
 
+  /// Graded codebooks: makes the rows what `KeyCodecConfig::graded` asks for, exactly. Row 0 of
+  /// every book and both rows of the last book of every number decide. Each channel is rounded to
+  /// 22 bits below its largest number, so that sums and differences of its rows need no rounding.
+  void derive_graded_rows() {
+    for (int group = 0; group < config.num_groups(); ++group)
+      for (int i = 0; i < row_size(); ++i) derive_graded_channel(group, i);
+  }
+
+  /// Row 1 less row 0 of the group's book `2 * stage + which` in channel `i` of the group.
+  Scalar difference(int group, int book, int i) const {
+    const Scalar* const first = this->book(group, book / 2, book % 2) + i;
+    return first[row_size()] - first[0];
+  }
+
  private:
+  void derive_graded_channel(int group, int i) {
+    std::vector<double> steps(static_cast<std::size_t>(config.num_stages));
+    const int num_books = 2 * config.num_stages;
+    for (int book = 0; book < num_books; ++book)
+      if (const GradedBit bit = graded_bit(book); bit.weight == 1)
+        steps[static_cast<std::size_t>(bit.number)] = difference(group, book, i);
+    double largest = 0;
+    for (int book = 0; book < num_books; ++book) {
+      const double first = this->book(group, book / 2, book % 2)[i];
+      const GradedBit bit = graded_bit(book);
+      const double step = bit.weight * steps[static_cast<std::size_t>(bit.number)];
+      largest = std::max({largest, std::abs(first), std::abs(step), std::abs(first + step)});
+    }
+    int exponent = 0;
+    std::frexp(largest, &exponent);
+    const double unit = std::ldexp(1.0, std::max(exponent - 22, -149));  // float's least: 2^-149
+    for (int book = 0; book < num_books; ++book) {
+      Scalar* const numbers = this->book(group, book / 2, book % 2) + i;
+      const GradedBit bit = graded_bit(book);
+      const double first = std::nearbyint(numbers[0] / unit);
+      const double step = std::nearbyint(steps[static_cast<std::size_t>(bit.number)] / unit);
+      numbers[0] = static_cast<Scalar>(first * unit);
+      numbers[row_size()] = static_cast<Scalar>((first + bit.weight * step) * unit);
+    }
+  }
+
   std::size_t book_offset(int group, int stage, int which) const {
     const auto book_index = (static_cast<std::size_t>(group) * config.num_stages + stage) * 2 + which;
     return book_index * config.codebook_size * row_size();

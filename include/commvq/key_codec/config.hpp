@@ -7,6 +7,18 @@
 
 namespace commvq {
 
+/// Where one book's bit stands in a graded code (see `KeyCodecConfig::graded`).
+struct GradedBit {
+  int number;  ///< of the group's numbers, four for every eight books
+  int weight;  ///< what the bit adds to that number: 4, 2 or 1
+};
+
+/// Of book `2 * stage + which` of a group.
+constexpr GradedBit graded_bit(int book) {
+  constexpr GradedBit kOfByte[8] = {{0, 4}, {0, 2}, {0, 1}, {1, 2}, {1, 1}, {2, 2}, {2, 1}, {3, 1}};
+  return {book / 8 * 4 + kOfByte[book % 8].number, kOfByte[book % 8].weight};
+}
+
 /// Shape of the complex additive codebook of one key head (CommVQ, section 3; see `KeyCodebook`).
 struct KeyCodecConfig {
   PairLayout pairs;        ///< head_dim and which channels form a complex number
@@ -16,6 +28,12 @@ struct KeyCodecConfig {
   bool tied = true;        ///< paper: the second book of a stage is j times the first
   int beam_width = 1;      ///< candidates kept per stage when encoding; 1 is the paper's greedy
   bool norm_per_head = false;  ///< paper: one norm a token over all heads; true: one a head
+  /// Untied books of two rows that share directions: the codes of four stages, eight bits, are
+  /// numbers of 3, 2, 2 and 1 bits, the most significant bit first, and row 1 less row 0 of a book
+  /// is exactly its bit's weight (4, 2 or 1) times that of the last book of its number. A group is
+  /// then a fixed vector plus num_stages vectors, each multiplied by a number. Only the rows are
+  /// constrained: encoding, decoding and storing are those of any codebook.
+  bool graded = false;
 
   bool operator==(const KeyCodecConfig&) const = default;
 
@@ -44,8 +62,10 @@ struct KeyCodecConfig {
 
   /// For attention that expands no codebook: two centroids a book, so that a key is a fixed vector
   /// plus a sum of vectors that its bits switch on, a linear code like that of the values. Groups
-  /// are whole heads. With `ValueCodecConfig::speed_1bit`, norms and scales at head_dim 128 1.094
-  /// bits a number (R = 60), with the 2-bit ones 2.094 (R = 124).
+  /// are whole heads; codes are graded where the stages are a multiple of 4, as at head_dim 128,
+  /// so that attention computes with half as many vectors as there are bits. With
+  /// `ValueCodecConfig::speed_1bit`, norms and scales at head_dim 128 1.094 bits a number (R = 60),
+  /// with the 2-bit ones 2.094 (R = 124).
   static KeyCodecConfig speed_1bit(const PairLayout& pairs) { return speed(pairs, 60); }
   static KeyCodecConfig speed_2bit(const PairLayout& pairs) { return speed(pairs, 124); }
 
@@ -65,6 +85,11 @@ inline void KeyCodecConfig::validate() const {
           "; it must be in [1, 1024]");
   require(beam_width >= 1 && beam_width <= 1024, "beam_width is ", beam_width,
           "; it must be in [1, 1024]");
+  if (!graded) return;
+  require(codebook_size == 2, "codebook_size is ", codebook_size, "; graded codes need 2");
+  require(!tied, "tied is true; graded codes need untied books");
+  require(num_stages % 4 == 0, "num_stages is ", num_stages,
+          "; graded codes need a multiple of 4, whose eight bits are a byte");
 }
 
 inline KeyCodecConfig KeyCodecConfig::paper(const PairLayout& pairs, int stages_at_64_pairs) {
@@ -91,6 +116,7 @@ inline KeyCodecConfig KeyCodecConfig::speed(const PairLayout& pairs, int stages_
   config.group_pairs = pairs.num_pairs();
   config.codebook_size = 2;
   config.num_stages = std::max(1, stages_at_64_pairs * pairs.num_pairs() / 64);
+  config.graded = config.num_stages % 4 == 0;
   return config;
 }
 

@@ -1,0 +1,115 @@
+#include "learner/graded_books.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include <Eigen/Eigenvalues>
+
+namespace commvq::graded_books {
+namespace {
+
+/// Keys that are read at once.
+constexpr Index kBatch = 4096;
+
+struct Moments {
+  Eigen::VectorXd mean;        ///< [2g]
+  Eigen::MatrixXd covariance;  ///< [2g][2g]
+};
+
+Moments moments_of(KeyWork& keys, Index width) {
+  Moments result{Eigen::VectorXd::Zero(width), Eigen::MatrixXd::Zero(width, width)};
+  const auto size = static_cast<double>(keys.size());
+  for (Index first = 0; first < keys.size(); first += kBatch) {
+    std::vector<Index> chosen(static_cast<std::size_t>(std::min(kBatch, keys.size() - first)));
+    std::iota(chosen.begin(), chosen.end(), first);
+    const Eigen::MatrixXd batch = keys.residuals(chosen).cast<double>();
+    result.mean += batch.colwise().sum().transpose() / size;
+    result.covariance.noalias() += batch.transpose() * batch / size;
+  }
+  result.covariance.noalias() -= result.mean * result.mean.transpose();
+  return result;
+}
+
+/// The uniform quantiser of least error of a normal distribution of variance 1, by bits.
+struct Quantiser {
+  double step, error;
+};
+constexpr Quantiser kQuantisers[] = {{0, 1}, {1.596, 0.3634}, {0.9957, 0.1188}, {0.586, 0.03744}};
+
+constexpr int kBitsOfByte[] = {3, 2, 2, 1};
+
+/// Numbers of a group, those of most bits first.
+std::vector<int> numbers_by_bits(int num_numbers) {
+  std::vector<int> numbers(static_cast<std::size_t>(num_numbers));
+  std::iota(numbers.begin(), numbers.end(), 0);
+  std::stable_sort(numbers.begin(), numbers.end(),
+                   [](int a, int b) { return kBitsOfByte[a % 4] > kBitsOfByte[b % 4]; });
+  return numbers;
+}
+
+}  // namespace
+
+void initialize(KeyWork& keys, int group, KeyCodebook<float>& codebook) {
+  const KeyCodecConfig& config = codebook.config;
+  keys.begin_stage(codebook, group, 0);
+  const Moments moments = moments_of(keys, codebook.row_size());
+  const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> axes(moments.covariance);
+  Eigen::VectorXd left = axes.eigenvalues().cwiseMax(0);
+  Eigen::MatrixXd parameters(1 + config.num_stages, codebook.row_size());
+  parameters.row(0) = moments.mean.transpose();
+  for (const int number : numbers_by_bits(config.num_stages)) {
+    const Quantiser& quantiser = kQuantisers[kBitsOfByte[number % 4]];
+    Index axis = 0;
+    left.maxCoeff(&axis);
+    parameters.row(1 + number) =
+        quantiser.step * std::sqrt(left(axis)) * axes.eigenvectors().col(axis).transpose();
+    left(axis) *= quantiser.error;
+  }
+  const Eigen::MatrixXd tie = tie_of(Eigen::VectorXd::Constant(2 * config.num_stages, 0.5));
+  Eigen::Map<key_em::Matrix>(codebook.book(group, 0, 0), tie.rows(), parameters.cols()) =
+      (tie * parameters).cast<float>();
+}
+
+Eigen::VectorXd shares_of(const Occurrences& keys) {
+  Eigen::VectorXd shares(keys.counts.rows() / 2);
+  for (Index book = 0; book < shares.size(); ++book) {
+    const double off = keys.counts(2 * book, 2 * book),
+                 on = keys.counts(2 * book + 1, 2 * book + 1);
+    shares(book) = on / (off + on);
+  }
+  return shares;
+}
+
+Eigen::MatrixXd tie_of(const Eigen::VectorXd& shares) {
+  Eigen::MatrixXd tie = Eigen::MatrixXd::Zero(2 * shares.size(), 1 + shares.size() / 2);
+  tie.topLeftCorner(2, 1).setOnes();
+  for (int book = 0; book < shares.size(); ++book) {
+    const GradedBit bit = graded_bit(book);
+    tie(2 * book, 1 + bit.number) = -shares(book) * bit.weight;
+    tie(2 * book + 1, 1 + bit.number) = (1 - shares(book)) * bit.weight;
+  }
+  return tie;
+}
+
+Eigen::MatrixXd parameters_of(const KeyCodebook<float>& codebook, int group,
+                              const Eigen::VectorXd& shares) {
+  Eigen::MatrixXd result = Eigen::MatrixXd::Zero(1 + shares.size() / 2, codebook.row_size());
+  for (int book = 0; book < shares.size(); ++book) {
+    const Eigen::RowVectorXd off =
+        Eigen::Map<const Eigen::RowVectorXf>(codebook.book(group, book / 2, book % 2),
+                                             codebook.row_size())
+            .cast<double>();
+    const Eigen::RowVectorXd on =
+        Eigen::Map<const Eigen::RowVectorXf>(
+            codebook.book(group, book / 2, book % 2) + codebook.row_size(), codebook.row_size())
+            .cast<double>();
+    result.row(0) += off + shares(book) * (on - off);
+    if (const GradedBit bit = graded_bit(book); bit.weight == 1)
+      result.row(1 + bit.number) = on - off;
+  }
+  return result;
+}
+
+}  // namespace commvq::graded_books
