@@ -270,6 +270,10 @@ void check(const Options& options, const engine::ModelConfig& config,
       options.stages.size() <= 1 || static_cast<int>(options.stages.size()) == config.num_layers,
       "--stages has ", options.stages.size(), " numbers; give one, or one for each of ",
       config.num_layers, " layers");
+  for (int layer = range.begin; layer < range.end; ++layer)
+    key_options(options, static_cast<std::size_t>(layer), config.rope.pairs,
+                commvq::QueryStatistics(config.rope.pairs, config.num_kv_heads))
+        .codec.validate();
   const int rank_heads = config.num_kv_heads / options.ranks;
   commvq::require(rank_heads % value_blocks(options, rank_heads) == 0, "--value-blocks is ",
                   options.value_blocks, "; it must divide the ", rank_heads,

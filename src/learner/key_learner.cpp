@@ -65,7 +65,9 @@ KeyLearnerOptions KeyLearnerOptions::commvq(const KeyCodecConfig& codec) {
   // What is left falls with the bits that were spent: a decade for four stages of the paper's two
   // codes of 6 bits.
   options.stages_per_decade = std::max(1, 4 * 6 / codec.code_bits());
-  options.refinement.rounds = codec.graded ? 8 : 2;
+  // Graded codes have no stage-wise learning before it. More rounds find codes that the encoder's
+  // search does not.
+  options.refinement.rounds = codec.graded ? 4 : 2;
   return options;
 }
 

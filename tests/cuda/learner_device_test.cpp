@@ -156,7 +156,8 @@ TEST_P(KeyLearnersOnDevice, LearnAsWellAsTheHostAndTheSameEachTime) {
 
 INSTANTIATE_TEST_SUITE_P(Shapes, KeyLearnersOnDevice,
                          testing::Values(KeyShape{64, 32, 16, 3, false},
-                                         KeyShape{64, 32, 2, 60, false}));
+                                         KeyShape{64, 32, 2, 60, false},
+                                         KeyShape{64, 32, 2, 28, false, true}));
 
 TEST_F(LearnersOnDevice, TrainAndCodeValuesAsTheHost) {
   for (const int bits : {1, 2}) {

@@ -22,6 +22,8 @@ refuses "give --stages what calibrate --propose-stages prints" "$programs/calibr
   --layers 0:2 --out "$work/stages.safetensors"
 prints "1/14.63 of FP16" "$programs/calibrate" "$model" --self --bits 1 --method speed \
   --tokens 512 --em-steps 1 --refine 1 --value-steps 5 --layers 0:1 --out "$work/speed.safetensors"
+refuses "num_stages is 58; graded codes need a multiple of 4" "$programs/calibrate" "$model" \
+  --self --method speed --stages 60,58,60,60,60,60 --out "$work/stages.safetensors"
 refuses "value-blocks is 3; it must divide the 2" "$programs/calibrate" "$model" --self \
   --value-blocks 3 --out "$work/blocks.safetensors"
 # A mean over layers of 10, 11 and 12 stages.

@@ -48,7 +48,9 @@ TEST_P(KeyRefinementProperty, ObjectiveNeverRises) {
 INSTANTIATE_TEST_SUITE_P(
     Shapes, KeyRefinementProperty,
     testing::Combine(testing::Values(Shape{16, 8, 8, 4, true}, Shape{16, 8, 8, 4, false},
-                                     Shape{64, 16, 6, 2, true}, Shape{96, 48, 16, 3, false}),
+                                     Shape{64, 16, 6, 2, true}, Shape{96, 48, 16, 3, false},
+                                     Shape{64, 32, 2, 28, false, true},
+                                     Shape{16, 4, 2, 8, false, true}),
                      testing::Range(1, 4)));
 
 }  // namespace

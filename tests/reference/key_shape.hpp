@@ -8,6 +8,7 @@ namespace commvq::testing_support {
 struct KeyShape {
   int head_dim, group_pairs, codebook_size, num_stages;
   bool tied;
+  bool graded = false;
 
   KeyCodecConfig config() const {
     KeyCodecConfig config;
@@ -16,6 +17,7 @@ struct KeyShape {
     config.codebook_size = codebook_size;
     config.num_stages = num_stages;
     config.tied = tied;
+    config.graded = graded;
     return config;
   }
 };

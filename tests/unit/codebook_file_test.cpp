@@ -215,9 +215,39 @@ TEST_F(CodebookFileTest, RoundTripsBlocksOfValues) {
 }
 
 // So that such files are those of earlier versions of the library.
-TEST_F(CodebookFileTest, DoesNotMentionASingleBlock) {
+TEST_F(CodebookFileTest, DoesNotMentionASingleBlockAndCodesThatAreNotGraded) {
   const SafetensorsFile file(path_);
-  EXPECT_THAT(file.metadata().at("config"), testing::Not(HasSubstr("num_blocks")));
+  EXPECT_THAT(file.metadata().at("config"),
+              testing::Not(testing::AnyOf(HasSubstr("num_blocks"), HasSubstr("graded"))));
+}
+
+TEST_F(CodebookFileTest, RoundTripsGradedKeys) {
+  std::mt19937_64 random(6);
+  ModelCodecs codecs = example_codecs();
+  KeyCodecConfig config = KeyCodecConfig::speed_1bit(codecs.rope.pairs);
+  config.num_stages = 8;
+  config.graded = true;
+  std::vector<KeyCodebook<float>> heads;
+  for (int head = 0; head < kHeads; ++head) {
+    KeyCodebook<float>& codebook = heads.emplace_back(config);
+    codebook.rows = random_floats(codebook.rows.size(), random);
+    codebook.derive_graded_rows();
+  }
+  codecs.layers = {{std::make_shared<const KeyCodec>(heads), nullptr}};
+  save_codecs(path_, codecs);
+  expect_equal(codecs, load_codecs(path_));
+  EXPECT_THAT(error_after_config("/layers/0/keys/graded", 1), HasSubstr("true or false"));
+  EXPECT_THAT(error_after_config("/layers/0/keys/num_stages", 6), HasSubstr("num_stages is 6"));
+  std::vector<float> rows = heads[0].rows;
+  rows.insert(rows.end(), heads[1].rows.begin(), heads[1].rows.end());
+  rows[heads[0].rows.size() + kHeadDim] += 0.5f;
+  EXPECT_THAT(error_after(nullptr,
+                          [&](TensorView& tensor) {
+                            tensor.data = {reinterpret_cast<const unsigned char*>(rows.data()),
+                                           rows.size() * sizeof(float)};
+                            return true;
+                          }),
+              HasSubstr("head 1 is not graded"));
 }
 
 TEST_F(CodebookFileTest, RefusesBlocksThatCutHeads) {

@@ -221,10 +221,72 @@ TEST(KeyCodecConfigTest, SpeedPresetsAreBinaryCodesOfWholeHeads) {
       EXPECT_FALSE(config.tied);
       EXPECT_TRUE(config.norm_per_head);
       EXPECT_EQ(config.beam_width, 8);
+      EXPECT_EQ(config.graded, config.num_stages % 4 == 0);
     }
   }
+  EXPECT_TRUE(KeyCodecConfig::speed_1bit({}).graded);
+  EXPECT_TRUE(KeyCodecConfig::speed_2bit({}).graded);
   EXPECT_EQ(KeyCodecConfig::speed_1bit({}).bits_per_head(), 120);
   EXPECT_EQ(KeyCodecConfig::speed_2bit({}).bits_per_head(), 248);
+}
+
+TEST(KeyCodecConfigTest, GradedBitsAreNumbersMostSignificantBitFirst) {
+  // A byte holds numbers below 8, 4, 4 and 2; as many of them as stages.
+  std::vector<int> largest(8, 0);
+  for (int book = 0; book < 16; ++book) {
+    const GradedBit bit = graded_bit(book);
+    largest[static_cast<std::size_t>(bit.number)] += bit.weight;
+    if (bit.weight == 1) continue;
+    EXPECT_EQ(graded_bit(book + 1).number, bit.number) << "book " << book;
+    EXPECT_EQ(2 * graded_bit(book + 1).weight, bit.weight) << "book " << book;
+  }
+  EXPECT_THAT(largest, testing::ElementsAre(7, 3, 3, 1, 7, 3, 3, 1));
+}
+
+/// Two groups of four stages.
+KeyCodecConfig graded_config() {
+  KeyCodecConfig config = small_config(true);
+  config.codebook_size = 2;
+  config.num_stages = 4;
+  config.tied = false;
+  config.graded = true;
+  return config;
+}
+
+TEST(GradedKeyCodec, DerivedRowsAreExactMultiples) {
+  Rng rng(8);
+  for (const double size : {1.0, 1e-20, 1e15}) {
+    KeyCodebook<float> codebook(graded_config());
+    codebook.rows = testing_support::normal_floats(rng, Index(codebook.rows.size()), size);
+    const std::vector<float> given = codebook.rows;
+    codebook.derive_graded_rows();
+    for (int group = 0; group < 2; ++group)
+      for (int i = 0; i < codebook.row_size(); ++i) {
+        const auto step = [&](int book) { return codebook.difference(group, book, i); };
+        EXPECT_EQ(step(0), 4 * step(2));
+        for (const int book : {1, 3, 5}) EXPECT_EQ(step(book), 2 * step(book + 1));
+      }
+    for (std::size_t row = 0; row < given.size() / 8; row += 2)
+      for (std::size_t i = 0; i < 8; ++i)
+        EXPECT_NEAR(codebook.rows[row * 8 + i], given[row * 8 + i], 1e-5 * size);
+    const std::vector<float> once = codebook.rows;
+    codebook.derive_graded_rows();
+    EXPECT_EQ(codebook.rows, once);
+    EXPECT_NO_THROW(KeyCodec({codebook}));
+  }
+}
+
+TEST(GradedKeyCodec, RefusesRowsThatAreNot) {
+  Rng rng(8);
+  KeyCodebook<float> codebook =
+      testing_support::random_key_codec(rng, graded_config(), 1)->codebook(0);
+  codebook.book(1, 1, 1)[codebook.row_size() + 5] += 1e-3f;  // book 3, the upper bit of a number
+  EXPECT_THAT(
+      [&] { KeyCodec({codebook}); },
+      ThrowsMessage<Error>(AllOf(HasSubstr("head 0 is not graded"), HasSubstr("group 1, channel 5"),
+                                 HasSubstr("in book 3"), HasSubstr("2 times that of book 4"))));
+  codebook.config.graded = false;
+  EXPECT_NO_THROW(KeyCodec({codebook}));
 }
 
 TEST(KeyCodecConfigTest, NamesTheFieldThatIsOutOfRange) {
@@ -241,6 +303,18 @@ TEST(KeyCodecConfigTest, NamesTheFieldThatIsOutOfRange) {
   EXPECT_THAT(with([](auto& c) { c.num_stages = 0; }), ThrowsMessage<Error>(HasSubstr("num_stages")));
   EXPECT_THAT(with([](auto& c) { c.beam_width = -1; }), ThrowsMessage<Error>(HasSubstr("-1")));
   EXPECT_THAT(with([](auto& c) { c.pairs.head_dim = 127; }), ThrowsMessage<Error>(HasSubstr("127")));
+  EXPECT_THAT(with([](auto& c) { c.graded = true; }),
+              ThrowsMessage<Error>(HasSubstr("codebook_size is 64; graded codes need 2")));
+  const auto graded = [&](auto change) {
+    return with([change](auto& c) {
+      c = graded_config();
+      change(c);
+    });
+  };
+  EXPECT_NO_THROW(graded([](auto&) {})());
+  EXPECT_THAT(graded([](auto& c) { c.tied = true; }), ThrowsMessage<Error>(HasSubstr("tied")));
+  EXPECT_THAT(graded([](auto& c) { c.num_stages = 30; }),
+              ThrowsMessage<Error>(HasSubstr("num_stages is 30; graded codes need a multiple of 4")));
 }
 
 }  // namespace

@@ -245,6 +245,42 @@ TEST(KeyLearner, OwnPresetBeatsThePapers) {
   EXPECT_LT(own, 0.8 * paper);
 }
 
+/// Normal keys whose channels are correlated: variances fall along random axes.
+std::vector<float> correlated_keys(testing_support::Rng& rng, Index tokens, Index channels) {
+  const std::vector<float> axes = testing_support::normal_floats(rng, channels * channels);
+  std::vector<float> keys(static_cast<std::size_t>(tokens * channels), 0.0f);
+  for (Index t = 0; t < tokens; ++t) {
+    const std::vector<float> parts = testing_support::normal_floats(rng, channels, 0.1);
+    for (Index a = 0; a < channels; ++a)
+      for (Index c = 0; c < channels; ++c)
+        keys[static_cast<std::size_t>(t * channels + c)] +=
+            parts[static_cast<std::size_t>(a)] / static_cast<float>(1 + a) *
+            axes[static_cast<std::size_t>(a * channels + c)];
+  }
+  return keys;
+}
+
+TEST(KeyLearner, GradedRowsAreExactAndFitAboutAsWellAsFreeOnes) {
+  testing_support::Rng rng(11);
+  const std::vector<float> keys = correlated_keys(rng, 2000, kHeadDim);
+  const std::vector<float> weights = {0.1f, 0.3f, 2.0f, 1.0f, 0.7f, 0.9f, 0.5f, 0.3f};
+  const auto error = [&](bool graded) {
+    KeyCodecConfig codec = KeyCodecConfig::speed_1bit(small_options().codec.pairs);
+    codec.num_stages = 8;  // a bit a channel
+    codec.graded = graded;
+    KeyLearnerOptions options = KeyLearnerOptions::commvq(codec);
+    options.pair_weights = weights;
+    KeyLearnerReport report;
+    const auto codebook = learn_key_codebook(as_matrix(keys, 2000, kHeadDim), options, &report);
+    EXPECT_EQ(report.stage_objectives.empty(), graded);
+    if (graded) {
+      EXPECT_NO_THROW(KeyCodec({codebook}));
+    }
+    return error_of(codebook, keys, 8);
+  };
+  EXPECT_LT(error(true), 1.15 * error(false));
+}
+
 TEST(KeyLearner, ReportsProgress) {
   const std::vector<float> keys = clustered_keys();
   KeyLearnerOptions options = small_options();

@@ -38,7 +38,8 @@ struct COMMVQ_API KeyLearnerOptions {
   /// The paper's learner: EM alone.
   static KeyLearnerOptions paper(const KeyCodecConfig& codec);
   /// The library's own: a few EM steps, then joint least squares; the temperature falls with the
-  /// bits of the stages. Weights are for the caller to add.
+  /// bits of the stages. Of graded codes joint least squares alone. Weights are for the caller to
+  /// add.
   static KeyLearnerOptions commvq(const KeyCodecConfig& codec);
 };
 
@@ -46,9 +47,9 @@ struct COMMVQ_API KeyLearnerOptions {
 /// weights.
 struct KeyLearnerReport {
   /// `[num_groups * num_stages][steps taken + 1]`: error of the hard assignment before the first
-  /// step and after each; the stage keeps the smallest.
+  /// step and after each; the stage keeps the smallest. Empty for graded codes.
   std::vector<std::vector<double>> stage_objectives;
-  /// Error over the whole key: after EM with the refinement's encoder, then after every solve and
+  /// Error over the whole key: before it with the refinement's encoder, then after every solve and
   /// every re-encoding. Never rises.
   std::vector<double> refinement_objectives;
 };
@@ -61,6 +62,10 @@ struct KeyLearnerReport {
 ///   M: minimise sum_AB w_AB |mu_AB - z_A - j z_B|^2, one Hermitian system of size Nc.
 /// An untied codebook learns two books per stage by the same alternation. Then, if asked for, joint
 /// least squares of all books at fixed codes, alternating with re-encoding.
+///
+/// Graded codes begin with the axes of the keys' covariance, longest first, in uniform steps; the
+/// joint least squares then are over the fixed vector and the directions, so that rows stay
+/// multiples of these. At the end `KeyCodebook::derive_graded_rows` makes them exact.
 ///
 /// The same seed and input give the same codebook, with any number of threads. Fewer tokens than
 /// centroids are allowed; an empty cluster keeps its centroid. Throws `Error` for no tokens, wrong
