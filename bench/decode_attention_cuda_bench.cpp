@@ -58,11 +58,13 @@ struct Preset {
   int codebook_size, num_stages, value_bits;
   bool norm_per_head;
   bool value_blocks = false;  ///< one a head
+  bool graded = false;
 };
 constexpr Preset kPresets[] = {
-    {"paper_1bit", 64, 11, 1, false},     {"paper_2bit", 64, 21, 2, false},
-    {"commvq_1bit", 64, 11, 1, true},     {"commvq_2bit", 64, 20, 2, true},
-    {"speed_1bit", 2, 60, 1, true, true}, {"speed_2bit", 2, 124, 2, true, true}};
+    {"paper_1bit", 64, 11, 1, false},           {"paper_2bit", 64, 21, 2, false},
+    {"commvq_1bit", 64, 11, 1, true},           {"commvq_2bit", 64, 20, 2, true},
+    {"binary_1bit", 2, 60, 1, true, true},      {"binary_2bit", 2, 124, 2, true, true},
+    {"speed_1bit", 2, 60, 1, true, true, true}, {"speed_2bit", 2, 124, 2, true, true, true}};
 
 LayerCodec random_codec(Rng& rng, const Preset& preset) {
   KeyCodecConfig config;
@@ -70,10 +72,12 @@ LayerCodec random_codec(Rng& rng, const Preset& preset) {
   config.num_stages = preset.num_stages;
   config.tied = false;
   config.norm_per_head = preset.norm_per_head;
+  config.graded = preset.graded;
   std::vector<KeyCodebook<float>> heads;
   for (int head = 0; head < kNumKvHeads; ++head) {
     KeyCodebook<float>& codebook = heads.emplace_back(config);
     codebook.rows = normal_floats(rng, codebook.rows.size(), 0.007f);
+    if (config.graded) codebook.derive_graded_rows();
   }
   ValueCodecConfig values;
   values.num_channels = kChannels;

@@ -105,40 +105,52 @@ class HeadWriter {
             {result, std::abs(entry(code, pair, false)), std::abs(entry(code, pair, true))});
     return result;
   }
+  /// A code as the kernel reads it.
+  struct Place {
+    int code;     ///< or that of a number's first bit
+    int bit;      ///< of half a word, the number's last one
+    double unit;  ///< of a number that is 1, in the first bit's
+  };
+
   /// An entry times 2^(7 - s % 8) for bit s of half a word, which as an fp16 number is 2^(s % 8 -
   /// 24).
   static void append(std::vector<std::uint16_t>& to, double value, int bit) {
     to.push_back(to_fp16(static_cast<float>(std::ldexp(value, 7 - bit % 8))));
   }
 
+  int num_eights() const { return (image_.keys.graded ? 8 : 16) * image_.keys.lane_words; }
   /// Code `place` of eight `eight`: see `BinaryKeys::high_entries`.
-  static int bit_of(int eight, int place) { return eight % 16 + 16 * (place % 2); }
-  static int code_of(int eight, int place) {
-    return 32 * (4 * (eight / 16) + place / 2) + bit_of(eight, place);
+  Place place_of(int eight, int place) const {
+    const int half = 16 * (place % 2);
+    if (!image_.keys.graded)
+      return {32 * (4 * (eight / 16) + place / 2) + half + eight % 16, eight % 16, 1.0};
+    constexpr int kBit[4] = {0, 1, 3, 5}, kBits[4] = {1, 2, 2, 3};
+    const int number = eight % 4, bit = 8 * (eight / 4 % 2) + kBit[number];
+    const int first_bit = half + bit + kBits[number] - 1;
+    return {32 * (4 * (eight / 8) + place / 2) + 31 - first_bit, bit,
+            1.0 / (1 << (kBits[number] - 1))};
+  }
+  void append(std::vector<std::uint16_t>& to, double factor, Place place, int pair, bool imag) {
+    append(to, factor * place.unit * entry(place.code, pair, imag), place.bit);
   }
 
   void write_high(double factor) {
     for (int pairs = 0; pairs < image_.keys.high_eights; ++pairs)
       for (const bool imag : {false, true})
-        for (int codes = 0; codes < 16 * image_.keys.lane_words; ++codes)
+        for (int eight = 0; eight < num_eights(); ++eight)
           for (int pair = 8 * pairs; pair < 8 * pairs + 8; ++pair)
             for (int place = 0; place < 8; ++place)
-              append(image_.high_entries, factor * entry(code_of(codes, place), pair, imag),
-                     bit_of(codes, place));
+              append(image_.high_entries, factor, place_of(eight, place), pair, imag);
   }
   void write_low(double factor) {
-    for (int codes = 0; codes < 16 * image_.keys.lane_words; codes += 2)
+    for (int codes = 0; codes < num_eights(); codes += 2)
       for (int pairs = image_.keys.high_eights; pairs < kPairs / 8; ++pairs)
         for (int lane = 0; lane < 32; ++lane)
           for (int odd_codes = 0; odd_codes < 2; ++odd_codes)
             for (const bool imag : {false, true})
-              for (int odd_pair = 0; odd_pair < 2; ++odd_pair) {
-                const int eight = codes + odd_codes, place = lane / 4;
-                append(image_.low_entries,
-                       factor * entry(code_of(eight, place), 8 * pairs + 2 * (lane % 4) + odd_pair,
-                                      imag),
-                       bit_of(eight, place));
-              }
+              for (int odd_pair = 0; odd_pair < 2; ++odd_pair)
+                append(image_.low_entries, factor, place_of(codes + odd_codes, lane / 4),
+                       8 * pairs + 2 * (lane % 4) + odd_pair, imag);
   }
 
   BinaryKeyImage& image_;
@@ -172,6 +184,7 @@ BinaryKeyImage::BinaryKeyImage(const KeyCodec& codec, const Rope& rope,
                                const DevicePageLayout& layout) {
   keys.high_eights = high_eights_of(rope);
   keys.lane_words = (layout.num_books + 8) / 128;
+  keys.graded = codec.config().graded;
   std::copy(kNodePlaces.begin(), kNodePlaces.end(), keys.nodes);
   for (int head = 0; head < layout.num_kv_heads; ++head)
     HeadWriter(codec.codebook(head), *this).write();

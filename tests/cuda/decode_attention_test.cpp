@@ -96,6 +96,23 @@ std::vector<DecodeCase> all_cases() {
     two.theta = theta;
     two.lengths = {3000, 200};
   }
+  const auto add_graded = [&](const char* name) -> DecodeCase& {
+    DecodeCase& c = add_binary(name);
+    c.keys.graded = true;
+    return c;
+  };
+  add_graded("graded");
+  add_graded("graded_short").lengths = {160};
+  add_graded("graded_long").lengths = {20000};
+  add_graded("graded_fast_turns").theta = 10000.0;
+  add_graded("graded_fastest_turns").theta = 10.0;
+  for (const double theta : {500000.0, 10000.0, 10.0}) {
+    auto& two = add_graded(("graded_2bit_" + std::to_string(static_cast<int>(theta))).c_str());
+    two.keys.num_stages = 124;
+    two.value_bits = 2;
+    two.theta = theta;
+    two.lengths = {3000, 200};
+  }
   add_binary("binary_norm_per_token").keys.norm_per_head = false;
   for (const int page_size : {16, 32, 128}) {
     auto& c = add_binary(("binary_page" + std::to_string(page_size)).c_str());

@@ -46,12 +46,15 @@ struct BinaryKeys {
 
   int high_eights = 0;     ///< eights of pairs that are decoded: 3, 5 or 8
   int lane_words = 0;      ///< words of codes that a lane reads of a token: 1 or 2
+  bool graded = false;     ///< see `KeyCodecConfig::graded`
   int nodes[kNodes] = {};  ///< places in a tile
   /// device, fp16: [num_kv_heads][high_eights][real, imaginary parts][16 lane_words][8 pairs][8
-  /// codes]; code c of eight i is bit i % 16 + 16 (c % 2) of word 4 (i / 16) + c / 2
+  /// codes]; code c of eight i is bit i % 16 + 16 (c % 2) of word 4 (i / 16) + c / 2. Graded: 8
+  /// lane_words; code c of eight i is number i % 4, of 1, 2, 2 and 3 bits, of byte i / 4 % 2 + 2 (c
+  /// % 2) of word 4 (i / 8) + c / 2, its bits in the opposite order
   const std::uint32_t* high_entries = nullptr;
-  /// device, fp16: [num_kv_heads][8 lane_words][8 - high_eights][32 lanes] of 16 bytes: lane 4g + q
-  /// has pairs 2q, 2q + 1 of code g, real parts and imaginary ones, of two eights of codes
+  /// device, fp16: [num_kv_heads][8 or 4 lane_words][8 - high_eights][32 lanes] of 16 bytes: lane
+  /// 4g + q has pairs 2q, 2q + 1 of code g, real parts and imaginary ones, of two eights of codes
   const std::uint32_t* low_entries = nullptr;
   /// device, pairs of fp16, [kTurnTokens / 32][high_eights][2][32 lanes] of 16 bytes: RoPE by 0 to
   /// kTurnTokens - 1 tokens

@@ -103,6 +103,12 @@ struct LaneCodes {
     for (int t = 0; t < 3; ++t) words[t][kLast] = word(first + t * place.stride);
     words[3][kLast] = word(first + (is_tail ? 2 : 3) * place.stride);
     if (is_tail) spread_tails();
+    // The bit that comes first counts most.
+    if constexpr (Shape::kGraded)
+#pragma unroll
+      for (auto& token_words : words)
+#pragma unroll
+        for (std::uint32_t& token_word : token_words) token_word = __brev(token_word);
   }
 
  private:

@@ -6,17 +6,22 @@
 
 namespace commvq::cuda::binary_attention {
 
-/// The sixteen codes of step `k` of a word, of two tokens (rows g and g + 8), as an operand: bits 2
-/// k and 2 k + 1 of the word's halves. Only the four steps of the lower bytes are fp16 numbers that
-/// entries are scaled for; the others' bits are shifted to theirs.
-__device__ __forceinline__ void bits_of(std::uint32_t first, std::uint32_t second, int k,
-                                        std::uint32_t (&bits)[4]) {
-  const std::uint32_t mask = 0x00010001u << (2 * (k % 4));
-  const int shift = k / 4 * 8;
-  bits[0] = first >> shift & mask;
-  bits[1] = second >> shift & mask;
-  bits[2] = first >> shift & mask << 1;
-  bits[3] = second >> shift & mask << 1;
+/// The sixteen codes of step `k` of a word, of two tokens (rows g and g + 8), as an operand: codes
+/// 2 k and 2 k + 1 of the word's halves. Only the steps of the lower bytes are fp16 numbers that
+/// entries are scaled for; the others' are shifted to theirs.
+template <bool kGraded>
+__device__ __forceinline__ void codes_of(std::uint32_t first, std::uint32_t second, int k,
+                                         std::uint32_t (&codes)[4]) {
+  constexpr int kByteSteps = kGraded ? 2 : 4;
+  const int in_byte = k % kByteSteps, shift = k / kByteSteps * 8;
+  // Bits of a byte: 0, 1 and 2, 3 and 4, 5 to 7; or one after the other.
+  const std::uint32_t mask =
+      kGraded ? (in_byte == 0 ? 0x00010001u : 0x00180018u) : 0x00010001u << (2 * in_byte);
+  const std::uint32_t next = kGraded ? (in_byte == 0 ? 0x00060006u : 0x00e000e0u) : mask << 1;
+  codes[0] = first >> shift & mask;
+  codes[1] = second >> shift & mask;
+  codes[2] = first >> shift & next;
+  codes[3] = second >> shift & next;
 }
 
 /// Products of the codes of sixteen tokens, 2 `half` and 2 `half` + 1 of every lane, with columns
@@ -28,24 +33,25 @@ __device__ __forceinline__ void multiply_codes(const CodeOperand<Shape>& operand
   const auto word = [&](int token, int w) {
     return half == 0 ? codes.words[token][w] : codes.words[2 + token][w];
   };
+  constexpr int kSteps = Shape::kWordEights / 2;  // of a word
 #if COMMVQ_WGMMA
   const WgmmaOperand columns(shared_address(operand[kFirst]), sizeof(operand[0][0]),
                              sizeof(operand[0]));
   // A word's products at once: operands of more would take more registers than there are.
 #pragma unroll
   for (int w = 0; w < Shape::kLaneWords; ++w) {
-    std::uint32_t bits[8][4];
+    std::uint32_t bits[kSteps][4];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      bits_of(word(0, w), word(1, w), k, bits[k]);
+    for (int k = 0; k < kSteps; ++k) {
+      codes_of<Shape::kGraded>(word(0, w), word(1, w), k, bits[k]);
       // Not later than here.
       asm volatile("" : "+r"(bits[k][0]), "+r"(bits[k][1]), "+r"(bits[k][2]), "+r"(bits[k][3]));
     }
     wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < 8; ++k)
+    for (int k = 0; k < kSteps; ++k)
       wgmma(products, bits[k],
-            columns.at((8 * w + k) * 2 * static_cast<int>(sizeof(operand[0][0]))), w + k > 0);
+            columns.at((kSteps * w + k) * 2 * static_cast<int>(sizeof(operand[0][0]))), w + k > 0);
     wgmma_end(products);
   }
 #else
@@ -60,13 +66,13 @@ __device__ __forceinline__ void multiply_codes(const CodeOperand<Shape>& operand
 #pragma unroll
   for (int w = 0; w < Shape::kLaneWords; ++w) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
+    for (int k = 0; k < kSteps; ++k) {
       std::uint32_t bits[4];
-      bits_of(word(0, w), word(1, w), k, bits);
+      codes_of<Shape::kGraded>(word(0, w), word(1, w), k, bits);
 #pragma unroll
       for (int i = 0; i < kCount; i += 2) {
         const uint4 e = load_matrices(column + i * sizeof(operand[0]) +
-                                      (8 * w + k) * 2 * sizeof(operand[0][0]));
+                                      (kSteps * w + k) * 2 * sizeof(operand[0][0]));
         mma_16x8x16(products[i], bits[0], bits[1], bits[2], bits[3], e.x, e.y);
         mma_16x8x16(products[i + 1], bits[0], bits[1], bits[2], bits[3], e.z, e.w);
       }

@@ -1,4 +1,4 @@
-#include <algorithm>
+#include <type_traits>
 
 #include "common/launch.cuh"
 #include "decode_attention/binary/attention.cuh"
@@ -34,15 +34,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 /// Calls `visit` with the `Shape` of the keys.
 template <class Visit>
 auto with_shape(const BinaryKeys& keys, Visit visit) {
-  using binary_attention::Shape;
-  if (keys.lane_words == 1) {
-    if (keys.high_eights == 3) return visit(Shape<3, 1>{});
-    if (keys.high_eights == 5) return visit(Shape<5, 1>{});
-    return visit(Shape<8, 1>{});
-  }
-  if (keys.high_eights == 3) return visit(Shape<3, 2>{});
-  if (keys.high_eights == 5) return visit(Shape<5, 2>{});
-  return visit(Shape<8, 2>{});
+  const auto with_words = [&](auto high_eights, auto graded) {
+    using binary_attention::Shape;
+    constexpr int kHighEights = decltype(high_eights)::value;
+    constexpr bool kGraded = decltype(graded)::value;
+    if (keys.lane_words == 1) return visit(Shape<kHighEights, 1, kGraded>{});
+    return visit(Shape<kHighEights, 2, kGraded>{});
+  };
+  const auto with_eights = [&](auto graded) {
+    if (keys.high_eights == 3) return with_words(std::integral_constant<int, 3>{}, graded);
+    if (keys.high_eights == 5) return with_words(std::integral_constant<int, 5>{}, graded);
+    return with_words(std::integral_constant<int, 8>{}, graded);
+  };
+  return keys.graded ? with_eights(std::true_type{}) : with_eights(std::false_type{});
 }
 
 template <class Shape>

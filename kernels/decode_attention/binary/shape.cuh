@@ -21,14 +21,17 @@ struct Arguments {
   KeyCodes codes;
 };
 
-/// Sizes that follow from the pairs that are decoded, in eights, and the words of key codes that a
-/// lane holds of a token.
-template <int kHighEights_, int kLaneWords_>
+/// Sizes that follow from the pairs that are decoded, in eights, the words of key codes that a lane
+/// holds of a token, and whether a byte of these is four numbers of 3, 2, 2 and 1 bits, or eight
+/// bits.
+template <int kHighEights_, int kLaneWords_, bool kGraded_>
 struct Shape {
+  static constexpr bool kGraded = kGraded_;
+  static constexpr int kWordEights = kGraded ? 8 : 16;  ///< eights of codes of four lanes' words
   static constexpr int kLaneWords = kLaneWords_;
   static constexpr int kHighEights = kHighEights_;
   static constexpr int kLowEights = BinaryKeys::kPairs / 8 - kHighEights;
-  static constexpr int kCodeEights = 16 * kLaneWords;  ///< eights of key codes
+  static constexpr int kCodeEights = kWordEights * kLaneWords;
   /// Eights of columns that key codes are multiplied with: four nodes of four rows, where pairs are
   /// not decoded, then real and imaginary parts of those that are.
   static constexpr int kLowColumns = kLowEights > 0 ? 2 : 0;
@@ -97,7 +100,7 @@ struct VectorPlace {
 };
 
 /// What key codes are multiplied with: matrices of 8 columns x 8 codes, a column after the other.
-/// Code c of eight i is bit i % 16 + 16 (c % 2) of word 4 (i / 16) + c / 2 of a token.
+/// For the places of codes see `BinaryKeys`.
 template <class Shape>
 using CodeOperand = std::uint32_t[Shape::kColumns][Shape::kCodeEights][32];
 
