@@ -11,8 +11,6 @@
 /// the last one to finish adds up what the blocks of these rows found.
 namespace commvq::cuda::combine {
 
-constexpr int kMaxDim = 256;
-
 /// Rows of a thread block: few where that puts a head's code bits in one chunk or two.
 __host__ __device__ inline int block_rows(const Problem& p) {
   return p.rows_per_head <= kCombineFewRows && p.bits_stride > 0 ? kCombineFewRows : kCombineRows;
@@ -45,7 +43,7 @@ __device__ __forceinline__ PartRange parts_of(const Problem& p, int total, int s
 template <class Config>
 struct Shared {
   alignas(16) float sums[Config::kChunkBits][Config::kRows];
-  float halves[Config::kRows][kMaxDim];
+  float shares[Config::kRows][Config::kThreads];
   float exact_weights[Config::kRows][kMaxExactPieces];
   RowSum totals[Config::kRows];
   unsigned finished;
@@ -123,16 +121,13 @@ struct DecoderColumn {
   int row_size;         ///< channels of the decoder's rows
   int lanes;            ///< threads of a channel
   int lane;
-  int channel;
 
   __device__ DecoderColumn(const Problem& p, const float* decoder, int head, int first_bit)
-      : lanes(Config::kThreads / p.head_dim),
-        lane(threadIdx.x / p.head_dim),
-        channel(threadIdx.x % p.head_dim) {
+      : lanes(Config::kThreads / p.head_dim), lane(threadIdx.x / p.head_dim) {
     row_size = p.bits_stride > 0 ? p.head_dim : p.num_kv_heads * p.head_dim;
     const int first_channel = p.bits_stride > 0 ? 0 : head * p.head_dim;
     column = decoder + Index{head * p.bits_stride + first_bit + lane} * row_size + first_channel +
-             channel;
+             threadIdx.x % p.head_dim;
     stride = Index{lanes} * row_size;
   }
   __device__ void next_chunk() { column += Index{Config::kChunkBits} * row_size; }
@@ -165,30 +160,18 @@ __device__ __forceinline__ void decode_chunk(const DecoderColumn<Config>& decode
   }
 }
 
-/// Adds up what the threads of a channel have and writes it to `target`, `[rows][stride]`.
+/// What the threads of channel `d` have of a row.
 template <class Config>
-__device__ __forceinline__ void store_outputs(const DecoderColumn<Config>& decoder, int rows,
-                                              Shared<Config>& shared,
-                                              float (&outputs)[Config::kRows], float* target,
-                                              Index stride) {
-#pragma unroll 1
-  for (int other = 1; other < decoder.lanes; ++other) {
-    if (decoder.lane == other)
-      for (int row = 0; row < Config::kRows; ++row)
-        shared.halves[row][decoder.channel] = outputs[row];
-    __syncthreads();
-    if (decoder.lane == 0)
-      for (int row = 0; row < Config::kRows; ++row)
-        outputs[row] += shared.halves[row][decoder.channel];
-    __syncthreads();
-  }
-  if (decoder.lane == 0)
-#pragma unroll
-    for (int row = 0; row < Config::kRows; ++row)
-      if (row < rows) target[row * stride + decoder.channel] = outputs[row];
+__device__ __forceinline__ float output_of(const Problem& p, const Shared<Config>& shared, int row,
+                                           int d) {
+  float sum = 0;
+#pragma unroll 4
+  for (int i = d; i < Config::kThreads; i += p.head_dim) sum += shared.shares[row][i];
+  return sum;
 }
 
-/// Adds up the blocks' outputs and the exact tokens, divides, and writes the rows.
+/// Adds up the blocks' outputs, or this only block's, and the exact tokens, divides, and writes the
+/// rows.
 template <class Config>
 __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, int head,
                                        int first_head_row, int rows, int num_blocks,
@@ -199,13 +182,15 @@ __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, in
     const int row = item / dim, d = item % dim;
     const int head_row = first_head_row + row;
     const Index call_row = Index{seq} * p.num_rows + Index{head} * p.rows_per_head + head_row;
-    float sum = 0;
+    float sum = num_blocks == 1 ? output_of(p, shared, row, d) : 0;
+    if (num_blocks > 1)
+#pragma unroll 8
+      for (int block = 0; block < num_blocks; ++block)
+        sum += __ldcg(p.block_outputs + (call_row * num_blocks + block) * dim + d);
+#pragma unroll 4
     for (int piece = 0; piece < p.num_exact_pieces; ++piece)
       sum += shared.exact_weights[row][piece] *
              p.exact_outputs[(call_row * p.num_exact_pieces + piece) * dim + d];
-#pragma unroll 8
-    for (int block = 0; block < num_blocks; ++block)
-      sum += __ldcg(p.block_outputs + (call_row * num_blocks + block) * dim + d);
     const Index target = (Index{seq} * p.num_query_tokens + head_row / p.group) * num_q_heads +
                          head * p.group + head_row % p.group;
     const RowSum total = shared.totals[row];
@@ -255,10 +240,26 @@ __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts,
     __syncthreads();
     decode_chunk(decoder, entries, shared, outputs);
   }
-  store_outputs(decoder, rows, shared, outputs,
-                p.block_outputs +
-                    ((Index{seq} * p.num_rows + first_row) * gridDim.x + blockIdx.x) * p.head_dim,
-                Index{gridDim.x} * p.head_dim);
+#pragma unroll
+  for (int i = 0; i < Config::kRows; ++i) shared.shares[i][threadIdx.x] = outputs[i];
+}
+
+/// Writes this block's outputs for the one that finishes, and counts it. True for the last one.
+template <class Config>
+__device__ __forceinline__ bool hand_over(const Problem& p, int seq, int head, int first_row,
+                                          int rows, Shared<Config>& shared) {
+  const int dim = p.head_dim;
+  for (int item = threadIdx.x; item < rows * dim; item += Config::kThreads)
+    p.block_outputs[((Index{seq} * p.num_rows + first_row + item / dim) * gridDim.x + blockIdx.x) *
+                        dim +
+                    item % dim] = output_of(p, shared, item / dim, item % dim);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) shared.finished = atomicAdd(p.counters + blockIdx.z * gridDim.y + head, 1);
+  __syncthreads();
+  if (shared.finished + 1 != gridDim.x) return false;
+  __threadfence();
+  return true;
 }
 
 template <int kRows>
@@ -284,17 +285,8 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder, floa
   if (valid)
     decode_chunks(p, parts_of(p, total, seq), seq, head, first_row, rows, column, entries, factors,
                   shared);
-  if (num_blocks > 1) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0)
-      shared.finished = atomicAdd(p.counters + blockIdx.z * gridDim.y + head, 1);
-    __syncthreads();
-    if (shared.finished + 1 != gridDim.x) return;
-    __threadfence();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
+  if (num_blocks > 1 && !hand_over(p, seq, head, first_row, rows, shared)) return;
   finish(p, valid, seq, head, first_head_row, rows, num_blocks, shared);
 }
 

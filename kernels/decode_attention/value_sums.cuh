@@ -43,7 +43,7 @@ __device__ inline RowSum merge_blocks(const Problem& p, Index first, int count, 
   // Thread t: row t % 32, every sixteenth block from t / 32 on, some of them at once.
   const int row = threadIdx.x % Config::kRows;
   constexpr int kLanes = Config::kThreads / Config::kRows;
-  constexpr int kAtOnce = 8;
+  constexpr int kAtOnce = 6;
   RowSum total = {-INFINITY, 0};
   if (row < rows) {
     const RowSum* const sums = p.block_sums + first * p.row_stride + first_row + row;

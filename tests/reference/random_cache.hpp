@@ -28,6 +28,7 @@ inline std::shared_ptr<const KeyCodec> random_key_codec(Rng& rng, const KeyCodec
     const bool many = config.num_stages > 32;
     const double shrinking = many ? 0.97 : 0.8;
     double size = (many ? 0.2 : 0.5) / std::sqrt(double(config.pairs.head_dim) * num_kv_heads);
+    if (config.graded) size /= 2;  // a byte's numbers have up to four times a bit's vector
     for (int stage = 0; stage < config.num_stages; ++stage, size *= shrinking)
       for (int group = 0; group < config.num_groups(); ++group)
         for (int which = 0; which < 2; ++which) {
