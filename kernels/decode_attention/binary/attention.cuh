@@ -68,14 +68,11 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& s
   const auto block_of = [&](int round) {
     return round / kRounds * Shape::kStepBlocks + tile * kTileBlocks + tile_block_of(round);
   };
-  BlockCopy<Shape> copy;
-  const auto find = [&](int round) {
-    copy.find(p, segment, min(block_of(round), segment.count - 1));
-  };
+  BlockCopy<Shape> copy(shared.places, segment);
 
-  find(0);
+  copy.find(p, block_of(0));
   copy.start(p, shared.places, shared.stages[warp][0]);
-  find(1);
+  copy.find(p, block_of(1));
   turn_queries(a, shared, 0, tile);
 #pragma unroll 1
   for (int step = 0; step < segment.num_steps(); ++step) {
@@ -88,7 +85,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& s
     for (int round = step * kRounds; round < (step + 1) * kRounds; ++round) {
       __syncwarp();  // nobody reads the block before any more
       copy.start(p, shared.places, shared.stages[warp][(round + 1) % 2]);
-      find(round + 2);
+      copy.find(p, block_of(round + 2));
       wait_for_copies_but<1>();
       __syncwarp();
       // All warps of the tile or none: their products with key codes are made together.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/memory.cuh"
+#include "common/wgmma.cuh"
 #include "decode_attention/binary/shape.cuh"
 
 namespace commvq::cuda::binary_attention {
@@ -27,19 +28,31 @@ __device__ __forceinline__ void find_places(const Problem& p, const KeyCodes& co
   places[vector] = place;
 }
 
-/// Copies blocks to shared memory: the lower lanes the first half, the upper ones the second.
+/// Copies blocks of a segment to shared memory: the lower lanes the first half, the upper ones the
+/// second.
 template <class Shape>
 class BlockCopy {
   static constexpr int kVectors = Half<Shape>::kVectors;
   static constexpr int kLanes = 16;
+  static constexpr int kTimes = (kVectors + kLanes - 1) / kLanes;
+  /// Where vectors come from is kept in registers if these are not scarce.
+  static constexpr bool kKeepsPlaces = COMMVQ_WGMMA && Shape::kHighEights == 3;
 
  public:
-  /// Reads where a half of a block lies. Beyond the last token there may be no page: the first half
-  /// stands for the second, whose weights will be zero.
-  __device__ __forceinline__ void find(const Problem& p, const Segment& segment, int block) {
-    int token = segment.first_token + block * kBlockTokens + threadIdx.x % 32 / kLanes * 16;
-    if (token > segment.last_token) token -= 16;
-    page_ = segment.table[token >> p.page.shift];
+  __device__ __forceinline__ BlockCopy(const VectorPlace (&places)[kVectors],
+                                       const Segment& segment)
+      : table_(segment.table),
+        first_token_(segment.first_token + static_cast<int>(threadIdx.x) % 32 / kLanes * 16),
+        last_half_(segment.last_half) {
+    if constexpr (kKeepsPlaces)
+#pragma unroll
+      for (int i = 0; i < kTimes; ++i) places_[i] = place_of(places, i);
+  }
+  /// Reads where a half of a block lies. Beyond the last token there may be no page: the last half
+  /// stands for what follows, whose weights will be zero.
+  __device__ __forceinline__ void find(const Problem& p, int block) {
+    const int token = min(first_token_ + block * kBlockTokens, last_half_);
+    page_ = table_[token >> p.page.shift];
     slot_ = token & (p.page.size - 1);
   }
   /// Starts copying the block that was found last.
@@ -49,16 +62,24 @@ class BlockCopy {
     const int lane = threadIdx.x % kLanes;
     const std::uint32_t target = shared_address(stage + threadIdx.x % 32 / kLanes) + lane * 16;
 #pragma unroll
-    for (int first = 0; first < kVectors; first += kLanes) {
-      if (first + kLanes > kVectors && first + lane >= kVectors) break;
-      const VectorPlace place = places[first + lane];
-      copy_async_16(target + first * 16,
+    for (int i = 0; i < kTimes; ++i) {
+      if (i * kLanes + kLanes > kVectors && i * kLanes + lane >= kVectors) break;
+      const VectorPlace place = kKeepsPlaces ? places_[i] : place_of(places, i);
+      copy_async_16(target + i * kLanes * 16,
                     page + static_cast<std::uint32_t>(place.base + slot_ * place.per_slot));
     }
     commit_copies();
   }
 
  private:
+  static __device__ __forceinline__ VectorPlace place_of(const VectorPlace (&places)[kVectors],
+                                                         int i) {
+    return places[min(i * kLanes + static_cast<int>(threadIdx.x) % kLanes, kVectors - 1)];
+  }
+
+  const std::int32_t* table_;
+  int first_token_, last_half_;
+  VectorPlace places_[kKeepsPlaces ? kTimes : 1];
   int page_, slot_;
 };
 

@@ -57,7 +57,7 @@ struct Segment {
   int count;          ///< blocks
   int first_token;    ///< of the first block
   int last_position;  ///< of the sequence's queries
-  int last_token;     ///< that has codes
+  int last_half;      ///< first of the last sixteen tokens of which some have codes
   int seen_begin;     ///< every query sees the coded tokens from here ...
   int seen_end;       ///< ... to here
   int step_blocks;    ///< blocks of a step
@@ -69,7 +69,7 @@ struct Segment {
     count = cursor.count(INT_MAX);
     first_token = cursor.block * kBlockTokens;
     last_position = sequence.length - 1;
-    last_token = sequence.coded_end(p, last_position) - 1;
+    last_half = (sequence.coded_end(p, last_position) - 1) / 16 * 16;
     seen_begin = sequence.coded_begin(p, last_position);
     seen_end = sequence.coded_end(p, sequence.position(p, 0));
     table = p.block_table + Index{seq} * p.max_blocks;
