@@ -7,7 +7,8 @@
 
 /// Attention of one query token over the tokens that have exact copies, or a piece of them, for
 /// some query heads of one KV head: flash attention in fp32 by one warp, which needs neither shared
-/// memory nor other warps.
+/// memory nor other warps. Beside binary codes; the kernels of other codes, in whose loops
+/// registers are scarcer, have thread blocks do it (exact_tokens.cuh).
 namespace commvq::cuda::exact_warps {
 
 constexpr int kPairs = BinaryKeys::kPairs / 32;  ///< of a lane
