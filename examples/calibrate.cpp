@@ -92,27 +92,40 @@ int stages_of(const Options& options, std::size_t layer) {
   return options.stages[options.stages.size() == 1 ? 0 : layer];
 }
 
+commvq::KeyCodecConfig key_preset(const Options& options, const commvq::PairLayout& pairs) {
+  using commvq::KeyCodecConfig;
+  const bool one_bit = options.bits == 1;
+  if (options.method == "paper")
+    return one_bit ? KeyCodecConfig::paper_1bit(pairs) : KeyCodecConfig::paper_2bit(pairs);
+  if (options.method == "speed")
+    return one_bit ? KeyCodecConfig::speed_1bit(pairs) : KeyCodecConfig::speed_2bit(pairs);
+  return one_bit ? KeyCodecConfig::commvq_1bit(pairs) : KeyCodecConfig::commvq_2bit(pairs);
+}
+
+/// The preset with what the options set for a layer.
+commvq::KeyCodecConfig key_codec(const Options& options, std::size_t layer,
+                                 const commvq::PairLayout& pairs) {
+  commvq::KeyCodecConfig codec = key_preset(options, pairs);
+  if (const int stages = stages_of(options, layer); stages > 0) codec.num_stages = stages;
+  if (options.codebook_size > 0) codec.codebook_size = options.codebook_size;
+  if (options.group_pairs > 0) codec.group_pairs = options.group_pairs;
+  if (!options.norms.empty()) codec.norm_per_head = options.norms == "head";
+  return codec;
+}
+
 commvq::KeyLearnerOptions key_options(const Options& options, std::size_t layer,
                                       const commvq::PairLayout& pairs,
                                       const commvq::QueryStatistics& queries) {
-  using commvq::KeyCodecConfig;
   using commvq::KeyLearnerOptions;
-  const bool one_bit = options.bits == 1;
+  const commvq::KeyCodecConfig preset = key_preset(options, pairs);
   KeyLearnerOptions keys;
   if (options.method == "paper") {
-    keys = KeyLearnerOptions::paper(one_bit ? KeyCodecConfig::paper_1bit(pairs)
-                                            : KeyCodecConfig::paper_2bit(pairs));
+    keys = KeyLearnerOptions::paper(preset);
   } else {
-    const bool speed = options.method == "speed";
-    keys = KeyLearnerOptions::commvq(
-        one_bit ? (speed ? KeyCodecConfig::speed_1bit(pairs) : KeyCodecConfig::commvq_1bit(pairs))
-                : (speed ? KeyCodecConfig::speed_2bit(pairs) : KeyCodecConfig::commvq_2bit(pairs)));
+    keys = KeyLearnerOptions::commvq(preset);
     keys.pair_weights = queries.pair_weights();
   }
-  if (const int stages = stages_of(options, layer); stages > 0) keys.codec.num_stages = stages;
-  if (options.codebook_size > 0) keys.codec.codebook_size = options.codebook_size;
-  if (options.group_pairs > 0) keys.codec.group_pairs = options.group_pairs;
-  if (!options.norms.empty()) keys.codec.norm_per_head = options.norms == "head";
+  keys.codec = key_codec(options, layer, pairs);
   keys.max_tokens = options.key_tokens;
   if (options.em_steps > 0) keys.max_steps = options.em_steps;
   if (options.refine >= 0) keys.refinement.rounds = options.refine;
@@ -271,9 +284,7 @@ void check(const Options& options, const engine::ModelConfig& config,
       "--stages has ", options.stages.size(), " numbers; give one, or one for each of ",
       config.num_layers, " layers");
   for (int layer = range.begin; layer < range.end; ++layer)
-    key_options(options, static_cast<std::size_t>(layer), config.rope.pairs,
-                commvq::QueryStatistics(config.rope.pairs, config.num_kv_heads))
-        .codec.validate();
+    key_codec(options, static_cast<std::size_t>(layer), config.rope.pairs).validate();
   const int rank_heads = config.num_kv_heads / options.ranks;
   commvq::require(rank_heads % value_blocks(options, rank_heads) == 0, "--value-blocks is ",
                   options.value_blocks, "; it must divide the ", rank_heads,

@@ -4,6 +4,7 @@
 #include "common/rope.cuh"
 #include "decode_attention/config.hpp"
 #include "decode_attention/exact_range.cuh"
+#include "decode_attention/exact_share.cuh"
 
 /// Attention of one query token over the tokens that have exact copies, or a piece of them, for
 /// some query heads of one KV head: flash attention in fp32 by one warp, which needs neither shared
@@ -107,9 +108,8 @@ __device__ __forceinline__ float scores_of(const Problem& p, const Lane& lane,
 /// The lane's channels of a token's values.
 __device__ __forceinline__ void load_values(const Problem& p, Index head,
                                             std::uint32_t (&words)[kPairs]) {
-  const std::uint32_t* const source = static_cast<const std::uint32_t*>(p.exact.values) +
-                                      (head / kChannels + threadIdx.x % 32) * kPairs;
-  const uint2 two = *reinterpret_cast<const uint2*>(source);
+  static_assert(kPairs == 2);
+  const uint2 two = static_cast<const uint2*>(p.exact.values)[head / kChannels + threadIdx.x % 32];
   words[0] = two.x, words[1] = two.y;
 }
 
@@ -240,6 +240,11 @@ __device__ __forceinline__ void run(const Problem& p, const Item& item) {
   store(p, item, gathered);
 }
 
+/// Into which a KV head's query heads are cut.
+__device__ __forceinline__ int row_groups(const Problem& p) {
+  return (p.group + kRows - 1) / kRows;
+}
+
 /// Item number `index` of a call.
 __device__ __forceinline__ Item item_of(const Problem& p, int index) {
   const auto next = [&](int count) {
@@ -250,32 +255,27 @@ __device__ __forceinline__ Item item_of(const Problem& p, int index) {
   Item item;
   item.head = next(p.num_kv_heads);
   item.piece = next(p.num_exact_pieces);
-  item.first_row = next((p.group + kRows - 1) / kRows) * kRows;
+  item.first_row = next(row_groups(p)) * kRows;
   item.query_token = next(p.num_query_tokens);
   item.seq = index;
   return item;
 }
 
-/// The items that fall to thread block `block` of this launch, a warp each. The blocks that score
-/// no keys take what they can in the time that the others need for theirs, at least one a warp; the
-/// rest is shared out evenly.
+/// The items that fall to thread block `block` of this launch, a warp each, at least one a warp of
+/// the blocks that score no keys.
 template <int kThreads>
 __device__ __forceinline__ void run_items(const Problem& p, int block) {
   constexpr int kWarps = kThreads / 32;
-  const int scoring = p.num_kv_heads * p.num_key_parts;
-  const int items = p.num_exact_pieces * p.num_kv_heads * ((p.group + kRows - 1) / kRows) *
-                    p.num_query_tokens * p.batch;
-  const int coded_tokens = total_blocks(p) / p.num_key_parts * kBlockTokens;
+  const int items =
+      p.num_exact_pieces * p.num_kv_heads * row_groups(p) * p.num_query_tokens * p.batch;
+  const int coded_tokens = coded_tokens_of_part(p);
   const int item_tokens = (p.window + p.exact.sinks) / p.num_exact_pieces + 1;
   const int free_items = max(kWarps, coded_tokens / (p.exact_cost * item_tokens));
-  const int taken = min(items, p.num_exact_blocks * free_items);
-  const bool scores_keys = block < scoring;
-  const int first = scores_keys ? taken + block : block - scoring;
-  const int blocks = scores_keys ? scoring : p.num_exact_blocks;
-  const int end = scores_keys ? items : taken;
+  const ExactShare share(p, block, items, free_items);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll 1
-  for (int item = first + static_cast<int>(threadIdx.x) / 32 * blocks; item < end;
-       item += kWarps * blocks)
+  for (int item = share.first + warp * share.stride; item < share.end;
+       item += kWarps * share.stride)
     run(p, item_of(p, item));
 }
 

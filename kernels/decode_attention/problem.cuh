@@ -117,6 +117,13 @@ struct Sequence {
   }
 };
 
+/// For the combination, which counts the blocks that are done: by the first kernel of a call.
+template <int kThreads>
+__device__ __forceinline__ void clear_counters(const Problem& p) {
+  if (blockIdx.x > 0 || blockIdx.y > 0) return;
+  for (int i = threadIdx.x; i < p.num_counters; i += kThreads) p.counters[i] = 0;
+}
+
 /// Blocks of a sequence that hold coded tokens which some query sees.
 struct BlockRange {
   int first;

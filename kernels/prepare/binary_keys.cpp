@@ -124,11 +124,12 @@ class HeadWriter {
     const int half = 16 * (place % 2);
     if (!image_.keys.graded)
       return {32 * (4 * (eight / 16) + place / 2) + half + eight % 16, eight % 16, 1.0};
-    constexpr int kBit[4] = {0, 1, 3, 5}, kBits[4] = {1, 2, 2, 3};
-    const int number = eight % 4, bit = 8 * (eight / 4 % 2) + kBit[number];
-    const int first_bit = half + bit + kBits[number] - 1;
-    return {32 * (4 * (eight / 8) + place / 2) + 31 - first_bit, bit,
-            1.0 / (1 << (kBits[number] - 1))};
+    // Bits are in the opposite order here: a byte's last number is the first.
+    constexpr int kBit[4] = {0, 1, 3, 5};
+    const int bit = 8 * (eight / 4 % 2) + kBit[eight % 4];
+    const int first_bit = half + bit + graded_bits(3 - eight % 4) - 1;
+    const int code = 32 * (4 * (eight / 8) + place / 2) + 31 - first_bit;
+    return {code, bit, 1.0 / graded_bit(code).weight};
   }
   void append(std::vector<std::uint16_t>& to, double factor, Place place, int pair, bool imag) {
     append(to, factor * place.unit * entry(place.code, pair, imag), place.bit);

@@ -38,14 +38,12 @@ struct Quantiser {
 };
 constexpr Quantiser kQuantisers[] = {{0, 1}, {1.596, 0.3634}, {0.9957, 0.1188}, {0.586, 0.03744}};
 
-constexpr int kBitsOfByte[] = {3, 2, 2, 1};
-
 /// Numbers of a group, those of most bits first.
 std::vector<int> numbers_by_bits(int num_numbers) {
   std::vector<int> numbers(static_cast<std::size_t>(num_numbers));
   std::iota(numbers.begin(), numbers.end(), 0);
   std::stable_sort(numbers.begin(), numbers.end(),
-                   [](int a, int b) { return kBitsOfByte[a % 4] > kBitsOfByte[b % 4]; });
+                   [](int a, int b) { return graded_bits(a) > graded_bits(b); });
   return numbers;
 }
 
@@ -60,7 +58,7 @@ void initialize(KeyWork& keys, int group, KeyCodebook<float>& codebook) {
   Eigen::MatrixXd parameters(1 + config.num_stages, codebook.row_size());
   parameters.row(0) = moments.mean.transpose();
   for (const int number : numbers_by_bits(config.num_stages)) {
-    const Quantiser& quantiser = kQuantisers[kBitsOfByte[number % 4]];
+    const Quantiser& quantiser = kQuantisers[graded_bits(number)];
     Index axis = 0;
     left.maxCoeff(&axis);
     parameters.row(1 + number) =

@@ -89,13 +89,14 @@ std::vector<DecodeCase> all_cases() {
   add_binary("binary_long").lengths = {20000};
   add_binary("binary_fast_turns").theta = 10000.0;
   add_binary("binary_fastest_turns").theta = 10.0;
-  for (const double theta : {500000.0, 10000.0}) {
-    auto& two = add_binary(theta > 1e5 ? "binary_2bit" : "binary_2bit_fast_turns");
-    two.keys.num_stages = 124;
-    two.value_bits = 2;
-    two.theta = theta;
-    two.lengths = {3000, 200};
-  }
+  const auto with_2bits = [](DecodeCase& c, double theta) {
+    c.keys.num_stages = 124;
+    c.value_bits = 2;
+    c.theta = theta;
+    c.lengths = {3000, 200};
+  };
+  with_2bits(add_binary("binary_2bit"), 500000.0);
+  with_2bits(add_binary("binary_2bit_fast_turns"), 10000.0);
   const auto add_graded = [&](const char* name) -> DecodeCase& {
     DecodeCase& c = add_binary(name);
     c.keys.graded = true;
@@ -106,13 +107,9 @@ std::vector<DecodeCase> all_cases() {
   add_graded("graded_long").lengths = {20000};
   add_graded("graded_fast_turns").theta = 10000.0;
   add_graded("graded_fastest_turns").theta = 10.0;
-  for (const double theta : {500000.0, 10000.0, 10.0}) {
-    auto& two = add_graded(("graded_2bit_" + std::to_string(static_cast<int>(theta))).c_str());
-    two.keys.num_stages = 124;
-    two.value_bits = 2;
-    two.theta = theta;
-    two.lengths = {3000, 200};
-  }
+  for (const double theta : {500000.0, 10000.0, 10.0})
+    with_2bits(add_graded(("graded_2bit_" + std::to_string(static_cast<int>(theta))).c_str()),
+               theta);
   add_binary("binary_norm_per_token").keys.norm_per_head = false;
   for (const int page_size : {16, 32, 128}) {
     auto& c = add_binary(("binary_page" + std::to_string(page_size)).c_str());

@@ -19,6 +19,13 @@ constexpr GradedBit graded_bit(int book) {
   return {book / 8 * 4 + kOfByte[book % 8].number, kOfByte[book % 8].weight};
 }
 
+/// Bits of number `number` of a group: 3, 2, 2 and 1 of a byte.
+constexpr int graded_bits(int number) {
+  int bits = 0;
+  for (int book = 0; book < 8; ++book) bits += graded_bit(book).number == number % 4 ? 1 : 0;
+  return bits;
+}
+
 /// Shape of the complex additive codebook of one key head (CommVQ, section 3; see `KeyCodebook`).
 struct KeyCodecConfig {
   PairLayout pairs;        ///< head_dim and which channels form a complex number

@@ -3,7 +3,6 @@
 #include "common/launch.cuh"
 #include "decode_attention/binary/attention.cuh"
 #include "decode_attention/binary/shared_bytes.hpp"
-#include "decode_attention/exact_items.cuh"
 #include "decode_attention/exact_warps.cuh"
 #include "decode_attention/kernels.cuh"
 
