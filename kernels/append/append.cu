@@ -21,19 +21,20 @@ TokenRows rows_of(const EncoderView& encoder, const AppendParams& params, bool k
   rows.exact_type = exact.type;
   rows.rounds = exact.keys != nullptr;
   rows.exact_mapping = params.exact_mapping;
-  rows.num_channels = encoder.values.num_channels;
+  rows.num_channels = encoder.num_channels();
+  rows.channel_scales = keys ? nullptr : encoder.values.channel_scales;
   return rows;
 }
 
 template <bool kLarge, class Epilogue>
-void launch_product(const MatrixProduct& product, const Weights& weights, const Epilogue& epilogue,
+void launch_product(const MatrixProduct& product, int num_blocks, const Epilogue& epilogue,
                     bool uses_warpgroups, cudaStream_t stream) {
   constexpr TileConfig kTile = kTileOf<kLarge>;
   // Code for warpgroups has deeper pipelines; where there is none, the rest is not used.
   const int bytes =
       kLarge && uses_warpgroups ? kWarpgroupTile.shared_bytes() : kTile.shared_bytes();
-  const dim3 grid(static_cast<unsigned>(weights.num_padded_outputs / kTile.cols),
-                  blocks_for(product.num_rows, kTile.rows));
+  const dim3 grid(static_cast<unsigned>(product.num_padded_outputs / kTile.cols),
+                  blocks_for(product.num_rows, kTile.rows), static_cast<unsigned>(num_blocks));
   multiply<kLarge>
       <<<grid, kTile.num_threads(), static_cast<std::size_t>(bytes), stream>>>(product, epilogue);
 }
@@ -41,14 +42,19 @@ void launch_product(const MatrixProduct& product, const Weights& weights, const 
 template <class Epilogue>
 void multiply_by(const EncoderView& encoder, const Weights& weights, const std::uint16_t* inputs,
                  Index num_tokens, int num_terms, const Epilogue& epilogue, cudaStream_t stream) {
-  const MatrixProduct product{inputs,     inputs + num_tokens * weights.num_inputs,
-                              weights.hi, weights.lo,
-                              num_tokens, weights.num_inputs,
+  const int num_blocks = encoder.values.num_blocks;
+  const MatrixProduct product{inputs,
+                              inputs + num_blocks * num_tokens * weights.num_inputs,
+                              weights.hi,
+                              weights.lo,
+                              num_tokens,
+                              weights.num_inputs,
+                              weights.num_padded_outputs,
                               num_terms};
   if (num_tokens <= kSmallTileTokens) {
-    launch_product<false>(product, weights, epilogue, encoder.has_warpgroups, stream);
+    launch_product<false>(product, num_blocks, epilogue, encoder.has_warpgroups, stream);
   } else {
-    launch_product<true>(product, weights, epilogue, encoder.has_warpgroups, stream);
+    launch_product<true>(product, num_blocks, epilogue, encoder.has_warpgroups, stream);
   }
 }
 
@@ -87,20 +93,21 @@ void polish(const EncoderView& encoder, const AppendParams& params,
             const AppendWorkspace& workspace) {
   const Index tokens = params.num_tokens;
   const ValueEncoderView& values = encoder.values;
-  load_unit_values<<<blocks_for(tokens, kTokenThreads / 32), kTokenThreads, 0, params.stream>>>(
+  const Index rows = tokens * values.num_blocks;
+  load_unit_values<<<blocks_for(rows, kTokenThreads / 32), kTokenThreads, 0, params.stream>>>(
       encoder, rows_of(encoder, params, false), tokens, workspace.value_norms, workspace.units);
-  multiply_by(encoder, values.rows, workspace.units, tokens, 3,
-              ProductEpilogue{values.rows.product_factor, workspace.value_products,
-                              values.num_code_bits},
-              params.stream);
-  multiply_by(encoder, values.gram, workspace.bits, tokens, 2,
-              ProductEpilogue{values.gram.product_factor, workspace.sum_products,
-                              values.num_code_bits},
-              params.stream);
-  polish_values<<<static_cast<unsigned>(tokens), kTokenThreads,
+  multiply_by(
+      encoder, values.rows, workspace.units, tokens, 3,
+      ProductEpilogue{values.rows.product_factor, workspace.value_products, values.num_code_bits},
+      params.stream);
+  multiply_by(
+      encoder, values.gram, workspace.bits, tokens, 2,
+      ProductEpilogue{values.gram.product_factor, workspace.sum_products, values.num_code_bits},
+      params.stream);
+  polish_values<<<static_cast<unsigned>(rows), 32,
                   static_cast<std::size_t>(polish_shared_bytes(values.num_code_bits)),
-                  params.stream>>>(encoder, workspace.value_products, workspace.sum_products,
-                                   workspace.bits);
+                  params.stream>>>(encoder, tokens, workspace.value_products,
+                                   workspace.sum_products, workspace.bits);
 }
 
 void encode_values(const EncoderView& encoder, const AppendParams& params,
@@ -108,11 +115,12 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
   const Index tokens = params.num_tokens;
   const ValueEncoderView& values = encoder.values;
   const int terms = values.num_terms();
-  const unsigned token_blocks = blocks_for(tokens, kTokenThreads / 32);
-  load_values<<<token_blocks, kTokenThreads, 0, params.stream>>>(
+  const Index rows = tokens * values.num_blocks;
+  const unsigned row_blocks = blocks_for(rows, kTokenThreads / 32);
+  load_values<<<row_blocks, kTokenThreads, 0, params.stream>>>(
       encoder, rows_of(encoder, params, false), tokens, workspace.value_norms, workspace.inputs);
   std::uint16_t* const hidden_lo =
-      terms > 1 ? workspace.hidden + tokens * values.output.num_inputs : nullptr;
+      terms > 1 ? workspace.hidden + rows * values.output.num_inputs : nullptr;
   multiply_by(encoder, values.hidden, workspace.inputs, tokens, terms,
               HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden, hidden_lo,
                              values.output.num_inputs},
@@ -123,9 +131,9 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
   if (values.polish_sweeps > 0) polish(encoder, params, workspace);
   // Bits have no rest, so that of three terms two are left.
   multiply_by(encoder, values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
-              SquaresEpilogue{workspace.squares}, params.stream);
+              SquaresEpilogue{workspace.squares, rows}, params.stream);
   const int tile_cols = tokens <= kSmallTileTokens ? kSmallTile.cols : kLargeTile.cols;
-  write_values<<<token_blocks, kTokenThreads, 0, params.stream>>>(
+  write_values<<<row_blocks, kTokenThreads, 0, params.stream>>>(
       encoder, tokens, workspace.value_norms, workspace.bits, workspace.squares,
       values.decoder.num_padded_outputs / tile_cols, params.pages, params.slot_mapping);
 }

@@ -41,6 +41,45 @@ struct Halves {
         lo(to_fp16(static_cast<float>(scaled - double{from_fp16(hi)}))) {}
 };
 
+/// What the operands of the value networks can be at most.
+struct NetworkBounds {
+  double input = 0;   ///< LayerNorm's output: sqrt(C) before gain and bias
+  double hidden = 0;  ///< what the inputs can add up to
+
+  explicit NetworkBounds(const ValueCodec& codec) {
+    const ValueCodecWeights& weights = codec.weights();
+    const ValueCodecConfig config = codec.config().block();
+    const auto C = static_cast<std::size_t>(config.num_channels);
+    const auto H = static_cast<std::size_t>(config.hidden_size);
+    const double length = std::sqrt(static_cast<double>(C));
+    for (std::size_t c = 0; c < weights.norm_gain.size(); ++c)
+      input =
+          std::max(input, length * std::abs(weights.norm_gain[c]) + std::abs(weights.norm_bias[c]));
+    // |sum_c w_c (gain_c x_c + bias_c)| with |x| <= sqrt(C): Cauchy-Schwarz.
+    for (std::size_t h = 0; h < weights.hidden_bias.size(); ++h) {
+      double squares = 0, rest = weights.hidden_bias[h];
+      for (std::size_t c = 0; c < C; ++c) {
+        const double w = weights.hidden_weight[h * C + c];
+        squares += std::pow(w * weights.norm_gain[h / H * C + c], 2);
+        rest += w * weights.norm_bias[h / H * C + c];
+      }
+      hidden = std::max(hidden, length * std::sqrt(squares) + std::abs(rest));
+    }
+  }
+};
+
+/// E of the values divided by their channel scales, [blocks][num_code_bits][C].
+std::vector<float> encoder_rows(const ValueCodec& codec) {
+  std::vector<float> rows = codec.weights().decoder;
+  if (!codec.is_scaled()) return rows;
+  const std::vector<float>& scales = codec.weights().channel_scales;
+  const ValueCodecConfig config = codec.config().block();
+  const auto C = static_cast<std::size_t>(config.num_channels);
+  const auto bits = static_cast<std::size_t>(config.num_code_bits());
+  for (std::size_t i = 0; i < rows.size(); ++i) rows[i] /= scales[i / (bits * C) * C + i % C];
+  return rows;
+}
+
 }  // namespace
 
 EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layout,
@@ -59,15 +98,12 @@ EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layo
       " centroids) differs from the page layout's: ", layout.num_kv_heads, ", ", layout.head_dim,
       ", ", layout.num_groups, ", ", layout.num_books / 2, ", ", layout.codebook_size);
   require(values.num_code_bits() == layout.num_code_bits &&
+              values.num_blocks == layout.value_blocks &&
               values.num_channels == layout.num_kv_heads * layout.head_dim,
           "the value codec (", values.num_channels, " channels, ", values.num_code_bits(),
-          " bits) differs from the page layout's: ", layout.num_kv_heads * layout.head_dim, ", ",
-          layout.num_code_bits);
-  require(layout.value_blocks == 1, "the value codec has num_blocks ", layout.value_blocks,
-          "; the device encoder supports 1: encode on the host");
-  require(!codec.values->is_scaled(),
-          "the value codec has channel scales, which the device encoder does not apply: encode on "
-          "the host");
+          " bits, num_blocks ", values.num_blocks,
+          ") differs from the page layout's: ", layout.num_kv_heads * layout.head_dim, ", ",
+          layout.num_code_bits, ", ", layout.value_blocks);
   require(layout.norms_per_token == 1 || layout.norms_per_token == layout.num_kv_heads,
           "norms_per_token is ", layout.norms_per_token,
           "; it must be 1 or num_kv_heads = ", layout.num_kv_heads);
@@ -205,7 +241,7 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
   if (keys.screens()) add(keys.rounded_cross_terms, rounded_cross_terms);
 }
 
-/// `weights` is [outputs][inputs]; its operand is padded with zeros on both sides.
+/// `weights` is [blocks][outputs][inputs]; its operand is padded with zeros on both sides.
 Weights EncoderImage::add_weights(const std::vector<float>& weights, Index outputs, Index inputs,
                                   double input_scale, ValuePrecision precision) {
   Weights result;
@@ -214,12 +250,15 @@ Weights EncoderImage::add_weights(const std::vector<float>& weights, Index outpu
   result.num_padded_outputs = static_cast<int>(round_up(outputs, kOutputPadding));
   const double scale = scale_for(largest_of(weights));
   result.product_factor = static_cast<float>(1 / (scale * input_scale));
-  const auto count = static_cast<std::size_t>(Index{result.num_padded_outputs} * result.num_inputs);
+  const Index num_blocks = view_.values.num_blocks;
+  const auto count =
+      static_cast<std::size_t>(num_blocks * result.num_padded_outputs * result.num_inputs);
   std::vector<std::uint16_t> hi(count), lo(count);
-  for (Index o = 0; o < outputs; ++o)
+  for (Index row = 0; row < num_blocks * outputs; ++row)
     for (Index i = 0; i < inputs; ++i) {
-      const auto at = static_cast<std::size_t>(o * result.num_inputs + i);
-      const Halves halves(double{weights[static_cast<std::size_t>(o * inputs + i)]} * scale);
+      const Index padded_row = row / outputs * result.num_padded_outputs + row % outputs;
+      const auto at = static_cast<std::size_t>(padded_row * result.num_inputs + i);
+      const Halves halves(double{weights[static_cast<std::size_t>(row * inputs + i)]} * scale);
       hi[at] = halves.hi;
       lo[at] = halves.lo;
     }
@@ -230,74 +269,58 @@ Weights EncoderImage::add_weights(const std::vector<float>& weights, Index outpu
 }
 
 void EncoderImage::add_values(const ValueCodec& codec, ValuePrecision precision) {
-  const ValueCodecConfig& config = codec.config();
+  const ValueCodecConfig config = codec.config().block();
   const ValueCodecWeights& weights = codec.weights();
   ValueEncoderView& values = view_.values;
+  values.num_blocks = codec.config().num_blocks;
   values.num_channels = config.num_channels;
   values.num_code_bits = config.num_code_bits();
+  if (codec.is_scaled()) add(values.channel_scales, weights.channel_scales);
   add(values.norm_gain, weights.norm_gain);
   add(values.norm_bias, weights.norm_bias);
 
-  // LayerNorm's output is at most sqrt(C) before gain and bias; hidden numbers are at most the sum
-  // of what the inputs can add up to.
   const Index C = config.num_channels, H = config.hidden_size;
-  double largest_input = 0;
-  std::vector<double> input_bounds;
-  for (Index c = 0; c < C; ++c) {
-    const auto at = static_cast<std::size_t>(c);
-    const double bound = std::sqrt(static_cast<double>(C)) * std::abs(weights.norm_gain[at]) +
-                         std::abs(weights.norm_bias[at]);
-    largest_input = std::max(largest_input, bound);
-  }
-  // |sum_c w_c (gain_c x_c + bias_c)| with |x| <= sqrt(C): Cauchy-Schwarz.
-  double largest_hidden = 0;
-  for (Index h = 0; h < H; ++h) {
-    double squares = 0, rest = 0;
-    for (Index c = 0; c < C; ++c) {
-      const auto at = static_cast<std::size_t>(c);
-      const double w = weights.hidden_weight[static_cast<std::size_t>(h * C + c)];
-      squares += std::pow(w * weights.norm_gain[at], 2);
-      rest += w * weights.norm_bias[at];
-    }
-    largest_hidden = std::max(
-        largest_hidden, std::sqrt(squares * static_cast<double>(C)) +
-                            std::abs(rest + weights.hidden_bias[static_cast<std::size_t>(h)]));
-  }
-  const double input_scale = scale_for(largest_input);
-  const double hidden_scale = scale_for(largest_hidden);
+  const NetworkBounds bounds(codec);
+  const double input_scale = scale_for(bounds.input), hidden_scale = scale_for(bounds.hidden);
   values.input_scale = static_cast<float>(input_scale);
   values.hidden_scale = static_cast<float>(hidden_scale);
-
   values.hidden = add_weights(weights.hidden_weight, H, C, input_scale, precision);
   values.output =
       add_weights(weights.output_weight, config.num_logits(), H, hidden_scale, precision);
-  const auto padded = [](std::vector<float> bias, int count) {
-    bias.resize(static_cast<std::size_t>(count));
-    return bias;
-  };
-  add(values.hidden.bias, padded(weights.hidden_bias, values.hidden.num_padded_outputs));
-  add(values.output.bias, padded(weights.output_bias, values.output.num_padded_outputs));
+  add_bias(values.hidden, weights.hidden_bias);
+  add_bias(values.output, weights.output_bias);
 
+  const std::vector<float> rows = encoder_rows(codec);
   const Index bits = config.num_code_bits();
-  std::vector<float> transposed(weights.decoder.size());
-  for (Index b = 0; b < bits; ++b)
+  std::vector<float> transposed(rows.size());
+  for (Index row = 0; row < values.num_blocks * bits; ++row)
     for (Index c = 0; c < C; ++c)
-      transposed[static_cast<std::size_t>(c * bits + b)] =
-          weights.decoder[static_cast<std::size_t>(b * C + c)];
+      transposed[static_cast<std::size_t>((row / bits * C + c) * bits + row % bits)] =
+          rows[static_cast<std::size_t>(row * C + c)];
   values.decoder = add_weights(transposed, C, bits, 1, precision);
   values.length_factor = 1 / scale_for(largest_of(transposed));
-  if (config.polish_sweeps > 0) add_polish(codec);
+  if (config.polish_sweeps > 0) add_polish(codec, rows);
 }
 
-/// Always in two fp16 numbers an operand: flips must not follow from rounding.
-void EncoderImage::add_polish(const ValueCodec& codec) {
-  const ValueCodecConfig& config = codec.config();
+/// `bias` is [blocks][num_outputs]; it is padded with zeros as the weights are.
+void EncoderImage::add_bias(Weights& weights, const std::vector<float>& bias) {
+  const auto outputs = static_cast<std::size_t>(weights.num_outputs);
+  const auto padded_outputs = static_cast<std::size_t>(weights.num_padded_outputs);
+  std::vector<float> padded(bias.size() / outputs * padded_outputs);
+  for (std::size_t i = 0; i < bias.size(); ++i)
+    padded[i / outputs * padded_outputs + i % outputs] = bias[i];
+  add(weights.bias, padded);
+}
+
+/// Always in two fp16 numbers an operand: flips must not follow from rounding. `rows` are E.
+void EncoderImage::add_polish(const ValueCodec& codec, const std::vector<float>& rows) {
+  const ValueCodecConfig config = codec.config().block();
   const Index bits = config.num_code_bits(), C = config.num_channels;
   ValueEncoderView& values = view_.values;
   values.polish_sweeps = config.polish_sweeps;
   values.unit_scale = static_cast<float>(scale_for(1));
-  const std::vector<float>& rows = codec.weights().decoder;
-  const std::vector<float> gram(codec.gram().data, codec.gram().data + bits * bits);
+  const std::vector<float> gram(codec.gram().data,
+                                codec.gram().data + codec.gram().rows * codec.gram().cols);
   values.rows = add_weights(rows, bits, C, values.unit_scale, ValuePrecision::kFp32);
   values.gram = add_weights(gram, bits, bits, 1, ValuePrecision::kFp32);
   add(values.gram_rows, gram);
@@ -319,6 +342,7 @@ EncoderView EncoderImage::view_at(const void* base) const {
   place(view.keys.cross_units);
   if (view.keys.rounded_cross_terms != nullptr) place(view.keys.rounded_cross_terms);
   if (view.keys.weights != nullptr) place(view.keys.weights);
+  if (view.values.channel_scales != nullptr) place(view.values.channel_scales);
   place(view.values.norm_gain);
   place(view.values.norm_bias);
   if (view.values.gram_rows != nullptr) place(view.values.gram_rows);

@@ -26,7 +26,8 @@ class EncoderImage {
   void add(const T*& at, const std::vector<T>& values);
   void add_keys(const KeyCodec& codec);
   void add_values(const ValueCodec& codec, ValuePrecision precision);
-  void add_polish(const ValueCodec& codec);
+  void add_polish(const ValueCodec& codec, const std::vector<float>& rows);
+  void add_bias(Weights& weights, const std::vector<float>& bias);
   Weights add_weights(const std::vector<float>& weights, Index outputs, Index inputs,
                       double input_scale, ValuePrecision precision);
 

@@ -67,31 +67,35 @@ inline KeySearchKind search_kind(const KeyEncoderView& keys) {
   return keys.screens() ? KeySearchKind::kScreenedGreedy : KeySearchKind::kGreedy;
 }
 
-/// One layer of the value network: `[padded_outputs][padded_inputs]` fp16, and its rest.
+/// One layer of the value networks: `[blocks][padded_outputs][padded_inputs]` fp16, and its rest.
 struct Weights {
   int num_inputs = 0;  ///< padded
   int num_outputs = 0;
   int num_padded_outputs = 0;
   const std::uint16_t* hi = nullptr;
   const std::uint16_t* lo = nullptr;  ///< null in fp16 precision
-  const float* bias = nullptr;        ///< [num_padded_outputs] or null
+  const float* bias = nullptr;        ///< [blocks][num_padded_outputs] or null
   float product_factor = 1;           ///< scaled product -> product
 };
 
+/// The numbers are those of one block; a row of the matrix products is one block of one token, row
+/// block * num_tokens + token.
 struct ValueEncoderView {
+  int num_blocks = 1;
   int num_channels = 0;
   int num_code_bits = 0;
-  const float* norm_gain = nullptr;  ///< [C]
+  const float* channel_scales = nullptr;  ///< [blocks][C]: what values are divided by; null: 1
+  const float* norm_gain = nullptr;       ///< [blocks][C]
   const float* norm_bias = nullptr;
   float input_scale = 1;            ///< of LayerNorm's output
   float hidden_scale = 1;           ///< of GELU's
   Weights hidden, output, decoder;  ///< decoder: [C][num_code_bits], E transposed
   double length_factor = 1;         ///< length of a sum of scaled decoder rows -> |u|
 
-  int polish_sweeps = 0;        ///< with 0 nothing below is set
-  float unit_scale = 1;         ///< of unit values as operands
-  Weights rows, gram;           ///< [num_code_bits][C], E; [num_code_bits][num_code_bits], E E^T
-  const float* gram_rows = nullptr;  ///< E E^T in fp32
+  int polish_sweeps = 0;  ///< with 0 nothing below is set
+  float unit_scale = 1;   ///< of unit values as operands
+  Weights rows, gram;     ///< [num_code_bits][C], E; [num_code_bits][num_code_bits], E E^T
+  const float* gram_rows = nullptr;  ///< E E^T in fp32, [blocks][num_code_bits][num_code_bits]
 
   COMMVQ_HOST_DEVICE int num_terms() const { return hidden.lo != nullptr ? 3 : 1; }
 };
@@ -102,21 +106,23 @@ struct EncoderView {
   KeyEncoderView keys;
   ValueEncoderView values;
   bool has_warpgroups = false;  ///< of the device: compute capability 9.0
+
+  COMMVQ_HOST_DEVICE int num_channels() const { return layout.num_kv_heads * layout.head_dim; }
 };
 
-/// Arrays of the workspace, `num_tokens` rows each, each on 256 bytes.
+/// Arrays of the workspace, each on 256 bytes. A row is one block of one token's values.
 struct AppendWorkspace {
   float* unit_keys = nullptr;          ///< [tokens][heads][head_dim] planar
   std::uint16_t* key_norms = nullptr;  ///< [tokens] bf16; NaN: the key cannot be coded
-  double* value_norms = nullptr;       ///< [tokens]; NaN likewise
-  std::uint16_t* inputs = nullptr;     ///< [terms > 1 ? 2 : 1][tokens][hidden.num_inputs] fp16
-  std::uint16_t* hidden = nullptr;     ///< [...][tokens][output.num_inputs] fp16
-  std::uint16_t* bits = nullptr;       ///< [tokens][decoder.num_inputs] fp16, 0 or 1
-  float* squares = nullptr;            ///< [column tiles of the decoder][tokens]
+  double* value_norms = nullptr;       ///< [rows]; NaN likewise
+  std::uint16_t* inputs = nullptr;     ///< [terms > 1 ? 2 : 1][rows][hidden.num_inputs] fp16
+  std::uint16_t* hidden = nullptr;     ///< [...][rows][output.num_inputs] fp16
+  std::uint16_t* bits = nullptr;       ///< [rows][decoder.num_inputs] fp16, 0 or 1
+  float* squares = nullptr;            ///< [column tiles of the decoder][rows]
   // With polish only:
-  std::uint16_t* units = nullptr;   ///< [2][tokens][rows.num_inputs] fp16
-  float* value_products = nullptr;  ///< [tokens][num_code_bits]: E v
-  float* sum_products = nullptr;    ///< [tokens][num_code_bits]: E E^T b
+  std::uint16_t* units = nullptr;   ///< [2][rows][rows.num_inputs] fp16
+  float* value_products = nullptr;  ///< [rows][num_code_bits]: E v
+  float* sum_products = nullptr;    ///< [rows][num_code_bits]: E E^T b
   std::size_t bytes = 0;
 
   AppendWorkspace(const EncoderView& encoder, Index tokens, void* memory) {
@@ -127,17 +133,18 @@ struct AppendWorkspace {
       bytes += static_cast<std::size_t>(round_up(count * static_cast<Index>(sizeof(*array)), 256));
     };
     const ValueEncoderView& values = encoder.values;
-    take(unit_keys, tokens * values.num_channels);
-    take(key_norms, tokens);
-    take(value_norms, tokens);
-    take(inputs, parts * tokens * values.hidden.num_inputs);
-    take(hidden, parts * tokens * values.output.num_inputs);
-    take(bits, tokens * values.decoder.num_inputs);
-    take(squares, values.decoder.num_padded_outputs / kSmallTile.cols * tokens);
+    const Index rows = tokens * values.num_blocks;
+    take(unit_keys, tokens * encoder.num_channels());
+    take(key_norms, tokens * encoder.layout.norms_per_token);
+    take(value_norms, rows);
+    take(inputs, parts * rows * values.hidden.num_inputs);
+    take(hidden, parts * rows * values.output.num_inputs);
+    take(bits, rows * values.decoder.num_inputs);
+    take(squares, values.decoder.num_padded_outputs / kSmallTile.cols * rows);
     if (values.polish_sweeps == 0) return;
-    take(units, 2 * tokens * values.rows.num_inputs);
-    take(value_products, tokens * values.num_code_bits);
-    take(sum_products, tokens * values.num_code_bits);
+    take(units, 2 * rows * values.rows.num_inputs);
+    take(value_products, rows * values.num_code_bits);
+    take(sum_products, rows * values.num_code_bits);
   }
 };
 

@@ -1,7 +1,6 @@
 #pragma once
 
 #include "common/sort_key.cuh"
-
 #include "encoder_view.hpp"
 #include "instructions.cuh"
 #include "load_tokens.cuh"

@@ -5,9 +5,9 @@
 
 namespace commvq::cuda {
 
-/// Operands of outputs = inputs weights^T: `inputs` [num_rows][num_inputs], `weights`
-/// [num_padded_outputs][num_inputs], fp16, num_inputs a multiple of 32. With three terms each is
-/// the sum of hi and lo, and the product hi hi + hi lo + lo hi.
+/// Operands of outputs = inputs weights^T for each of some blocks: `inputs` [blocks][num_rows]
+/// [num_inputs], `weights` [blocks][num_padded_outputs][num_inputs], fp16, num_inputs a multiple of
+/// 32. With three terms each is the sum of hi and lo, and the product hi hi + hi lo + lo hi.
 struct MatrixProduct {
   const std::uint16_t* inputs_hi;
   const std::uint16_t* inputs_lo;
@@ -15,6 +15,7 @@ struct MatrixProduct {
   const std::uint16_t* weights_lo;
   Index num_rows;
   int num_inputs;
+  int num_padded_outputs;
   int num_terms;  ///< 1 or 3; 2: the inputs have no rest
 };
 
@@ -41,8 +42,8 @@ __device__ __forceinline__ std::uint32_t pack_rests(float first, float second,
                      second - from_half(static_cast<std::uint16_t>(rounded >> 16)));
 }
 
-/// An epilogue gets two neighbouring outputs of a row; all lanes of a warp call it together, with
-/// rows beyond the last one too. Writes hidden = GELU(product + bias).
+/// An epilogue gets two neighbouring outputs of row block * num_rows + i; all lanes of a warp call
+/// it together, with i beyond the last one too. Writes hidden = GELU(product + bias).
 struct HiddenEpilogue {
   Weights weights;
   float scale;  ///< of what is written
@@ -50,10 +51,12 @@ struct HiddenEpilogue {
   std::uint16_t* lo;  ///< null: not wanted
   int num_cols;       ///< of the array written: inputs of the next layer, zeros at its end
 
-  __device__ void operator()(Index row, int col, float first, float second, bool valid) const {
+  __device__ void operator()(int block, Index row, int col, float first, float second,
+                             bool valid) const {
     if (!valid || col >= num_cols) return;
     // Padded outputs have weight and bias 0, and GELU(0) = 0.
-    const float2 bias = *reinterpret_cast<const float2*>(weights.bias + col);
+    const float2 bias =
+        *reinterpret_cast<const float2*>(weights.bias + block * weights.num_padded_outputs + col);
     first = scale * gelu(first * weights.product_factor + bias.x);
     second = scale * gelu(second * weights.product_factor + bias.y);
     const std::uint32_t rounded = pack_halves(first, second);
@@ -71,8 +74,10 @@ struct PatternEpilogue {
   std::uint16_t* bits;
   int num_cols;  ///< of `bits`: a multiple of 32, zeros at its end
 
-  __device__ void operator()(Index row, int col, float first, float second, bool valid) const {
-    const float2 bias = *reinterpret_cast<const float2*>(weights.bias + col);
+  __device__ void operator()(int block, Index row, int col, float first, float second,
+                             bool valid) const {
+    const float2 bias =
+        *reinterpret_cast<const float2*>(weights.bias + block * weights.num_padded_outputs + col);
     first = first * weights.product_factor + bias.x;
     second = second * weights.product_factor + bias.y;
     const float third = __shfl_down_sync(0xffffffffu, first, 1);
@@ -93,8 +98,9 @@ struct PatternEpilogue {
 
 /// Writes each row's sum of squares over a tile's columns.
 struct SquaresEpilogue {
-  float* squares;  ///< [column tiles][num_rows]
-  __device__ void operator()(Index, int, float, float, bool) const {}
+  float* squares;  ///< [column tiles][rows of all blocks]
+  Index num_rows;  ///< of all blocks
+  __device__ void operator()(int, Index, int, float, float, bool) const {}
 };
 
 /// Adds one step's products of a warp's part of the tile. `from` is the step in shared memory: the
@@ -144,10 +150,10 @@ __device__ __forceinline__ void multiply_step_by_warpgroup(
 #endif
 }
 
-/// One tile of a product. Copies of `kTile.depth` steps of 32 inputs are in flight; 16-byte piece p
-/// of row r of a step lies at piece p ^ (r / 2 % 4), so that neither copies nor `load_matrices`
-/// meet bank conflicts. That is also the order of 64-byte swizzles that a warpgroup's instruction
-/// reads.
+/// One tile of a product: grid (column tiles, row tiles, blocks). Copies of `kTile.depth` steps of
+/// 32 inputs are in flight; 16-byte piece p of row r of a step lies at piece p ^ (r / 2 % 4), so
+/// that neither copies nor `load_matrices` meet bank conflicts. That is also the order of 64-byte
+/// swizzles that a warpgroup's instruction reads.
 template <bool kLarge, class Epilogue>
 __global__ void __launch_bounds__(kTileThreads<kLarge>)
     multiply(const MatrixProduct product, const Epilogue epilogue) {
@@ -168,6 +174,9 @@ __global__ void __launch_bounds__(kTileThreads<kLarge>)
   const int lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / kWarpCols * kTile.warp_rows;
   const int warp_col = warp % kWarpCols * kTile.warp_cols;
+  const int block = static_cast<int>(blockIdx.z);
+  const Index row_of_block = block * product.num_rows;
+  const Index weights_of_block = Index{block} * product.num_padded_outputs * product.num_inputs;
   const Index first_row = Index{blockIdx.y} * kTile.rows;
   const Index first_col = Index{blockIdx.x} * kTile.cols;
   const int steps_per_term = product.num_inputs / 32;
@@ -177,8 +186,10 @@ __global__ void __launch_bounds__(kTileThreads<kLarge>)
     if (step < num_steps) {
       const int term = step / steps_per_term;
       const int input = step % steps_per_term * 32;
-      const std::uint16_t* const inputs = term == 2 ? product.inputs_lo : product.inputs_hi;
-      const std::uint16_t* const weights = term == 1 ? product.weights_lo : product.weights_hi;
+      const std::uint16_t* const inputs =
+          (term == 2 ? product.inputs_lo : product.inputs_hi) + row_of_block * product.num_inputs;
+      const std::uint16_t* const weights =
+          (term == 1 ? product.weights_lo : product.weights_hi) + weights_of_block;
       unsigned char* const to = shared + step % kTile.depth * kStepBytes;
 #pragma unroll
       for (int i = thread; i < (kTile.rows + kTile.cols) * 4; i += kThreads) {
@@ -238,7 +249,8 @@ __global__ void __launch_bounds__(kTileThreads<kLarge>)
       if (first_row + row >= product.num_rows) continue;
       float sum = 0;
       for (int w = 0; w < kWarpCols; ++w) sum += partial[w * kTile.rows + row];
-      epilogue.squares[Index{blockIdx.x} * product.num_rows + first_row + row] = sum;
+      epilogue.squares[Index{blockIdx.x} * epilogue.num_rows + row_of_block + first_row + row] =
+          sum;
     }
   } else {
     wait_for_copies<0>();
@@ -249,7 +261,8 @@ __global__ void __launch_bounds__(kTileThreads<kLarge>)
         const Index row = first_row + warp_row + m * 16 + part * 8 + lane / 4;
 #pragma unroll
         for (int n = 0; n < kN; ++n)
-          epilogue(row, static_cast<int>(first_col) + warp_col + n * 8 + lane % 4 * 2,
+          epilogue(block, row_of_block + row,
+                   static_cast<int>(first_col) + warp_col + n * 8 + lane % 4 * 2,
                    sums[m][n][2 * part], sums[m][n][2 * part + 1], row < product.num_rows);
       }
   }

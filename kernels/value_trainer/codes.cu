@@ -1,26 +1,27 @@
+#include <cuda_bf16.h>
+
 #include "block_sums.cuh"
 #include "common/polish.cuh"
 #include "kernels.hpp"
 
-#include <cuda_bf16.h>
-
 namespace commvq::cuda::value_trainer {
 namespace {
 
-/// A block a value.
-__global__ void __launch_bounds__(kThreads)
+/// A warp a value.
+__global__ void __launch_bounds__(32)
     polish_kernel(int num_bits, int sweeps, const float* gram, const float* value_products,
                   const float* sum_products, float* bits) {
   extern __shared__ __align__(16) unsigned char shared[];
   const PolishShared at(shared, num_bits);
   const Index row = Index{blockIdx.x} * num_bits;
-  for (int i = threadIdx.x; i < num_bits; i += kThreads) {
+  for (int i = threadIdx.x; i < num_bits; i += 32) {
     at.of_value[i] = value_products[row + i];
     at.of_sum[i] = sum_products[row + i];
+    at.squares[i] = gram[Index{i} * num_bits + i];
     at.bits[i] = bits[row + i];
   }
-  polish_bits<kThreads>(gram, num_bits, sweeps, at);
-  for (int i = threadIdx.x; i < num_bits; i += kThreads) bits[row + i] = at.bits[i];
+  polish_bits(gram, num_bits, sweeps, at);
+  for (int i = threadIdx.x; i < num_bits; i += 32) bits[row + i] = at.bits[i];
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -55,8 +56,8 @@ bool polish(Index tokens, int num_bits, int sweeps, const float* gram, const flo
     cudaGetLastError();  // the refusal is the answer
     return false;
   }
-  polish_kernel<<<static_cast<unsigned>(tokens), kThreads, static_cast<std::size_t>(bytes),
-                  stream>>>(num_bits, sweeps, gram, value_products, sum_products, bits);
+  polish_kernel<<<static_cast<unsigned>(tokens), 32, static_cast<std::size_t>(bytes), stream>>>(
+      num_bits, sweeps, gram, value_products, sum_products, bits);
   return true;
 }
 

@@ -163,10 +163,8 @@ TEST_F(AppendTest, CodesOfTheLibrarysOwnPresets) {
   shape.bits = 2;
   shape.num_stages = 20;
   EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
-  EXPECT_EQ(verdict(AppendCase::exact(rng_, {.num_tokens = 600,
-                                             .num_stages = 2,
-                                             .weighted = true,
-                                             .polish_sweeps = 3})),
+  EXPECT_EQ(verdict(AppendCase::exact(
+                rng_, {.num_tokens = 600, .num_stages = 2, .weighted = true, .polish_sweeps = 3})),
             "");
 }
 
@@ -208,14 +206,14 @@ TEST_F(AppendTest, WhatIsNotFiniteIsSeen) {
   const CodedToken bad_key = tested.token_in(pages, 1);
   EXPECT_TRUE(is_nan_bf16(bad_key.key_norms[0]));
   EXPECT_THAT(bad_key.key_codes, testing::Each(0));
-  EXPECT_FALSE(is_nan_bf16(bad_key.value_scale));
+  EXPECT_FALSE(is_nan_bf16(bad_key.value_scales[0]));
   const CodedToken bad_value = tested.token_in(pages, 2);
-  EXPECT_TRUE(is_nan_bf16(bad_value.value_scale));
+  EXPECT_TRUE(is_nan_bf16(bad_value.value_scales[0]));
   EXPECT_THAT(bad_value.value_code, testing::Each(0));
   EXPECT_FALSE(is_nan_bf16(bad_value.key_norms[0]));
   EXPECT_EQ(tested.token_in(pages, 3).key_norms[0], 0);
   const CodedToken zero_value = tested.token_in(pages, 4);
-  EXPECT_EQ(zero_value.value_scale, 0);
+  EXPECT_EQ(zero_value.value_scales[0], 0);
   EXPECT_THAT(zero_value.value_code, testing::Each(0));
 }
 

@@ -4,13 +4,12 @@
 
 #include "reference/append_reference.hpp"
 // clang-format off: what stands in for CUDA comes before the kernels.
-#include "simt/simt.hpp"
-
 #include "../../kernels/append/encoder_image.cpp"
 #include "../../kernels/append/key_search.cuh"
 #include "../../kernels/append/load_tokens.cuh"
 #include "../../kernels/append/matrix_product.cuh"
 #include "../../kernels/append/polish_values.cuh"
+#include "simt/simt.hpp"
 // clang-format on
 
 namespace commvq::cuda {
@@ -38,8 +37,8 @@ class HostAppend {
       return static_cast<unsigned>((tokens + per_block - 1) / per_block);
     };
     TokenRows rows{
-        tested.keys.data(),       FloatType::kFp32, nullptr, FloatType::kBf16, false, nullptr,
-        view_.values.num_channels};
+        tested.keys.data(),   FloatType::kFp32, nullptr, FloatType::kBf16, false, nullptr,
+        view_.num_channels(), nullptr};
     simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
       load_keys(view_, rows, tokens, paged, places, workspace.key_norms, workspace.unit_keys);
     });
@@ -50,23 +49,27 @@ class HostAppend {
       search_keys<kKeySearch.num_rows>(tokens, workspace, paged, places);
 
     rows.data = tested.values.data();
-    simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
+    rows.channel_scales = view_.values.channel_scales;
+    const ValueEncoderView& values = view_.values;
+    const Index num_rows = tokens * values.num_blocks;
+    const auto row_blocks =
+        static_cast<unsigned>((num_rows + kTokenThreads / 32 - 1) / (kTokenThreads / 32));
+    simt::launch({row_blocks}, kTokenThreads, [&] {
       load_values(view_, rows, tokens, workspace.value_norms, workspace.inputs);
     });
-    const ValueEncoderView& values = view_.values;
     const int terms = values.num_terms();
     multiply_by(
         values.hidden, workspace.inputs, tokens, terms,
         HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden,
-                       terms > 1 ? workspace.hidden + tokens * values.output.num_inputs : nullptr,
+                       terms > 1 ? workspace.hidden + num_rows * values.output.num_inputs : nullptr,
                        values.output.num_inputs});
     multiply_by(values.output, workspace.hidden, tokens, terms,
                 PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs});
     if (values.polish_sweeps > 0) polish(tokens, workspace, rows);
     multiply_by(values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
-                SquaresEpilogue{workspace.squares});
+                SquaresEpilogue{workspace.squares, num_rows});
     const int tile_cols = small_ ? kSmallTile.cols : kLargeTile.cols;
-    simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
+    simt::launch({row_blocks}, kTokenThreads, [&] {
       write_values(view_, tokens, workspace.value_norms, workspace.bits, workspace.squares,
                    values.decoder.num_padded_outputs / tile_cols, paged, places);
     });
@@ -97,31 +100,39 @@ class HostAppend {
 
   void polish(Index tokens, const AppendWorkspace& workspace, const TokenRows& rows) {
     const ValueEncoderView& values = view_.values;
-    simt::launch({static_cast<unsigned>((tokens + kTokenThreads / 32 - 1) / (kTokenThreads / 32))},
-                 kTokenThreads, [&] {
-                   load_unit_values(view_, rows, tokens, workspace.value_norms, workspace.units);
-                 });
+    const Index num_rows = tokens * values.num_blocks;
+    simt::launch(
+        {static_cast<unsigned>((num_rows + kTokenThreads / 32 - 1) / (kTokenThreads / 32))},
+        kTokenThreads,
+        [&] { load_unit_values(view_, rows, tokens, workspace.value_norms, workspace.units); });
     multiply_by(values.rows, workspace.units, tokens, 3,
                 ProductEpilogue{values.rows.product_factor, workspace.value_products,
                                 values.num_code_bits});
-    multiply_by(values.gram, workspace.bits, tokens, 2,
-                ProductEpilogue{values.gram.product_factor, workspace.sum_products,
-                                values.num_code_bits});
-    simt::launch({static_cast<unsigned>(tokens)}, kTokenThreads, [&] {
-      polish_values(view_, workspace.value_products, workspace.sum_products, workspace.bits);
+    multiply_by(
+        values.gram, workspace.bits, tokens, 2,
+        ProductEpilogue{values.gram.product_factor, workspace.sum_products, values.num_code_bits});
+    simt::launch({static_cast<unsigned>(num_rows)}, 32, [&] {
+      polish_values(view_, tokens, workspace.value_products, workspace.sum_products,
+                    workspace.bits);
     });
   }
 
   template <class Epilogue>
   void multiply_by(const Weights& weights, const std::uint16_t* inputs, Index tokens, int terms,
                    const Epilogue& epilogue) {
-    const MatrixProduct product{inputs,     inputs + tokens * weights.num_inputs,
-                                weights.hi, weights.lo,
-                                tokens,     weights.num_inputs,
+    const int num_blocks = view_.values.num_blocks;
+    const MatrixProduct product{inputs,
+                                inputs + num_blocks * tokens * weights.num_inputs,
+                                weights.hi,
+                                weights.lo,
+                                tokens,
+                                weights.num_inputs,
+                                weights.num_padded_outputs,
                                 terms};
     const TileConfig tile = small_ ? kSmallTile : kLargeTile;
     const simt::Dim grid{static_cast<unsigned>(weights.num_padded_outputs / tile.cols),
-                         static_cast<unsigned>((tokens + tile.rows - 1) / tile.rows)};
+                         static_cast<unsigned>((tokens + tile.rows - 1) / tile.rows),
+                         static_cast<unsigned>(num_blocks)};
     simt::launch(grid, static_cast<unsigned>(tile.num_threads()), [&] {
       if (small_)
         multiply<false>(product, epilogue);
@@ -220,6 +231,27 @@ TEST(AppendKernelsTest, WeightedKeysAndPolishedValues) {
   shape.norm_per_head = true;
   shape.beam_width = 4;
   expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+}
+
+TEST(AppendKernelsTest, ValuesInBlocksAndWithChannelScales) {
+  Rng rng(7);
+  // Blocks go with binary keys only.
+  testing_support::AppendShape shape{.num_kv_heads = 2,
+                                     .head_dim = 128,
+                                     .num_tokens = 5,
+                                     .codebook_size = 2,
+                                     .num_stages = 60,
+                                     .tied = false,
+                                     .polish_sweeps = 3,
+                                     .value_blocks = 2};
+  expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
+  shape.polish_sweeps = 0;
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp16, false);
+  shape.scaled_values = true;
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+  expect_right_codes(
+      AppendCase::random(rng, {.num_tokens = 9, .num_stages = 1, .scaled_values = true}),
+      ValuePrecision::kFp32, true);
 }
 
 TEST(AppendKernelsTest, LargeTilesAndBlocks) {

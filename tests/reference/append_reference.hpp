@@ -35,6 +35,8 @@ struct AppendShape {
   bool norm_per_head = false;      ///< random input only
   bool weighted = false;           ///< errors of keys
   int polish_sweeps = 0;           ///< of value codes
+  int value_blocks = 1;
+  bool scaled_values = false;  ///< channel scales, powers of two
 };
 
 /// A token as a page holds it.
@@ -42,7 +44,7 @@ struct CodedToken {
   std::vector<std::uint16_t> key_codes;
   std::vector<std::uint16_t> key_norms;
   std::vector<std::uint8_t> value_code;
-  std::uint16_t value_scale = 0;
+  std::vector<std::uint16_t> value_scales;
 };
 
 inline bool is_nan_bf16(std::uint16_t bits) {
@@ -105,13 +107,17 @@ struct AppendCase {
       keys = normal_floats(rng, num_tokens * num_channels(), 2.0);
       values = normal_floats(rng, num_tokens * num_channels(), 0.5);
     }
-    codec.values = random_value_codec(rng, num_channels(), shape.bits, shape.hidden_size);
+    codec.values = random_value_codec(rng, num_channels(), shape.bits, shape.hidden_size,
+                                      shape.value_blocks);
     ValueCodecConfig value_config = codec.values->config();
     value_config.polish_sweeps = shape.polish_sweeps;
     ValueCodecWeights weights = codec.values->weights();
     std::uniform_int_distribution<int> number(-2, 2);
     if (is_exact)
       for (float& value : weights.decoder) value = static_cast<float>(number(rng));
+    if (shape.scaled_values)
+      for (int c = 0; c < num_channels(); ++c)
+        weights.channel_scales.push_back(std::ldexp(1.0f, static_cast<int>(rng() % 3) - 1));
     codec.values = std::make_shared<const ValueCodec>(value_config, std::move(weights));
     layout = cuda::DevicePageLayout(codec.keys->config(), shape.num_kv_heads,
                                     codec.values->config(), shape.page_size, shape.plane_bytes);
@@ -179,8 +185,9 @@ struct AppendCase {
         static_cast<std::size_t>(shape.num_kv_heads * layout.num_groups * layout.num_books));
     coded.value_code.resize(static_cast<std::size_t>(layout.num_code_bits / 8));
     coded.key_norms.resize(static_cast<std::size_t>(layout.norms_per_token));
+    coded.value_scales.resize(static_cast<std::size_t>(layout.value_blocks));
     cuda::get_token(layout, page_of(pages, token), slot_of(token), coded.key_codes.data(),
-                    coded.key_norms.data(), coded.value_code.data(), &coded.value_scale);
+                    coded.key_norms.data(), coded.value_code.data(), coded.value_scales.data());
     return coded;
   }
 
@@ -204,7 +211,7 @@ struct AppendCase {
       if (slot_mapping[static_cast<std::size_t>(t)] < 0) continue;
       const CodedToken coded = token_in(pages, t);
       cuda::put_token(layout, page_of(expected, t), slot_of(t), coded.key_codes.data(),
-                      coded.key_norms.data(), coded.value_code.data(), &coded.value_scale);
+                      coded.key_norms.data(), coded.value_code.data(), coded.value_scales.data());
       if (!is_finite(key(t)) || !is_finite(value(t))) continue;
       ++num_coded;
       std::vector<std::uint16_t> norms(coded.key_norms.size());
@@ -233,13 +240,13 @@ struct AppendCase {
       value_mismatches += judge_value(t, coded, logit_tolerance, complain);
       if (shape.polish_sweeps > 0) {
         std::vector<std::uint8_t> host_code(coded.value_code.size());
-        std::uint16_t host_scale = 0;
+        std::vector<std::uint16_t> host_scales(coded.value_scales.size());
         codec.values->encode({value(t), 1, num_channels()},
                              {host_code.data(), 1, static_cast<Index>(host_code.size())},
-                             &host_scale);
+                             host_scales.data());
         polish_mismatches += host_code != coded.value_code;
-        value_errors += value_error(t, coded.value_code.data(), coded.value_scale);
-        host_value_errors += value_error(t, host_code.data(), host_scale);
+        value_errors += value_error(t, coded.value_code.data(), coded.value_scales.data());
+        host_value_errors += value_error(t, host_code.data(), host_scales.data());
       }
     }
     if (expected != pages) {
@@ -357,9 +364,9 @@ struct AppendCase {
   }
 
   /// A polished code is judged by its error beside that of the host's code.
-  double value_error(Index token, const std::uint8_t* code, std::uint16_t scale) const {
+  double value_error(Index token, const std::uint8_t* code, const std::uint16_t* scales) const {
     std::vector<float> decoded(static_cast<std::size_t>(num_channels()));
-    codec.values->decode({code, 1, layout.num_code_bits / 8}, &scale,
+    codec.values->decode({code, 1, layout.num_code_bits / 8}, scales,
                          {decoded.data(), 1, num_channels()});
     double error = 0;
     for (int c = 0; c < num_channels(); ++c)
@@ -367,69 +374,108 @@ struct AppendCase {
     return error;
   }
 
+  /// A block of a token's values divided by the channel scales, as the host divides them.
+  std::vector<double> value_block(Index token, int block) const {
+    const int C = codec.values->config().block().num_channels;
+    const std::vector<float>& scales = codec.values->weights().channel_scales;
+    std::vector<double> numbers;
+    for (int c = block * C; c < (block + 1) * C; ++c)
+      numbers.push_back(scales.empty() ? value(token)[c]
+                                       : value(token)[c] / scales[static_cast<std::size_t>(c)]);
+    return numbers;
+  }
+
+  static double length_of(const std::vector<double>& numbers) {
+    double squares = 0;
+    for (const double x : numbers) squares += x * x;
+    return std::sqrt(squares);
+  }
+
+  /// The network's logits of a block in double.
+  std::vector<double> logits_of(std::vector<double> x, int block) const {
+    const ValueCodecConfig config = codec.values->config().block();
+    const ValueCodecWeights& weights = codec.values->weights();
+    const auto C = static_cast<std::size_t>(config.num_channels);
+    const double norm = length_of(x);
+    double mean = 0, variance = 0;
+    for (double& number : x) number /= norm;
+    for (const double number : x) mean += number / static_cast<double>(C);
+    for (const double number : x) variance += std::pow(number - mean, 2) / static_cast<double>(C);
+    const std::size_t first = static_cast<std::size_t>(block) * C;
+    for (std::size_t c = 0; c < C; ++c)
+      x[c] = (x[c] - mean) / std::sqrt(variance + kValueLayerNormEpsilon) *
+                 weights.norm_gain[first + c] +
+             weights.norm_bias[first + c];
+    const auto layer = [&](const std::vector<float>& weight, const std::vector<float>& bias,
+                           const std::vector<double>& in, int outputs) {
+      std::vector<double> sums;
+      for (int o = 0; o < outputs; ++o) {
+        const auto output = static_cast<std::size_t>(block * outputs + o);
+        double sum = bias[output];
+        for (std::size_t i = 0; i < in.size(); ++i) sum += in[i] * weight[output * in.size() + i];
+        sums.push_back(sum);
+      }
+      return sums;
+    };
+    std::vector<double> hidden =
+        layer(weights.hidden_weight, weights.hidden_bias, x, config.hidden_size);
+    for (double& h : hidden) h *= std::erfc(-h * std::sqrt(0.5)) / 2;
+    return layer(weights.output_weight, weights.output_bias, hidden, config.num_logits());
+  }
+
   /// Returns in how many groups the pattern is not that of the largest logit in double; of codes
-  /// that are not polished.
+  /// that are not polished. Judges the scales.
   template <class Complain>
   Index judge_value(Index token, const CodedToken& coded, double tolerance,
                     Complain complain) const {
-    const ValueCodecConfig& config = codec.values->config();
-    const ValueCodecWeights& weights = codec.values->weights();
-    const int C = config.num_channels, H = config.hidden_size;
-    double norm = 0;
-    for (int c = 0; c < C; ++c) norm += std::pow(double{value(token)[c]}, 2);
-    norm = std::sqrt(norm);
+    const ValueCodecConfig config = codec.values->config().block();
+    const int C = config.num_channels, num_bits = config.num_code_bits();
+    const std::vector<float>& scales = codec.values->weights().channel_scales;
     Index mismatches = 0;
-    if (norm > 0 && config.polish_sweeps == 0) {
-      std::vector<double> x(static_cast<std::size_t>(C)), hidden(static_cast<std::size_t>(H));
-      double mean = 0, variance = 0;
-      for (int c = 0; c < C; ++c) x[static_cast<std::size_t>(c)] = value(token)[c] / norm;
-      for (const double number : x) mean += number / C;
-      for (const double number : x) variance += std::pow(number - mean, 2) / C;
-      for (std::size_t c = 0; c < x.size(); ++c)
-        x[c] = (x[c] - mean) / std::sqrt(variance + kValueLayerNormEpsilon) * weights.norm_gain[c] +
-               weights.norm_bias[c];
-      const auto layer = [](const std::vector<float>& weight, const std::vector<float>& bias,
-                            const std::vector<double>& in, std::size_t output) {
-        double sum = bias[output];
-        for (std::size_t i = 0; i < in.size(); ++i) sum += in[i] * weight[output * in.size() + i];
-        return sum;
+    for (int block = 0; block < shape.value_blocks; ++block) {
+      const std::vector<double> numbers = value_block(token, block);
+      const double norm = length_of(numbers);
+      const auto bit = [&](int i) {
+        return get_bits(coded.value_code.data(), Index{block} * num_bits + i, 1);
       };
-      for (std::size_t h = 0; h < hidden.size(); ++h) {
-        const double sum = layer(weights.hidden_weight, weights.hidden_bias, x, h);
-        hidden[h] = sum * std::erfc(-sum * std::sqrt(0.5)) / 2;
-      }
-      for (int group = 0; group < config.num_groups(); ++group) {
-        double logits[4];
-        for (int i = 0; i < 4; ++i)
-          logits[i] = layer(weights.output_weight, weights.output_bias, hidden,
-                            static_cast<std::size_t>(4 * group + i));
-        const auto best = std::max_element(logits, logits + 4) - logits;
-        const std::uint32_t bits = get_bits(coded.value_code.data(), 2 * group, 2);
+      std::vector<double> logits;
+      if (norm > 0 && config.polish_sweeps == 0) logits = logits_of(numbers, block);
+      for (std::size_t first = 0; first < logits.size(); first += 4) {
+        const double* const four = logits.data() + first;
+        const auto best = std::max_element(four, four + 4) - four;
+        const int i = static_cast<int>(first) / 2;
         const auto pattern =
-            std::find(std::begin(kValuePatterns), std::end(kValuePatterns), bits) - kValuePatterns;
+            std::find(std::begin(kValuePatterns), std::end(kValuePatterns), bit(i) | bit(i + 1) << 1) -
+            kValuePatterns;
         if (pattern == best) continue;
         ++mismatches;
-        if (!(logits[best] - logits[pattern] <= tolerance))
-          complain(token, "value group ", group, " has pattern ", pattern, " with logit ",
-                   logits[pattern], "; the largest is ", best, " with ", logits[best]);
+        if (!(four[best] - four[pattern] <= tolerance))
+          complain(token, "value block ", block, ", group ", i / 2, " has pattern ", pattern,
+                   " with logit ", four[pattern], "; the largest is ", best, " with ", four[best]);
       }
+      std::vector<double> sums(static_cast<std::size_t>(C));
+      for (int i = 0; i < num_bits; ++i)
+        for (int c = 0; c < C && bit(i) != 0; ++c) {
+          const float row = codec.values->decoder()(Index{block} * num_bits + i, c);
+          sums[static_cast<std::size_t>(c)] +=
+              scales.empty() ? row : row / scales[static_cast<std::size_t>(block * C + c)];
+        }
+      judge_scale(token, block, norm, length_of(sums),
+                  coded.value_scales[static_cast<std::size_t>(block)], complain);
     }
-    double length = 0;
-    for (int c = 0; c < C; ++c) {
-      double sum = 0;
-      for (Index b = 0; b < config.num_code_bits(); ++b)
-        if (get_bits(coded.value_code.data(), b, 1) != 0)
-          sum += weights.decoder[static_cast<std::size_t>(b * C + c)];
-      length += sum * sum;
-    }
-    length = std::sqrt(length);
+    return mismatches;
+  }
+
+  template <class Complain>
+  void judge_scale(Index token, int block, double norm, double length, std::uint16_t written_bits,
+                   Complain complain) const {
     const double scale = length > 0 ? norm / length : 0;
-    const double written = from_bf16(coded.value_scale);
+    const double written = from_bf16(written_bits);
     const double allowed = is_exact ? 0 : 1e-3;  // of half a bf16 step
     if (!(std::abs(written - scale) <= (1 + allowed) * std::ldexp(scale, -8)) ||
-        (is_exact && coded.value_scale != to_bf16(static_cast<float>(scale))))
-      complain(token, "value scale is ", written, "; it should be ", scale);
-    return mismatches;
+        (is_exact && shape.value_blocks == 1 && !shape.scaled_values &&
+         written_bits != to_bf16(static_cast<float>(scale))))
+      complain(token, "value scale ", block, " is ", written, "; it should be ", scale);
   }
 };
 
