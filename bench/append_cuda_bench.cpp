@@ -1,5 +1,5 @@
 // Tokens a second that `append` codes: one layer of Llama-3.1-8B (8 KV heads of 128), 8192 tokens a
-// call, random codecs of the paper's shapes. Median over many calls, each timed by events; inputs,
+// call, random codecs of the presets' shapes. Median over many calls, each timed by events; inputs,
 // pages and workspaces take turns, together more than twice the L2 cache. The last line is JSON.
 #include <algorithm>
 #include <cmath>
@@ -64,7 +64,11 @@ std::vector<Case> cases() {
           {"commvq_1bit", with_beam(KeyCodecConfig::commvq_1bit(pairs)),
            ValueCodecConfig::commvq_1bit(kChannels)},
           {"commvq_2bit", with_beam(KeyCodecConfig::commvq_2bit(pairs)),
-           ValueCodecConfig::commvq_2bit(kChannels)}};
+           ValueCodecConfig::commvq_2bit(kChannels)},
+          {"speed_1bit", KeyCodecConfig::speed_1bit(pairs),
+           ValueCodecConfig::speed_1bit(kChannels, kHeads)},
+          {"speed_2bit", KeyCodecConfig::speed_2bit(pairs),
+           ValueCodecConfig::speed_2bit(kChannels, kHeads)}};
 }
 
 /// The library's own codecs weight errors; random weights take the same time.
@@ -83,17 +87,18 @@ LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
       codebook.derive_tied_books();
     else
       codebook.pair_weights.assign(kHeadDim / 2, 1.25f);
+    if (config.graded) codebook.derive_graded_rows();
   }
   const ValueCodecConfig& values = timed.values;
-  const int H = values.hidden_size;
+  const int H = values.hidden_size, C = values.block().num_channels;
   ValueCodecWeights weights;
   weights.norm_gain.assign(kChannels, 1.0f);
   weights.norm_bias.assign(kChannels, 0.0f);
-  weights.hidden_weight = normal(rng, Index{H} * kChannels, 1 / std::sqrt(double{kChannels}));
-  weights.hidden_bias = normal(rng, H, 0.1);
+  weights.hidden_weight = normal(rng, Index{H} * kChannels, 1 / std::sqrt(double(C)));
+  weights.hidden_bias = normal(rng, Index{H} * values.num_blocks, 0.1);
   weights.output_weight = normal(rng, Index{values.num_logits()} * H, 1 / std::sqrt(double(H)));
   weights.output_bias = normal(rng, values.num_logits(), 0.1);
-  weights.decoder = normal(rng, Index{values.num_code_bits()} * kChannels, 1.0);
+  weights.decoder = normal(rng, Index{values.num_code_bits()} * C, 1.0);
   return {std::make_shared<const KeyCodec>(std::move(heads)),
           std::make_shared<const ValueCodec>(values, std::move(weights))};
 }

@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include "binary_search.cuh"
 #include "key_search.cuh"
 #include "load_tokens.cuh"
 #include "matrix_product.cuh"
@@ -70,12 +71,26 @@ auto key_search(KeySearchKind kind) {
   }
 }
 
+auto binary_search(const KeyEncoderView& keys) {
+  return keys.binary.num_bytes <= 16 ? search_binary_codes<1> : search_binary_codes<2>;
+}
+
 void encode_keys(const EncoderView& encoder, const AppendParams& params,
                  const AppendWorkspace& workspace) {
   const Index tokens = params.num_tokens;
   load_keys<<<blocks_for(tokens, kTokenThreads / 32), kTokenThreads, 0, params.stream>>>(
       encoder, rows_of(encoder, params, true), tokens, params.pages, params.slot_mapping,
       workspace.key_norms, workspace.unit_keys);
+  if (encoder.keys.binary.num_bytes > 0) {
+    const auto kernel = binary_search(encoder.keys);
+    const dim3 grid(blocks_for(tokens, kBinarySearch.num_tokens),
+                    static_cast<unsigned>(encoder.layout.num_kv_heads));
+    kernel<<<grid, kBinarySearch.num_threads,
+             static_cast<std::size_t>(BinarySearchShared(encoder.keys).bytes), params.stream>>>(
+        encoder, tokens, workspace.unit_keys, workspace.key_norms, params.pages,
+        params.slot_mapping);
+    return;
+  }
   const int num_rows = encoder.keys.num_search_rows;
   const dim3 grid(blocks_for(tokens, num_rows / encoder.keys.beam_width),
                   static_cast<unsigned>(encoder.layout.num_kv_heads),
@@ -204,6 +219,8 @@ int configure_append_kernels() noexcept {
     allow(key_search<kKeySearch.num_rows>(kind));
     allow(key_search<kKeySearch.num_rows_small>(kind));
   }
+  allow(search_binary_codes<1>);
+  allow(search_binary_codes<2>);
   allow(polish_values);
   allow(multiply<true, ProductEpilogue>);
   allow(multiply<false, ProductEpilogue>);

@@ -13,6 +13,18 @@ struct KeySearchConfig {
 };
 inline constexpr KeySearchConfig kKeySearch{64, 32, 256, 2};
 
+/// Binary key codes, two centroids a book: a warp searches for those of two tokens with a beam of
+/// up to 8, whose 32 extensions are its lanes.
+struct BinarySearchConfig {
+  int num_tokens;   ///< of a block: rows of a matrix instruction
+  int num_threads;  ///< of a block
+  int min_blocks;   ///< blocks that an SM should hold
+};
+inline constexpr BinarySearchConfig kBinarySearch{16, 256, 3};
+static_assert(kBinarySearch.num_threads == kBinarySearch.num_tokens / 2 * 32);
+inline constexpr int kMaxBinaryBeam = 8;
+inline constexpr int kMaxBinaryStages = 128;  ///< a lane has a quarter of the bits in two words
+
 /// Widest beam: a candidate's number has four bits in a sort key.
 inline constexpr int kMaxBeamWidth = 16;
 /// Most stages whose choices a block keeps in shared memory.

@@ -5,24 +5,12 @@
 #include <cstring>
 
 #include "commvq/core/error.hpp"
-#include "commvq/core/float16.hpp"
+
+#include "binary_search_tables.hpp"
+#include "operands.hpp"
 
 namespace commvq::cuda {
 namespace {
-
-/// The power of two that takes numbers up to `largest` to at most 2^14: fp16 holds them, and what
-/// it leaves of them as well.
-double scale_for(double largest) {
-  if (!(largest > 0)) return 1;
-  const int exponent = std::ilogb(largest) + 1;
-  return std::ldexp(1.0, std::clamp(14 - exponent, -100, 100));
-}
-
-double largest_of(const std::vector<float>& values) {
-  double largest = 0;
-  for (const float value : values) largest = std::max(largest, std::abs(double{value}));
-  return largest;
-}
 
 /// The codebooks with weights applied to their rows.
 std::vector<KeyCodebook<float>> weighted_codebooks(const KeyCodec& codec) {
@@ -34,12 +22,11 @@ std::vector<KeyCodebook<float>> weighted_codebooks(const KeyCodec& codec) {
   return codebooks;
 }
 
-struct Halves {
-  std::uint16_t hi, lo;
-  explicit Halves(double scaled)
-      : hi(to_fp16(static_cast<float>(scaled))),
-        lo(to_fp16(static_cast<float>(scaled - double{from_fp16(hi)}))) {}
-};
+bool has_binary_search(const KeyCodecConfig& config, const DevicePageLayout& layout) {
+  return config.codebook_size == 2 && config.num_groups() == 1 && layout.num_planes == 1 &&
+         config.num_stages % 4 == 0 && config.num_stages <= kMaxBinaryStages &&
+         config.beam_width <= kMaxBinaryBeam;
+}
 
 /// What the operands of the value networks can be at most.
 struct NetworkBounds {
@@ -217,18 +204,12 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
           }
         for (int tile = 0; tile < keys.padded_books / 8; ++tile)
           for (int step = 0; step < keys.padded_row_size / 16; ++step)
-            for (int lane = 0; lane < 32; ++lane) {
-              std::uint32_t words[4] = {};  // hi b0, hi b1, lo b0, lo b1
-              const int n = tile * 8 + lane / 4;
-              for (int k = 0; k < 4; ++k) {
-                const int i = step * 16 + k / 2 * 8 + lane % 4 * 2 + k % 2;
-                if (n >= 2 * size || i >= row_size) continue;
-                const Halves halves(double{first[n * row_size + i]} * row_scale);
-                words[k / 2] |= static_cast<std::uint32_t>(halves.hi) << (16 * (k % 2));
-                words[2 + k / 2] |= static_cast<std::uint32_t>(halves.lo) << (16 * (k % 2));
-              }
-              operands.insert(operands.end(), words, words + 4);
-            }
+            for (int lane = 0; lane < 32; ++lane)
+              add_lane_operands(operands, lane, [&](int k, int column) {
+                const int n = tile * 8 + column, i = step * 16 + k;
+                return n >= 2 * size || i >= row_size ? 0.0
+                                                      : double{first[n * row_size + i]} * row_scale;
+              });
       }
   add(keys.channels, channels);
   if (!key_weights.empty()) add(keys.weights, key_weights);
@@ -239,6 +220,22 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
   add(keys.cross_terms_by_b, cross_terms_by_b);
   add(keys.cross_units, cross_units);
   if (keys.screens()) add(keys.rounded_cross_terms, rounded_cross_terms);
+  if (has_binary_search(config, view_.layout)) add_binary_search(codebooks, largest_weight);
+}
+
+void EncoderImage::add_binary_search(const std::vector<KeyCodebook<float>>& codebooks,
+                                     double largest_key) {
+  const BinarySearchTables tables(codebooks);
+  BinarySearchView& binary = view_.keys.binary;
+  binary.num_bytes = codebooks[0].config.num_stages / 4;
+  const double key_scale = scale_for(largest_key);
+  binary.key_scale = static_cast<float>(key_scale);
+  binary.key_factor = static_cast<float>(-2 / (key_scale * tables.direction_scale));
+  binary.gram_factor = static_cast<float>(1 / tables.gram_scale);
+  add(binary.directions, tables.directions);
+  add(binary.offsets, tables.offsets);
+  add(binary.grams, tables.grams);
+  add(binary.steps, tables.steps);
 }
 
 /// `weights` is [blocks][outputs][inputs]; its operand is padded with zeros on both sides.
@@ -342,6 +339,12 @@ EncoderView EncoderImage::view_at(const void* base) const {
   place(view.keys.cross_units);
   if (view.keys.rounded_cross_terms != nullptr) place(view.keys.rounded_cross_terms);
   if (view.keys.weights != nullptr) place(view.keys.weights);
+  if (view.keys.binary.num_bytes > 0) {
+    place(view.keys.binary.directions);
+    place(view.keys.binary.offsets);
+    place(view.keys.binary.grams);
+    place(view.keys.binary.steps);
+  }
   if (view.values.channel_scales != nullptr) place(view.values.channel_scales);
   place(view.values.norm_gain);
   place(view.values.norm_bias);

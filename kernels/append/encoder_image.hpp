@@ -25,6 +25,7 @@ class EncoderImage {
   template <class T>
   void add(const T*& at, const std::vector<T>& values);
   void add_keys(const KeyCodec& codec);
+  void add_binary_search(const std::vector<KeyCodebook<float>>& codebooks, double largest_key);
   void add_values(const ValueCodec& codec, ValuePrecision precision);
   void add_polish(const ValueCodec& codec, const std::vector<float>& rows);
   void add_bias(Weights& weights, const std::vector<float>& bias);

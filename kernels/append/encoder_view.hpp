@@ -14,6 +14,45 @@ inline COMMVQ_HOST_DEVICE Index round_up(Index count, Index multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
+/// Columns of a byte of binary key codes, four stages, in the search's products: what each of the
+/// eight bits switches on, then for each stage what it adds in any case, and zeros.
+inline constexpr int kBinaryColumns = 16;
+/// Steps of 16 bits that hold the bits before a byte, and those of all bytes before it.
+inline COMMVQ_HOST_DEVICE int binary_steps_of(int byte) {
+  return (byte + 1) / 2;
+}
+inline COMMVQ_HOST_DEVICE int binary_steps_before(int byte) {
+  return byte * byte / 4;
+}
+
+/// What bits a and b of one stage add to the errors of a later stage of the same byte: twice the
+/// inner products of what they switch on with what that one's a, b and base are.
+struct alignas(16) BinaryStep {
+  float both;  ///< of a and b with each other
+  float a_to_a, b_to_a;
+  float a_to_b, b_to_b;
+  float a_to_base, b_to_base;
+  float unused;
+};
+
+/// Tables of the search for binary key codes: see binary_search.cuh.
+struct BinarySearchView {
+  int num_bytes = 0;      ///< of the codes of a head: four stages each; 0: not such codes
+  float key_scale = 1;    ///< of keys as operands
+  float key_factor = 1;   ///< scaled product of key and column -> -2 <key, column>
+  float gram_factor = 1;  ///< scaled product of bits and grams -> what is added for the bits
+  /// Columns, scaled: [heads][bytes][padded_row_size / 16][2 tiles][32 lanes][4].
+  const std::uint32_t* directions = nullptr;
+  /// What belongs to a column's error beside products with the key and with bits,
+  /// [heads][bytes][kBinaryColumns].
+  const float* offsets = nullptr;
+  /// Twice the inner products of columns with what earlier bytes' bits switch on, scaled:
+  /// [heads][steps of all bytes][2 tiles][32 lanes][4].
+  const std::uint32_t* grams = nullptr;
+  /// [heads][num_stages][4 stages of the byte].
+  const BinaryStep* steps = nullptr;
+};
+
 /// Matrix-product operands are powers of two times the numbers they stand for, so that fp16 holds
 /// them and their rest: scaled = number * scale.
 struct KeyEncoderView {
@@ -49,6 +88,7 @@ struct KeyEncoderView {
   const std::uint32_t* rounded_cross_terms = nullptr;
   /// What 1 of these integers stands for, [heads][groups][stages].
   const float* cross_units = nullptr;
+  BinarySearchView binary;
 
   /// Whether greedy searches look for the best a in integers first: the terms of b of one row then
   /// take the place of its operands, sixteen bytes at a time.
@@ -61,7 +101,7 @@ struct KeyEncoderView {
 };
 
 /// How key codes are searched for: see key_search.cuh.
-enum class KeySearchKind { kBeam, kGreedy, kScreenedGreedy };
+enum class KeySearchKind { kBeam, kGreedy, kScreenedGreedy };  // and binary_search.cuh
 inline KeySearchKind search_kind(const KeyEncoderView& keys) {
   if (keys.beam_width > 1) return KeySearchKind::kBeam;
   return keys.screens() ? KeySearchKind::kScreenedGreedy : KeySearchKind::kGreedy;
@@ -181,6 +221,27 @@ struct KeySearchShared {
     const Index codes = 2 * (rows / keys.beam_width) * (2 * keys.num_stages + 1);
     history = at > codes ? at : round_up(codes, 16);
     bytes = history + Index{4} * rows * keys.num_stages;
+  }
+};
+
+/// Shared memory of a block of the search for binary key codes, offsets in bytes.
+struct BinarySearchShared {
+  int operand_stride;  ///< fp16 numbers between rows of the keys' operands
+  int product_stride;  ///< floats between rows of the products
+  int hi, lo;          ///< fp16 [tokens][operand_stride]
+  int products;        ///< float [tokens][product_stride]: products with keys, and offsets
+  int errors;          ///< float [tokens]
+  int bytes;
+
+  COMMVQ_HOST_DEVICE explicit BinarySearchShared(const KeyEncoderView& keys) {
+    constexpr int kTokens = kBinarySearch.num_tokens;
+    operand_stride = keys.padded_row_size + 8;
+    product_stride = keys.binary.num_bytes * kBinaryColumns + 8;
+    hi = 0;
+    lo = hi + 2 * kTokens * operand_stride;
+    products = lo + 2 * kTokens * operand_stride;
+    errors = products + 4 * kTokens * product_stride;
+    bytes = errors + 4 * kTokens;
   }
 };
 

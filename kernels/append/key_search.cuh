@@ -4,6 +4,7 @@
 #include "encoder_view.hpp"
 #include "instructions.cuh"
 #include "load_tokens.cuh"
+#include "write_keys.cuh"
 
 namespace commvq::cuda {
 
@@ -570,24 +571,7 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
           const std::uint32_t code = coded ? codes[token * codes_stride + plane.first_book + k] : 0;
           bits |= shift >= 0 ? code << shift : code >> -shift;
         }
-        if (word < plane.num_words) {
-          reinterpret_cast<std::uint32_t*>(page + layout.key_words(plane, head, slot))[word] = bits;
-        } else {
-          // Other tokens' tails share the words; see `write_values`.
-          const Index at = layout.key_tail_bit(plane, head, slot);
-          auto* const tail = reinterpret_cast<std::uint32_t*>(page) + at / 32;
-          const int shift = static_cast<int>(at % 32);
-          const auto wanted = static_cast<std::uint64_t>(bits) << shift;
-          const auto mask = ((std::uint64_t{1} << plane.tail_bits) - 1) << shift;
-          for (int part = 0; part < 2; ++part) {
-            const auto part_mask = static_cast<std::uint32_t>(mask >> (32 * part));
-            if (part_mask == 0) continue;
-            const std::uint32_t old = *const_cast<volatile std::uint32_t*>(tail + part);
-            const std::uint32_t change =
-                (old ^ static_cast<std::uint32_t>(wanted >> (32 * part))) & part_mask;
-            if (change != 0) atomicXor(tail + part, change);
-          }
-        }
+        write_key_word(layout, plane, head, page, slot, word, bits);
       }
     }
   }

@@ -168,6 +168,36 @@ TEST_F(AppendTest, CodesOfTheLibrarysOwnPresets) {
             "");
 }
 
+TEST_F(AppendTest, CodesOfTheSpeedPresets) {
+  // Binary keys, and values with a block a head.
+  AppendShape shape{.num_kv_heads = 2,
+                    .head_dim = 128,
+                    .num_tokens = 77,
+                    .codebook_size = 2,
+                    .num_stages = 60,
+                    .tied = false,
+                    .beam_width = 8,
+                    .value_blocks = 2};
+  EXPECT_EQ(verdict(AppendCase::exact(rng_, shape)), "");
+  shape.num_tokens = 600;
+  EXPECT_EQ(verdict(AppendCase::random(rng_, shape), ValuePrecision::kFp16), "");
+  shape.norm_per_head = shape.weighted = true;
+  shape.polish_sweeps = 8;
+  EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
+  shape.num_tokens = 150;
+  shape.num_stages = 124;
+  shape.bits = 2;
+  shape.scaled_values = true;
+  EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
+  EXPECT_EQ(verdict(AppendCase::exact(rng_, {.num_kv_heads = 3,
+                                             .num_tokens = 33,
+                                             .codebook_size = 2,
+                                             .num_stages = 8,
+                                             .beam_width = 3,
+                                             .scaled_values = true})),
+            "");
+}
+
 TEST_F(AppendTest, LargeTilesOfTheMatrixProducts) {
   const AppendShape shape{.num_tokens = 700, .num_stages = 2, .hidden_size = 300};
   const AppendCase tested = AppendCase::exact(rng_, shape);

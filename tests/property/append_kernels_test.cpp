@@ -3,13 +3,17 @@
 #include <gmock/gmock.h>
 
 #include "reference/append_reference.hpp"
-// clang-format off: what stands in for CUDA comes before the kernels.
+// What stands in for CUDA comes before the kernels.
+// clang-format off
+#include "simt/simt.hpp"
+
+#include "../../kernels/append/binary_search.cuh"
+#include "../../kernels/append/binary_search_tables.cpp"
 #include "../../kernels/append/encoder_image.cpp"
 #include "../../kernels/append/key_search.cuh"
 #include "../../kernels/append/load_tokens.cuh"
 #include "../../kernels/append/matrix_product.cuh"
 #include "../../kernels/append/polish_values.cuh"
-#include "simt/simt.hpp"
 // clang-format on
 
 namespace commvq::cuda {
@@ -43,7 +47,9 @@ class HostAppend {
       load_keys(view_, rows, tokens, paged, places, workspace.key_norms, workspace.unit_keys);
     });
     ASSERT_LE(KeySearchShared(view_.keys, kKeySearch.num_rows).bytes, Index{sizeof shared});
-    if (small_)
+    if (view_.keys.binary.num_bytes > 0)
+      search_binary_keys(tokens, workspace, paged, places);
+    else if (small_)
       search_keys<kKeySearch.num_rows_small>(tokens, workspace, paged, places);
     else
       search_keys<kKeySearch.num_rows>(tokens, workspace, paged, places);
@@ -96,6 +102,19 @@ class HostAppend {
     simt::launch(grid, kKeySearch.num_threads, [&] {
       kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
     });
+  }
+
+  void search_binary_keys(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
+                          const std::int64_t* places) {
+    constexpr Index kPerBlock = kBinarySearch.num_tokens;
+    ASSERT_LE(BinarySearchShared(view_.keys).bytes, Index{sizeof shared});
+    const auto kernel =
+        view_.keys.binary.num_bytes <= 16 ? search_binary_codes<1> : search_binary_codes<2>;
+    simt::launch({static_cast<unsigned>((tokens + kPerBlock - 1) / kPerBlock),
+                  static_cast<unsigned>(view_.layout.num_kv_heads)},
+                 kBinarySearch.num_threads, [&] {
+                   kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
+                 });
   }
 
   void polish(Index tokens, const AppendWorkspace& workspace, const TokenRows& rows) {
@@ -252,6 +271,38 @@ TEST(AppendKernelsTest, ValuesInBlocksAndWithChannelScales) {
   expect_right_codes(
       AppendCase::random(rng, {.num_tokens = 9, .num_stages = 1, .scaled_values = true}),
       ValuePrecision::kFp32, true);
+}
+
+TEST(AppendKernelsTest, BinaryKeys) {
+  Rng rng(8);
+  testing_support::AppendShape shape{.num_kv_heads = 2,
+                                     .head_dim = 128,
+                                     .num_tokens = 35,
+                                     .codebook_size = 2,
+                                     .num_stages = 60,
+                                     .tied = false,
+                                     .beam_width = 8,
+                                     .hidden_size = 8};
+  expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
+  shape.norm_per_head = shape.weighted = true;
+  shape.num_tokens = 120;
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+  shape.num_stages = 124;
+  shape.num_tokens = 50;
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+  for (const int beam_width : {1, 3, 6}) {
+    SCOPED_TRACE(beam_width);
+    shape = {.num_kv_heads = 1,
+             .num_tokens = 21,
+             .codebook_size = 2,
+             .num_stages = 8,
+             .tied = beam_width == 3,
+             .beam_width = beam_width,
+             .layout = RopeLayout::kInterleaved,
+             .page_size = 16,
+             .hidden_size = 8};
+    expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
+  }
 }
 
 TEST(AppendKernelsTest, LargeTilesAndBlocks) {
