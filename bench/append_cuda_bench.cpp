@@ -175,7 +175,11 @@ double tokens_per_second(const cuda::DeviceEncoder& encoder, Buffers& buffers, b
   return static_cast<double>(kTokens) * 1e3 / times[kRuns / 2];
 }
 
-int run() {
+int run(const std::vector<std::string>& presets) {
+  const std::vector<Case> all = cases();
+  for (const std::string& name : presets)
+    require(std::any_of(all.begin(), all.end(), [&](const Case& c) { return name == c.name; }),
+            "there is no preset ", name);
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
     std::printf("no GPU here\n");
@@ -186,7 +190,9 @@ int run() {
   std::printf("%s, %lld tokens a call\n", device.name, static_cast<long long>(kTokens));
   std::string json = std::string("{\"device\": \"") + device.name + "\"";
   std::mt19937 rng(1);
-  for (const Case& timed : cases()) {
+  for (const Case& timed : all) {
+    if (!presets.empty() && std::find(presets.begin(), presets.end(), timed.name) == presets.end())
+      continue;
     const LayerCodec codec = random_codec(rng, timed);
     const cuda::DevicePageLayout layout(codec.keys->config(), kHeads, codec.values->config(), 64,
                                         cuda::key_plane_bytes(device.major * 10 + device.minor));
@@ -211,9 +217,10 @@ int run() {
 
 }  // namespace
 
-int main() {
+/// Arguments: the presets to time; none: all.
+int main(int argc, char** argv) {
   try {
-    return run();
+    return run({argv + 1, argv + argc});
   } catch (const std::exception& error) {
     std::fprintf(stderr, "append_cuda_bench: %s\n", error.what());
     return 1;
