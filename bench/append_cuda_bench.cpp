@@ -1,7 +1,11 @@
-// Tokens a second that `append` codes: one layer of Llama-3.1-8B (8 KV heads of 128), 8192 tokens a
-// call, random codecs of the presets' shapes. Median over many calls, each timed by events; inputs,
-// pages and workspaces take turns, together more than twice the L2 cache. The last line is JSON.
+// What `append` takes: one layer of Llama-3.1-8B (8 KV heads of 128), random codecs of the presets'
+// shapes. Median over many calls, each a captured graph timed by events; inputs, pages and
+// workspaces take turns, at 8192 tokens a call together more than twice the L2 cache. The last line
+// is JSON.
+//
+//     append_cuda_bench [tokens a call] [preset ...]
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -26,7 +30,6 @@ using namespace commvq;
 constexpr int kHeads = 8;
 constexpr int kHeadDim = 128;
 constexpr int kChannels = kHeads * kHeadDim;
-constexpr Index kTokens = 8192;
 constexpr int kSets = 4;  // of buffers that take turns
 constexpr int kWarmUp = 8;
 constexpr int kRuns = 40;
@@ -71,6 +74,31 @@ std::vector<Case> cases() {
            ValueCodecConfig::speed_2bit(kChannels, kHeads)}};
 }
 
+/// Bit i of the code is set where E_i and the value agree: hidden outputs are 2i: GELU(<E_i, v>)
+/// and 2i + 1: GELU(-<E_i, v>), whose difference is <E_i, v>. So the polish begins with a code that
+/// means something, as it does behind a trained network.
+void set_network(const ValueCodecConfig& config, ValueCodecWeights& weights) {
+  const int C = config.block().num_channels, H = config.hidden_size;
+  const int bits = config.block().num_code_bits(), logits = config.block().num_logits();
+  require(H == 2 * bits, "a network of ", H, " hidden outputs, not two a bit");
+  weights.hidden_weight.resize(static_cast<std::size_t>(Index{config.num_blocks} * H * C));
+  weights.output_weight.resize(static_cast<std::size_t>(Index{config.num_logits()} * H));
+  for (Index bit = 0; bit < config.num_code_bits(); ++bit)
+    for (int sign = 0; sign < 2; ++sign)
+      for (int c = 0; c < C; ++c)
+        weights.hidden_weight[static_cast<std::size_t>((2 * bit + sign) * C + c)] =
+            (sign == 0 ? 1.0f : -1.0f) / std::sqrt(static_cast<float>(C)) *
+            weights.decoder[static_cast<std::size_t>(bit * C + c)];
+  for (Index logit = 0; logit < config.num_logits(); ++logit)
+    for (int k = 0; k < 2; ++k) {  // the pair's bits
+      const bool is_set = (kValuePatterns[logit % 4] >> k & 1) != 0;
+      const Index hidden = logit % logits / 4 * 4 + 2 * k;
+      float* const at = &weights.output_weight[static_cast<std::size_t>(logit * H + hidden)];
+      at[0] = is_set ? 1.0f : -1.0f;
+      at[1] = -at[0];
+    }
+}
+
 /// The library's own codecs weight errors; random weights take the same time.
 LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
   const KeyCodecConfig& config = timed.keys;
@@ -94,11 +122,10 @@ LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
   ValueCodecWeights weights;
   weights.norm_gain.assign(kChannels, 1.0f);
   weights.norm_bias.assign(kChannels, 0.0f);
-  weights.hidden_weight = normal(rng, Index{H} * kChannels, 1 / std::sqrt(double(C)));
-  weights.hidden_bias = normal(rng, Index{H} * values.num_blocks, 0.1);
-  weights.output_weight = normal(rng, Index{values.num_logits()} * H, 1 / std::sqrt(double(H)));
-  weights.output_bias = normal(rng, values.num_logits(), 0.1);
+  weights.hidden_bias.assign(static_cast<std::size_t>(H) * values.num_blocks, 0.0f);
+  weights.output_bias.assign(static_cast<std::size_t>(values.num_logits()), 0.0f);
   weights.decoder = normal(rng, Index{values.num_code_bits()} * C, 1.0);
+  set_network(values, weights);
   return {std::make_shared<const KeyCodec>(std::move(heads)),
           std::make_shared<const ValueCodec>(values, std::move(weights))};
 }
@@ -117,29 +144,29 @@ struct Buffers {
   cuda::AppendParams params[kSets];
   std::vector<void*> owned;
 
-  Buffers(const cuda::DeviceEncoder& encoder, std::mt19937& rng) {
+  Buffers(const cuda::DeviceEncoder& encoder, Index num_tokens, std::mt19937& rng) {
     const cuda::DevicePageLayout& layout = encoder.layout();
     const auto own = [&](const void* data, std::size_t bytes) {
       owned.push_back(device_copy(data, bytes));
       return owned.back();
     };
-    std::vector<std::int64_t> places(kTokens);
+    std::vector<std::int64_t> places(static_cast<std::size_t>(num_tokens));
     for (std::size_t i = 0; i < places.size(); ++i) places[i] = static_cast<std::int64_t>(i);
     for (cuda::AppendParams& p : params) {
       std::vector<std::uint16_t> rows;
-      for (const float value : normal(rng, kTokens * kChannels, 1.0))
+      for (const float value : normal(rng, num_tokens * kChannels, 1.0))
         rows.push_back(to_bf16(value));
-      p.num_tokens = kTokens;
+      p.num_tokens = num_tokens;
       p.keys = own(rows.data(), rows.size() * 2);
       std::reverse(rows.begin(), rows.end());
       p.values = own(rows.data(), rows.size() * 2);
       p.slot_mapping = static_cast<const std::int64_t*>(
           own(places.data(), places.size() * sizeof(std::int64_t)));
-      const Index pages = kTokens / layout.page_size;
+      const Index pages = (num_tokens + layout.page_size - 1) / layout.page_size;
       p.pages.data = static_cast<std::uint8_t*>(
           own(nullptr, static_cast<std::size_t>(pages * layout.page_bytes)));
       p.pages.page_stride = layout.page_bytes;
-      p.workspace_bytes = cuda::append_workspace_size(encoder, kTokens);
+      p.workspace_bytes = cuda::append_workspace_size(encoder, num_tokens);
       p.workspace = own(nullptr, p.workspace_bytes);
     }
   }
@@ -149,33 +176,61 @@ struct Buffers {
   }
 };
 
-/// Median tokens a second of keys, values or both.
-double tokens_per_second(const cuda::DeviceEncoder& encoder, Buffers& buffers, bool keys,
-                         bool values) {
+/// A call as a graph.
+cudaGraphExec_t capture(const cuda::DeviceEncoder& encoder, cuda::AppendParams params,
+                        cudaStream_t stream) {
+  params.stream = stream;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  const cuda::Status status = cuda::append(encoder, params);
+  check(cudaStreamEndCapture(stream, &graph));
+  require(status.ok(), status.message());
+  check(cudaGraphInstantiate(&executable, graph, 0));
+  check(cudaGraphDestroy(graph));
+  return executable;
+}
+
+/// Median milliseconds of keys, values or both.
+double milliseconds(const cuda::DeviceEncoder& encoder, const Buffers& buffers, bool keys,
+                    bool values) {
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreate(&stream));
+  cudaGraphExec_t calls[kSets];
+  for (int set = 0; set < kSets; ++set) {
+    cuda::AppendParams params = buffers.params[set];
+    if (!keys) params.keys = nullptr;
+    if (!values) params.values = nullptr;
+    calls[set] = capture(encoder, params, stream);
+  }
   cudaEvent_t begin = nullptr, end = nullptr;
   check(cudaEventCreate(&begin));
   check(cudaEventCreate(&end));
   std::vector<float> times;
   for (int run = 0; run < kWarmUp + kRuns; ++run) {
-    cuda::AppendParams params = buffers.params[run % kSets];
-    if (!keys) params.keys = nullptr;
-    if (!values) params.values = nullptr;
-    check(cudaEventRecord(begin));
-    const cuda::Status status = cuda::append(encoder, params);
-    require(status.ok(), status.message());
-    check(cudaEventRecord(end));
+    check(cudaEventRecord(begin, stream));
+    check(cudaGraphLaunch(calls[run % kSets], stream));
+    check(cudaEventRecord(end, stream));
     check(cudaEventSynchronize(end));
-    float milliseconds = 0;
-    check(cudaEventElapsedTime(&milliseconds, begin, end));
-    if (run >= kWarmUp) times.push_back(milliseconds);
+    float time = 0;
+    check(cudaEventElapsedTime(&time, begin, end));
+    if (run >= kWarmUp) times.push_back(time);
   }
+  for (cudaGraphExec_t call : calls) cudaGraphExecDestroy(call);
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
+  cudaStreamDestroy(stream);
   std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
-  return static_cast<double>(kTokens) * 1e3 / times[kRuns / 2];
+  return times[kRuns / 2];
 }
 
-int run(const std::vector<std::string>& presets) {
+int run(std::vector<std::string> presets) {
+  Index num_tokens = 8192;
+  if (!presets.empty() && std::isdigit(static_cast<unsigned char>(presets[0][0])) != 0) {
+    num_tokens = std::stoll(presets[0]);
+    require(num_tokens >= 1, "tokens a call are ", num_tokens, "; there must be one or more");
+    presets.erase(presets.begin());
+  }
   const std::vector<Case> all = cases();
   for (const std::string& name : presets)
     require(std::any_of(all.begin(), all.end(), [&](const Case& c) { return name == c.name; }),
@@ -187,8 +242,9 @@ int run(const std::vector<std::string>& presets) {
   }
   cudaDeviceProp device{};
   check(cudaGetDeviceProperties(&device, 0));
-  std::printf("%s, %lld tokens a call\n", device.name, static_cast<long long>(kTokens));
-  std::string json = std::string("{\"device\": \"") + device.name + "\"";
+  std::printf("%s, %lld tokens a call\n", device.name, static_cast<long long>(num_tokens));
+  std::string json = std::string("{\"device\": \"") + device.name +
+                     "\", \"tokens\": " + std::to_string(num_tokens);
   std::mt19937 rng(1);
   for (const Case& timed : all) {
     if (!presets.empty() && std::find(presets.begin(), presets.end(), timed.name) == presets.end())
@@ -197,14 +253,16 @@ int run(const std::vector<std::string>& presets) {
     const cuda::DevicePageLayout layout(codec.keys->config(), kHeads, codec.values->config(), 64,
                                         cuda::key_plane_bytes(device.major * 10 + device.minor));
     const cuda::DeviceEncoder encoder = cuda::prepare_encoder(codec, layout);
-    Buffers buffers(encoder, rng);
+    const Buffers buffers(encoder, num_tokens, rng);
     const struct {
       const char* name;
       bool keys, values;
     } parts[] = {{"keys", true, false}, {"values", false, true}, {"both", true, true}};
     for (const auto& part : parts) {
-      const double rate = tokens_per_second(encoder, buffers, part.keys, part.values) / 1e6;
-      std::printf("%-17s %-6s  %7.2f million tokens/s\n", timed.name, part.name, rate);
+      const double time = milliseconds(encoder, buffers, part.keys, part.values) * 1e3;
+      const double rate = static_cast<double>(num_tokens) / time;
+      std::printf("%-17s %-6s  %9.1f microseconds  %7.2f million tokens/s\n", timed.name, part.name,
+                  time, rate);
       char entry[96];
       std::snprintf(entry, sizeof entry, ", \"%s_%s_mtokens_s\": %.3f", timed.name, part.name,
                     rate);
@@ -217,7 +275,6 @@ int run(const std::vector<std::string>& presets) {
 
 }  // namespace
 
-/// Arguments: the presets to time; none: all.
 int main(int argc, char** argv) {
   try {
     return run({argv + 1, argv + argc});

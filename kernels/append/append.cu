@@ -78,9 +78,11 @@ auto binary_search(const KeyEncoderView& keys) {
 void encode_keys(const EncoderView& encoder, const AppendParams& params,
                  const AppendWorkspace& workspace) {
   const Index tokens = params.num_tokens;
-  load_keys<<<blocks_for(tokens, kTokenThreads / 32), kTokenThreads, 0, params.stream>>>(
-      encoder, rows_of(encoder, params, true), tokens, params.pages, params.slot_mapping,
-      workspace.key_norms, workspace.unit_keys);
+  const dim3 loads(blocks_for(tokens, kTokenThreads / 32),
+                   static_cast<unsigned>(encoder.layout.norms_per_token));
+  load_keys<<<loads, kTokenThreads, 0, params.stream>>>(encoder, rows_of(encoder, params, true),
+                                                        tokens, params.pages, params.slot_mapping,
+                                                        workspace.key_norms, workspace.unit_keys);
   if (encoder.keys.binary.num_bytes > 0) {
     const auto kernel = binary_search(encoder.keys);
     const dim3 grid(blocks_for(tokens, kBinarySearch.num_tokens),
@@ -103,14 +105,17 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
       encoder, tokens, workspace.unit_keys, workspace.key_norms, params.pages, params.slot_mapping);
 }
 
+auto value_polish(int num_bits) {
+  return num_bits == 128 ? polish_values<128>
+                         : (num_bits == 256 ? polish_values<256> : polish_values<0>);
+}
+
 /// Replaces the network's bits by better ones.
 void polish(const EncoderView& encoder, const AppendParams& params,
             const AppendWorkspace& workspace) {
   const Index tokens = params.num_tokens;
   const ValueEncoderView& values = encoder.values;
   const Index rows = tokens * values.num_blocks;
-  load_unit_values<<<blocks_for(rows, kTokenThreads / 32), kTokenThreads, 0, params.stream>>>(
-      encoder, rows_of(encoder, params, false), tokens, workspace.value_norms, workspace.units);
   multiply_by(
       encoder, values.rows, workspace.units, tokens, 3,
       ProductEpilogue{values.rows.product_factor, workspace.value_products, values.num_code_bits},
@@ -119,10 +124,10 @@ void polish(const EncoderView& encoder, const AppendParams& params,
       encoder, values.gram, workspace.bits, tokens, 2,
       ProductEpilogue{values.gram.product_factor, workspace.sum_products, values.num_code_bits},
       params.stream);
-  polish_values<<<static_cast<unsigned>(rows), 32,
-                  static_cast<std::size_t>(polish_shared_bytes(values.num_code_bits)),
-                  params.stream>>>(encoder, tokens, workspace.value_products,
-                                   workspace.sum_products, workspace.bits);
+  const auto kernel = value_polish(values.num_code_bits);
+  const auto bytes = static_cast<std::size_t>(polish_shared_bytes(values.num_code_bits));
+  kernel<<<static_cast<unsigned>(rows), 32, bytes, params.stream>>>(
+      encoder, tokens, workspace.value_products, workspace.sum_products, workspace.bits);
 }
 
 void encode_values(const EncoderView& encoder, const AppendParams& params,
@@ -131,9 +136,11 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
   const ValueEncoderView& values = encoder.values;
   const int terms = values.num_terms();
   const Index rows = tokens * values.num_blocks;
-  const unsigned row_blocks = blocks_for(rows, kTokenThreads / 32);
-  load_values<<<row_blocks, kTokenThreads, 0, params.stream>>>(
-      encoder, rows_of(encoder, params, false), tokens, workspace.value_norms, workspace.inputs);
+  const dim3 parts(blocks_for(tokens, kTokenThreads / 32),
+                   static_cast<unsigned>(values.num_blocks));
+  load_values<<<parts, kTokenThreads, 0, params.stream>>>(encoder, rows_of(encoder, params, false),
+                                                          tokens, workspace.value_norms,
+                                                          workspace.inputs, workspace.units);
   std::uint16_t* const hidden_lo =
       terms > 1 ? workspace.hidden + rows * values.output.num_inputs : nullptr;
   multiply_by(encoder, values.hidden, workspace.inputs, tokens, terms,
@@ -148,7 +155,7 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
   multiply_by(encoder, values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
               SquaresEpilogue{workspace.squares, rows}, params.stream);
   const int tile_cols = tokens <= kSmallTileTokens ? kSmallTile.cols : kLargeTile.cols;
-  write_values<<<row_blocks, kTokenThreads, 0, params.stream>>>(
+  write_values<<<parts, kTokenThreads, 0, params.stream>>>(
       encoder, tokens, workspace.value_norms, workspace.bits, workspace.squares,
       values.decoder.num_padded_outputs / tile_cols, params.pages, params.slot_mapping);
 }
@@ -221,7 +228,7 @@ int configure_append_kernels() noexcept {
   }
   allow(search_binary_codes<1>);
   allow(search_binary_codes<2>);
-  allow(polish_values);
+  for (const int num_bits : {0, 128, 256}) allow(value_polish(num_bits));
   allow(multiply<true, ProductEpilogue>);
   allow(multiply<false, ProductEpilogue>);
   allow(multiply<true, HiddenEpilogue>);

@@ -1,11 +1,10 @@
 #pragma once
 
-#include "common/sort_key.cuh"
 #include "common/sums.cuh"
 #include "encoder_view.hpp"
 #include "instructions.cuh"
 #include "load_tokens.cuh"
-#include "write_keys.cuh"
+#include "page_place.cuh"
 
 namespace commvq::cuda {
 
@@ -122,16 +121,61 @@ __device__ __forceinline__ void begin_byte(const BinarySearchView& binary, int h
   }
 }
 
+/// An extension that was chosen: its error, as the bits of a float, and the lane that it was.
+struct BinaryChoice {
+  std::uint32_t error;
+  int lane;
+};
+
+/// Of the lanes' errors the best eight, sorted, ties to the lower lane; in `choices`, shared by the
+/// warp alone. An error that is taken is no longer compared.
+__device__ __forceinline__ void choose_one_by_one(std::uint32_t error, BinaryChoice* choices) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+  for (int rank = 0; rank < kMaxBinaryBeam; ++rank) {
+    const std::uint32_t least = __reduce_min_sync(0xffffffffu, error);
+    const unsigned lanes = __ballot_sync(0xffffffffu, error == least);
+    if (lane != __ffs(static_cast<int>(lanes)) - 1) continue;
+    choices[rank] = BinaryChoice{error, lane};
+    error = ~0u;
+  }
+}
+
+/// The same for both tokens of a warp, faster where no two of the least errors are equal.
+__device__ __forceinline__ void choose_binary(const std::uint32_t (&errors)[2],
+                                              BinaryChoice* choices) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  std::uint32_t left[2] = {errors[0], errors[1]};
+  int ranks[2] = {kMaxBinaryBeam, kMaxBinaryBeam};
+#pragma unroll
+  for (int rank = 0; rank < kMaxBinaryBeam; ++rank)
+#pragma unroll
+    for (int token = 0; token < 2; ++token)
+      if (left[token] == __reduce_min_sync(0xffffffffu, left[token])) {
+        ranks[token] = rank;
+        left[token] = ~0u;
+      }
+#pragma unroll
+  for (int token = 0; token < 2; ++token) {
+    BinaryChoice* const of_token = choices + token * kMaxBinaryBeam;
+    const bool chosen = ranks[token] < kMaxBinaryBeam;
+    if (__popc(__ballot_sync(0xffffffffu, chosen)) != kMaxBinaryBeam)
+      choose_one_by_one(errors[token], of_token);
+    else if (chosen)
+      of_token[ranks[token]] = BinaryChoice{errors[token], lane};
+  }
+}
+
 /// Replaces both tokens' `width` candidates by the best of their extensions, sorted, ties to the
-/// smaller (candidate, a, b). Those past the new width mean nothing.
+/// smaller (candidate, a, b). Those past the new width mean nothing. `choices` are the warp's.
 template <int kWords>
 __device__ __forceinline__ void extend_binary(const BinaryStep* steps, int byte, int stage,
-                                              int width, BinaryCandidate<kWords> (&candidates)[2]) {
+                                              int width, BinaryChoice* choices,
+                                              BinaryCandidate<kWords> (&candidates)[2]) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const BinaryStep step = steps[stage * 4 + lane % 4];
-  std::uint32_t keys[2], errors[2] = {~0u, ~0u};
-  int parents[2] = {};  // lanes
+  std::uint32_t errors[2];
 #pragma unroll
   for (int token = 0; token < 2; ++token) {
     const BinaryCandidate<kWords>& own = candidates[token];
@@ -142,40 +186,41 @@ __device__ __forceinline__ void extend_binary(const BinaryStep* steps, int byte,
     if ((lane & 2) != 0) error += of_a;
     if ((lane & 1) != 0) error += of_b;
     if ((lane & 3) == 3) error += step.both;
-    keys[token] = lane / 4 < width ? ordered_bits(error + 0.0f) : ~0u;
+    // Less than nothing is nothing but rounding. Extensions that are not there come last, unequal.
+    const int bits = max(static_cast<int>(__float_as_uint(error)), 0);
+    errors[token] = lane / 4 < width ? static_cast<std::uint32_t>(bits) : 0xffffff00u + lane;
   }
-#pragma unroll
-  for (int rank = 0; rank < kMaxBinaryBeam; ++rank)
-#pragma unroll
-    for (int token = 0; token < 2; ++token) {
-      const std::uint32_t least = __reduce_min_sync(kAll, keys[token]);
-      const unsigned lanes = __ballot_sync(kAll, keys[token] == least);
-      const int parent = __ffs(static_cast<int>(lanes)) - 1;
-      if (lane == parent) keys[token] = ~0u;
-      if (lane / 4 == rank) {
-        errors[token] = least;
-        parents[token] = parent;
-      }
-    }
+  choose_binary(errors, choices);
+  __syncwarp();
 #pragma unroll
   for (int token = 0; token < 2; ++token) {
     BinaryCandidate<kWords>& own = candidates[token];
-    const int from = (parents[token] & ~3) | (lane & 3);
-    const std::uint32_t a = parents[token] >> 1 & 1, b = parents[token] & 1;
-    own.error = from_ordered_bits(errors[token]);
+    const BinaryChoice choice = choices[token * kMaxBinaryBeam + lane / 4];
+    const int from = (choice.lane & ~3) | (lane & 3);
+    const bool a = (choice.lane & 2) != 0, b = (choice.lane & 1) != 0;
+    own.error = __uint_as_float(choice.error);
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      own.history[word] = __shfl_sync(kAll, own.history[word], from);
-      if (lane % 4 == stage && byte / 16 == word)
-        own.history[word] |= (a | b << 1) << (byte % 16 * 2);
+      const bool holds = lane % 4 == stage && byte / 16 == word;
+      const std::uint32_t bits = holds ? (a ? 1u : 0u) | (b ? 2u : 0u) : 0;
+      own.history[word] = __shfl_sync(kAll, own.history[word], from) | bits << (byte % 16 * 2);
     }
     if (stage == 3) continue;  // no stage of the byte is left
-    const float a_is_set = a != 0 ? 1.0f : 0.0f, b_is_set = b != 0 ? 1.0f : 0.0f;
-    own.of_base = __shfl_sync(kAll, own.of_base, from) + a_is_set * step.a_to_base +
-                  b_is_set * step.b_to_base;
-    own.of_a = __shfl_sync(kAll, own.of_a, from) + a_is_set * step.a_to_a + b_is_set * step.b_to_a;
-    own.of_b = __shfl_sync(kAll, own.of_b, from) + a_is_set * step.a_to_b + b_is_set * step.b_to_b;
+    own.of_base = __shfl_sync(kAll, own.of_base, from);
+    own.of_a = __shfl_sync(kAll, own.of_a, from);
+    own.of_b = __shfl_sync(kAll, own.of_b, from);
+    if (a) {
+      own.of_base += step.a_to_base;
+      own.of_a += step.a_to_a;
+      own.of_b += step.a_to_b;
+    }
+    if (b) {
+      own.of_base += step.b_to_base;
+      own.of_a += step.b_to_a;
+      own.of_b += step.b_to_b;
+    }
   }
+  __syncwarp();  // all have read the choices
 }
 
 /// Writes the best candidate's bits to its page, a word a lane.
@@ -199,9 +244,7 @@ __device__ __forceinline__ void write_binary_codes(const DevicePageLayout& layou
     }
   const KeyPlane& plane = layout.planes[0];
   if (place < 0 || lane > plane.num_words) return;
-  std::uint8_t* const page = pages.data + place / layout.page_size * pages.page_stride;
-  write_key_word(layout, plane, head, page, static_cast<int>(place % layout.page_size), lane,
-                 coded ? bits : 0);
+  write_key_word(layout, plane, head, PagePlace(layout, pages, place), lane, coded ? bits : 0);
 }
 
 /// The codes of 16 tokens of one head: grid (blocks of tokens, heads). kWords: of a history, one
@@ -252,13 +295,15 @@ __global__ void __launch_bounds__(kBinarySearch.num_threads, kBinarySearch.min_b
   for (int i = 0; i < 2; ++i) candidates[i].error = errors[first_row + i];
   const auto* const products =
       reinterpret_cast<const float*>(shared + at.products) + first_row * at.product_stride;
+  auto* const choices =
+      reinterpret_cast<BinaryChoice*>(shared + at.choices) + first_row * kMaxBinaryBeam;
   const BinaryStep* steps = keys.binary.steps + Index{head} * keys.num_stages * 4;
   int width = 1;
   for (int byte = 0; byte < keys.binary.num_bytes; ++byte, steps += 16) {
     begin_byte(keys.binary, head, byte, products, at.product_stride, candidates);
 #pragma unroll
     for (int stage = 0; stage < 4; ++stage) {
-      extend_binary(steps, byte, stage, width, candidates);
+      extend_binary(steps, byte, stage, width, choices, candidates);
       width = min(keys.beam_width, 4 * width);
     }
   }

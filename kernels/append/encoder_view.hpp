@@ -230,6 +230,7 @@ struct BinarySearchShared {
   int product_stride;  ///< floats between rows of the products
   int hi, lo;          ///< fp16 [tokens][operand_stride]
   int products;        ///< float [tokens][product_stride]: products with keys, and offsets
+  int choices;         ///< BinaryChoice [tokens][kMaxBinaryBeam]
   int errors;          ///< float [tokens]
   int bytes;
 
@@ -240,7 +241,8 @@ struct BinarySearchShared {
     hi = 0;
     lo = hi + 2 * kTokens * operand_stride;
     products = lo + 2 * kTokens * operand_stride;
-    errors = products + 4 * kTokens * product_stride;
+    choices = products + 4 * kTokens * product_stride;
+    errors = choices + 8 * kTokens * kMaxBinaryBeam;
     bytes = errors + 4 * kTokens;
   }
 };

@@ -4,7 +4,7 @@
 #include "encoder_view.hpp"
 #include "instructions.cuh"
 #include "load_tokens.cuh"
-#include "write_keys.cuh"
+#include "page_place.cuh"
 
 namespace commvq::cuda {
 
@@ -552,12 +552,10 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
   __syncthreads();
   const int norm_index = layout.norms_per_token == 1 ? 0 : head;
   for (int token = warp; token < count; token += kWarps) {
-    const Index place = slot_mapping[first_token + token];
-    if (place < 0) continue;
+    if (slot_mapping[first_token + token] < 0) continue;
     const bool coded =
         norms[(first_token + token) * layout.norms_per_token + norm_index] != kNanBf16;
-    std::uint8_t* const page = pages.data + place / layout.page_size * pages.page_stride;
-    const int slot = static_cast<int>(place % layout.page_size);
+    const PagePlace place(layout, pages, slot_mapping[first_token + token]);
     for (int p = 0; p < layout.num_planes; ++p) {
       const KeyPlane& plane = layout.planes[p];
       if (plane.group != group) continue;
@@ -571,7 +569,7 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
           const std::uint32_t code = coded ? codes[token * codes_stride + plane.first_book + k] : 0;
           bits |= shift >= 0 ? code << shift : code >> -shift;
         }
-        write_key_word(layout, plane, head, page, slot, word, bits);
+        write_key_word(layout, plane, head, place, word, bits);
       }
     }
   }

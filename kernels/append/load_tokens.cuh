@@ -3,6 +3,7 @@
 #include "common/sums.cuh"
 #include "encoder_view.hpp"
 #include "matrix_product.cuh"
+#include "page_place.cuh"
 
 namespace commvq::cuda {
 
@@ -48,20 +49,28 @@ __device__ __forceinline__ float read_token(const TokenRows& rows, Index token, 
   return rows.channel_scales == nullptr ? value : value / rows.channel_scales[channel];
 }
 
-/// Norm of channels [first, first + count) in double, or NaN if one of them is not finite. Called
-/// by all lanes of a warp.
-__device__ __forceinline__ double norm_of(const TokenRows& rows, Index token, int first,
-                                          int count) {
+/// Channels `channel` and the next one, an even number.
+__device__ __forceinline__ float2 read_pair(const TokenRows& rows, Index token, int channel) {
+  return float2{read_token(rows, token, channel), read_token(rows, token, channel + 1)};
+}
+
+/// Norm of an even number of channels [first, first + count) in double, or NaN if one of them is
+/// not finite; `sum` receives their sum. Called by all lanes of a warp.
+__device__ __forceinline__ double norm_of(const TokenRows& rows, Index token, int first, int count,
+                                          double& sum) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  double sum = 0;
+  double squares = 0;
+  float of_lane = 0;
   bool finite = true;
-  for (int i = lane; i < count; i += 32) {
-    const float value = read_token(rows, token, first + i);
-    finite = finite && is_finite(value);
-    sum += static_cast<double>(value) * value;
+  for (int i = 2 * lane; i < count; i += 64) {
+    const float2 pair = read_pair(rows, token, first + i);
+    finite = finite && is_finite(pair.x) && is_finite(pair.y);
+    squares += static_cast<double>(pair.x) * pair.x + static_cast<double>(pair.y) * pair.y;
+    of_lane += pair.x + pair.y;
   }
-  sum = warp_sum(sum);
-  return __all_sync(0xffffffffu, finite) ? sqrt(sum)
+  squares = warp_sum(squares);
+  sum = warp_sum(static_cast<double>(of_lane));
+  return __all_sync(0xffffffffu, finite) ? sqrt(squares)
                                          : static_cast<double>(__uint_as_float(0x7fc00000u));
 }
 
@@ -77,125 +86,126 @@ __device__ __forceinline__ void copy_exactly(const TokenRows& rows, Index token,
                          rows.exact_type);
 }
 
-/// A warp a token: exact copy, norms, weighted unit keys in planar order. `norms` and `unit_keys`
-/// are those of the workspace; norms also go to the page.
+/// What a warp works on: a token in the grid's x, a part of its channels in y.
+struct TokenPart {
+  Index token;
+  int part;
+  Index row;  ///< part * num_tokens + token
+  int first_channel, num_channels;
+
+  __device__ TokenPart(int channels_of_part, Index num_tokens)
+      : token(Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32),
+        part(static_cast<int>(blockIdx.y)),
+        row(part * num_tokens + token),
+        first_channel(part * channels_of_part),
+        num_channels(channels_of_part) {}
+};
+
+/// The channels of a norm, a warp each: exact copy, norm, weighted unit key in planar order.
+/// `norms` and `unit_keys` are those of the workspace; norms also go to the page.
 __global__ void __launch_bounds__(kTokenThreads)
     load_keys(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
               PagedCodes pages, const std::int64_t* slot_mapping, std::uint16_t* norms,
               float* unit_keys) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const Index token = Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32;
-  if (token >= num_tokens) return;
   const DevicePageLayout& layout = encoder.layout;
-  copy_exactly(rows, token, 0, rows.num_channels);
-  const Index place = slot_mapping[token];
-  const int per_norm = rows.num_channels / layout.norms_per_token;
-  for (int n = 0; n < layout.norms_per_token; ++n) {
-    const double norm = norm_of(rows, token, n * per_norm, per_norm);
-    std::uint16_t bits = bf16_of(static_cast<float>(norm));
-    if ((bits & 0x7f80) == 0x7f80) bits = kNanBf16;  // also where bf16 overflows
-    if (lane == 0) {
-      norms[token * layout.norms_per_token + n] = bits;
-      if (place >= 0) {
-        std::uint8_t* const page = pages.data + place / layout.page_size * pages.page_stride;
-        const int slot = static_cast<int>(place % layout.page_size);
-        *reinterpret_cast<std::uint16_t*>(page + layout.key_norm(n, slot)) = bits;
-      }
+  const TokenPart at(rows.num_channels / layout.norms_per_token, num_tokens);
+  if (at.token >= num_tokens) return;
+  copy_exactly(rows, at.token, at.first_channel, at.num_channels);
+  double sum = 0;
+  const double norm = norm_of(rows, at.token, at.first_channel, at.num_channels, sum);
+  std::uint16_t bits = bf16_of(static_cast<float>(norm));
+  if ((bits & 0x7f80) == 0x7f80) bits = kNanBf16;  // also where bf16 overflows
+  if (lane == 0) {
+    norms[at.token * layout.norms_per_token + at.part] = bits;
+    if (slot_mapping[at.token] >= 0) {
+      const PagePlace place(layout, pages, slot_mapping[at.token]);
+      *reinterpret_cast<std::uint16_t*>(place.page + layout.key_norm(at.part, place.slot)) = bits;
     }
-    const double rounded =
-        static_cast<double>(__uint_as_float(static_cast<std::uint32_t>(bits) << 16));
-    const double factor = rounded > 0 ? 1 / rounded : 0;  // 0 for NaN
-    for (int i = lane; i < per_norm; i += 32) {
-      const int at = n * per_norm + i;
-      const int head_start = at / layout.head_dim * layout.head_dim;
-      const int channel = head_start + encoder.keys.channels[at - head_start];
-      float unit =
-          factor == 0 ? 0.0f : static_cast<float>(read_token(rows, token, channel) * factor);
-      if (encoder.keys.weights != nullptr) unit *= encoder.keys.weights[at];
-      unit_keys[token * rows.num_channels + at] = unit;
-    }
+  }
+  const double rounded =
+      static_cast<double>(__uint_as_float(static_cast<std::uint32_t>(bits) << 16));
+  const double factor = rounded > 0 ? 1 / rounded : 0;  // 0 for NaN
+  for (int i = lane; i < at.num_channels; i += 32) {
+    const int planar = at.first_channel + i;
+    const int in_head = planar % layout.head_dim;
+    const int channel = planar - in_head + encoder.keys.channels[in_head];
+    float unit =
+        factor == 0 ? 0.0f : static_cast<float>(read_token(rows, at.token, channel) * factor);
+    if (encoder.keys.weights != nullptr) unit *= encoder.keys.weights[planar];
+    unit_keys[at.token * rows.num_channels + planar] = unit;
   }
 }
 
-/// What a warp works on: one block of one token's values.
-struct ValueBlock {
-  Index row;  ///< block * num_tokens + token
-  Index token;
-  int block;
-  int first_channel;
-
-  __device__ ValueBlock(const ValueEncoderView& values, Index num_tokens) {
-    row = Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32;
-    block = static_cast<int>(row / num_tokens);
-    token = row - block * num_tokens;
-    first_channel = block * values.num_channels;
-  }
-};
-
-/// Number `channel` of a block divided by its norm; 0 where the norm is 0 or NaN.
-__device__ __forceinline__ float unit_value(const TokenRows& rows, const ValueBlock& at,
-                                            int channel, double norm) {
-  const double factor = norm > 0 ? 1 / norm : 0;
-  return factor == 0
-             ? 0.0f
-             : static_cast<float>(read_token(rows, at.token, at.first_channel + channel) * factor);
+/// Two neighbouring numbers as operands, and what fp16 leaves of them in row `lo`, unless null.
+__device__ __forceinline__ void store_operands(std::uint16_t* hi, std::uint16_t* lo, int column,
+                                               float first, float second) {
+  const std::uint32_t rounded = pack_halves(first, second);
+  *reinterpret_cast<std::uint32_t*>(hi + column) = rounded;
+  if (lo != nullptr)
+    *reinterpret_cast<std::uint32_t*>(lo + column) = pack_rests(first, second, rounded);
 }
 
-/// A warp a row: exact copy, norm, LayerNorm of the unit value as the network's scaled input.
+/// A block of values, a warp each: exact copy, norm, LayerNorm of the unit value as the network's
+/// scaled input, and for a polish (`units` not null) the unit value itself.
 __global__ void __launch_bounds__(kTokenThreads)
     load_values(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
-                double* norms, std::uint16_t* inputs) {
+                double* norms, std::uint16_t* inputs, std::uint16_t* units) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const ValueEncoderView& values = encoder.values;
-  const ValueBlock at(values, num_tokens);
-  if (at.block >= values.num_blocks) return;
+  const TokenPart at(values.num_channels, num_tokens);
+  if (at.token >= num_tokens) return;
   const int count = values.num_channels;
   copy_exactly(rows, at.token, at.first_channel, count);
-  const double norm = norm_of(rows, at.token, at.first_channel, count);
+  double sum = 0;
+  const double norm = norm_of(rows, at.token, at.first_channel, count, sum);
   if (lane == 0) norms[at.row] = norm;
-  const auto unit = [&](int channel) { return unit_value(rows, at, channel, norm); };
-  float sum = 0;
-  for (int i = lane; i < count; i += 32) sum += unit(i);
-  const float mean = warp_sum(sum) / static_cast<float>(count);
-  float squares = 0;
-  for (int i = lane; i < count; i += 32) squares += (unit(i) - mean) * (unit(i) - mean);
-  const float variance = warp_sum(squares) / static_cast<float>(count);
+  const double factor = norm > 0 ? 1 / norm : 0;  // 0 for NaN
+  const bool is_coded = factor != 0;
+  // Of a value of norm 1 the squares have the sum 1.
+  const float mean = is_coded ? static_cast<float>(sum * factor / count) : 0.0f;
+  const float square = is_coded ? 1 / static_cast<float>(count) : 0.0f;
   constexpr float kEpsilon = 1e-5f;  // kValueLayerNormEpsilon
-  const float deviation = 1 / sqrtf(variance + kEpsilon);
+  const float deviation = 1 / sqrtf(max(square - mean * mean, 0.0f) + kEpsilon);
 
+  const Index num_rows = values.num_blocks * num_tokens;
+  const auto row_of = [&](std::uint16_t* operands, int part, int stride) {
+    return operands + (part * num_rows + at.row) * stride;
+  };
   const int num_inputs = values.hidden.num_inputs;
-  std::uint16_t* const hi = inputs + at.row * num_inputs;
-  std::uint16_t* const lo = hi + values.num_blocks * num_tokens * num_inputs;
+  std::uint16_t* const hi = row_of(inputs, 0, num_inputs);
+  std::uint16_t* const lo = values.num_terms() > 1 ? row_of(inputs, 1, num_inputs) : nullptr;
   const float* const gain = values.norm_gain + at.first_channel;
   const float* const bias = values.norm_bias + at.first_channel;
   for (int i = 2 * lane; i < num_inputs; i += 64) {
-    float numbers[2] = {};
-    for (int k = 0; k < 2; ++k)
-      if (i + k < count)
-        numbers[k] =
-            values.input_scale * ((unit(i + k) - mean) * deviation * gain[i + k] + bias[i + k]);
-    const std::uint32_t rounded = pack_halves(numbers[0], numbers[1]);
-    *reinterpret_cast<std::uint32_t*>(hi + i) = rounded;
-    if (values.num_terms() > 1)
-      *reinterpret_cast<std::uint32_t*>(lo + i) = pack_rests(numbers[0], numbers[1], rounded);
+    const bool is_there = i < count;
+    const float2 number =
+        is_coded && is_there ? read_pair(rows, at.token, at.first_channel + i) : float2{0, 0};
+    const float2 unit{static_cast<float>(number.x * factor), static_cast<float>(number.y * factor)};
+    float2 input{0, 0};
+    if (is_there)
+      input =
+          float2{values.input_scale * ((unit.x - mean) * deviation * gain[i] + bias[i]),
+                 values.input_scale * ((unit.y - mean) * deviation * gain[i + 1] + bias[i + 1])};
+    store_operands(hi, lo, i, input.x, input.y);
+    if (units != nullptr)
+      store_operands(row_of(units, 0, num_inputs), row_of(units, 1, num_inputs), i,
+                     values.unit_scale * unit.x, values.unit_scale * unit.y);
   }
 }
 
-/// A warp a row: scale from the norm and the decoded length, and both scale and bits to the page.
-/// `bits` [rows][stride] fp16, `squares` [num_tiles][rows].
+/// A block of values, a warp each: scale from the norm and the decoded length, and both scale and
+/// bits to the page. `bits` [rows][stride] fp16, `squares` [num_tiles][rows].
 __global__ void __launch_bounds__(kTokenThreads)
     write_values(const __grid_constant__ EncoderView encoder, Index num_tokens, const double* norms,
                  const std::uint16_t* bits, const float* squares, int num_tiles, PagedCodes pages,
                  const std::int64_t* slot_mapping) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const ValueEncoderView& values = encoder.values;
-  const ValueBlock at(values, num_tokens);
-  if (at.block >= values.num_blocks) return;
-  const Index place = slot_mapping[at.token];
-  if (place < 0) return;
+  const TokenPart at(values.num_channels, num_tokens);
+  if (at.token >= num_tokens || slot_mapping[at.token] < 0) return;
   const DevicePageLayout& layout = encoder.layout;
-  std::uint8_t* const page = pages.data + place / layout.page_size * pages.page_stride;
-  const int slot = static_cast<int>(place % layout.page_size);
+  const PagePlace place(layout, pages, slot_mapping[at.token]);
 
   double sum = 0;
   for (int tile = lane; tile < num_tiles; tile += 32)
@@ -208,15 +218,17 @@ __global__ void __launch_bounds__(kTokenThreads)
   const bool finite = (scale_bits & 0x7f80) != 0x7f80;
   if (!finite) scale_bits = kNanBf16;
   if (lane == 0)
-    *reinterpret_cast<std::uint16_t*>(page + layout.value_scale(at.block, slot)) = scale_bits;
+    *reinterpret_cast<std::uint16_t*>(place.page + layout.value_scale(at.part, place.slot)) =
+        scale_bits;
 
   // A 64-bit word holds bit `slot` of four codes. Only this warp changes those bits, others change
   // others: exclusive-or with what differs sets them without touching the rest.
-  auto* const words = reinterpret_cast<unsigned long long*>(page + layout.value_codes(slot)) +
-                      at.block * (values.num_code_bits / 4);
+  auto* const words =
+      reinterpret_cast<unsigned long long*>(place.page + layout.value_codes(place.slot)) +
+      at.part * (values.num_code_bits / 4);
   const auto* const code =
       reinterpret_cast<const uint2*>(bits + at.row * values.decoder.num_inputs);
-  const int shift = slot % 16;
+  const int shift = place.slot % 16;
   const bool zero = !finite || norm == 0;
   for (int i = lane; i < values.num_code_bits / 4; i += 32) {
     const uint2 four = code[i];

@@ -12,16 +12,10 @@ __global__ void __launch_bounds__(32)
     polish_kernel(int num_bits, int sweeps, const float* gram, const float* value_products,
                   const float* sum_products, float* bits) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PolishShared at(shared, num_bits);
   const Index row = Index{blockIdx.x} * num_bits;
-  for (int i = threadIdx.x; i < num_bits; i += 32) {
-    at.of_value[i] = value_products[row + i];
-    at.of_sum[i] = sum_products[row + i];
-    at.squares[i] = gram[Index{i} * num_bits + i];
-    at.bits[i] = bits[row + i];
-  }
-  polish_bits(gram, num_bits, sweeps, at);
-  for (int i = threadIdx.x; i < num_bits; i += 32) bits[row + i] = at.bits[i];
+  polish_code<0>(
+      gram, num_bits, sweeps, value_products + row, sum_products + row, shared,
+      [&](int i) { return bits[row + i]; }, [&](int i, float bit) { bits[row + i] = bit; });
 }
 
 __global__ void __launch_bounds__(kThreads)

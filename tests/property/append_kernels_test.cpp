@@ -43,9 +43,11 @@ class HostAppend {
     TokenRows rows{
         tested.keys.data(),   FloatType::kFp32, nullptr, FloatType::kBf16, false, nullptr,
         view_.num_channels(), nullptr};
-    simt::launch({blocks(kTokenThreads / 32)}, kTokenThreads, [&] {
-      load_keys(view_, rows, tokens, paged, places, workspace.key_norms, workspace.unit_keys);
-    });
+    simt::launch({blocks(kTokenThreads / 32), static_cast<unsigned>(tested.layout.norms_per_token)},
+                 kTokenThreads, [&] {
+                   load_keys(view_, rows, tokens, paged, places, workspace.key_norms,
+                             workspace.unit_keys);
+                 });
     ASSERT_LE(KeySearchShared(view_.keys, kKeySearch.num_rows).bytes, Index{sizeof shared});
     if (view_.keys.binary.num_bytes > 0)
       search_binary_keys(tokens, workspace, paged, places);
@@ -58,10 +60,9 @@ class HostAppend {
     rows.channel_scales = view_.values.channel_scales;
     const ValueEncoderView& values = view_.values;
     const Index num_rows = tokens * values.num_blocks;
-    const auto row_blocks =
-        static_cast<unsigned>((num_rows + kTokenThreads / 32 - 1) / (kTokenThreads / 32));
-    simt::launch({row_blocks}, kTokenThreads, [&] {
-      load_values(view_, rows, tokens, workspace.value_norms, workspace.inputs);
+    const simt::Dim parts{blocks(kTokenThreads / 32), static_cast<unsigned>(values.num_blocks)};
+    simt::launch(parts, kTokenThreads, [&] {
+      load_values(view_, rows, tokens, workspace.value_norms, workspace.inputs, workspace.units);
     });
     const int terms = values.num_terms();
     multiply_by(
@@ -71,11 +72,11 @@ class HostAppend {
                        values.output.num_inputs});
     multiply_by(values.output, workspace.hidden, tokens, terms,
                 PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs});
-    if (values.polish_sweeps > 0) polish(tokens, workspace, rows);
+    if (values.polish_sweeps > 0) polish(tokens, workspace);
     multiply_by(values.decoder, workspace.bits, tokens, terms > 1 ? 2 : 1,
                 SquaresEpilogue{workspace.squares, num_rows});
     const int tile_cols = small_ ? kSmallTile.cols : kLargeTile.cols;
-    simt::launch({row_blocks}, kTokenThreads, [&] {
+    simt::launch(parts, kTokenThreads, [&] {
       write_values(view_, tokens, workspace.value_norms, workspace.bits, workspace.squares,
                    values.decoder.num_padded_outputs / tile_cols, paged, places);
     });
@@ -117,13 +118,9 @@ class HostAppend {
                  });
   }
 
-  void polish(Index tokens, const AppendWorkspace& workspace, const TokenRows& rows) {
+  void polish(Index tokens, const AppendWorkspace& workspace) {
     const ValueEncoderView& values = view_.values;
     const Index num_rows = tokens * values.num_blocks;
-    simt::launch(
-        {static_cast<unsigned>((num_rows + kTokenThreads / 32 - 1) / (kTokenThreads / 32))},
-        kTokenThreads,
-        [&] { load_unit_values(view_, rows, tokens, workspace.value_norms, workspace.units); });
     multiply_by(values.rows, workspace.units, tokens, 3,
                 ProductEpilogue{values.rows.product_factor, workspace.value_products,
                                 values.num_code_bits});
@@ -131,8 +128,10 @@ class HostAppend {
         values.gram, workspace.bits, tokens, 2,
         ProductEpilogue{values.gram.product_factor, workspace.sum_products, values.num_code_bits});
     simt::launch({static_cast<unsigned>(num_rows)}, 32, [&] {
-      polish_values(view_, tokens, workspace.value_products, workspace.sum_products,
-                    workspace.bits);
+      const auto kernel = values.num_code_bits == 128   ? polish_values<128>
+                          : values.num_code_bits == 256 ? polish_values<256>
+                                                        : polish_values<0>;
+      kernel(view_, tokens, workspace.value_products, workspace.sum_products, workspace.bits);
     });
   }
 

@@ -224,6 +224,9 @@ inline int __float2int_rn(float x) {
 inline int __ffs(unsigned bits) {
   return bits == 0 ? 0 : std::countr_zero(bits) + 1;
 }
+inline int __popc(unsigned bits) {
+  return std::popcount(bits);
+}
 template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
