@@ -5,6 +5,7 @@
 //
 //     append_cuda_bench [tokens a call] [preset ...]
 #include <algorithm>
+#include <bit>
 #include <cctype>
 #include <cmath>
 #include <cstdio>
@@ -74,29 +75,49 @@ std::vector<Case> cases() {
            ValueCodecConfig::speed_2bit(kChannels, kHeads)}};
 }
 
-/// Bit i of the code is set where E_i and the value agree: hidden outputs are 2i: GELU(<E_i, v>)
-/// and 2i + 1: GELU(-<E_i, v>), whose difference is <E_i, v>. So the polish begins with a code that
-/// means something, as it does behind a trained network.
-void set_network(const ValueCodecConfig& config, ValueCodecWeights& weights) {
+/// A codec that fits values of independent channels, as a trained one would, so that the polish has
+/// little left to do: the bits of a pair add or take off a direction of an orthogonal basis (rows
+/// of a Hadamard matrix with random signs of the channels), and the network takes the nearest of
+/// three levels, with t = <direction, v> from hidden outputs GELU(t) - GELU(-t).
+void set_codec(std::mt19937& rng, const ValueCodecConfig& config, ValueCodecWeights& weights) {
   const int C = config.block().num_channels, H = config.hidden_size;
-  const int bits = config.block().num_code_bits(), logits = config.block().num_logits();
-  require(H == 2 * bits, "a network of ", H, " hidden outputs, not two a bit");
-  weights.hidden_weight.resize(static_cast<std::size_t>(Index{config.num_blocks} * H * C));
-  weights.output_weight.resize(static_cast<std::size_t>(Index{config.num_logits()} * H));
-  for (Index bit = 0; bit < config.num_code_bits(); ++bit)
-    for (int sign = 0; sign < 2; ++sign)
-      for (int c = 0; c < C; ++c)
-        weights.hidden_weight[static_cast<std::size_t>((2 * bit + sign) * C + c)] =
-            (sign == 0 ? 1.0f : -1.0f) / std::sqrt(static_cast<float>(C)) *
-            weights.decoder[static_cast<std::size_t>(bit * C + c)];
-  for (Index logit = 0; logit < config.num_logits(); ++logit)
-    for (int k = 0; k < 2; ++k) {  // the pair's bits
-      const bool is_set = (kValuePatterns[logit % 4] >> k & 1) != 0;
-      const Index hidden = logit % logits / 4 * 4 + 2 * k;
-      float* const at = &weights.output_weight[static_cast<std::size_t>(logit * H + hidden)];
-      at[0] = is_set ? 1.0f : -1.0f;
-      at[1] = -at[0];
+  const int groups = config.block().num_groups();
+  require((C & (C - 1)) == 0 && H >= 2 * groups && groups <= C, "no basis of ", groups,
+          " directions of ", C, " channels, or no network of ", 2 * groups, " hidden outputs");
+  weights.hidden_weight.assign(static_cast<std::size_t>(Index{config.num_blocks} * H * C), 0.0f);
+  weights.output_weight.assign(static_cast<std::size_t>(Index{config.num_logits()} * H), 0.0f);
+  weights.output_bias.assign(static_cast<std::size_t>(config.num_logits()), 0.0f);
+  weights.decoder.assign(static_cast<std::size_t>(Index{config.num_code_bits()} * C), 0.0f);
+  const auto set = [](std::vector<float>& matrix, Index row, Index columns, Index column,
+                      float value) {
+    matrix[static_cast<std::size_t>(row * columns + column)] = value;
+  };
+  const float length = 1 / std::sqrt(static_cast<float>(C));
+  for (int block = 0; block < config.num_blocks; ++block)
+    for (int group = 0; group < groups; ++group) {
+      const Index pair = Index{block} * groups + group;
+      for (int c = 0; c < C; ++c) {
+        const auto sign_of_channel = std::minstd_rand(static_cast<unsigned>(c + 1))() >> 8;
+        const bool minus =
+            ((std::popcount(static_cast<unsigned>(group & c)) + static_cast<int>(sign_of_channel)) &
+             1) != 0;
+        const float number = minus ? -length : length;
+        for (int sign = 0; sign < 2; ++sign) {
+          const float signed_number = sign == 0 ? number : -number;
+          set(weights.hidden_weight, Index{block} * H + 2 * group + sign, C, c, signed_number);
+          set(weights.decoder, 2 * pair + sign, C, c, signed_number);
+        }
+      }
+      // Patterns (1,0): t - 0.61; (0,1): -t - 0.61; (1,1) and (0,0): nothing.
+      for (int pattern = 0; pattern < 2; ++pattern) {
+        const float sign = pattern == 0 ? 1.0f : -1.0f;
+        set(weights.output_weight, 4 * pair + pattern, H, 2 * group, sign);
+        set(weights.output_weight, 4 * pair + pattern, H, 2 * group + 1, -sign);
+        weights.output_bias[static_cast<std::size_t>(4 * pair + pattern)] = -0.61f;
+      }
     }
+  for (float& number : weights.decoder)
+    number *= 1 + std::uniform_real_distribution<float>(-0.05f, 0.05f)(rng);
 }
 
 /// The library's own codecs weight errors; random weights take the same time.
@@ -106,7 +127,8 @@ LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
   for (int head = 0; head < kHeads; ++head) {
     KeyCodebook<float>& codebook = heads.emplace_back(config);
     double size = 0.5 / std::sqrt(double{kChannels});
-    for (int stage = 0; stage < config.num_stages; ++stage, size *= 0.85) {
+    const double shrink = std::pow(0.17, 1.0 / config.num_stages);
+    for (int stage = 0; stage < config.num_stages; ++stage, size *= shrink) {
       const auto rows = normal(rng, Index{config.codebook_size} * codebook.row_size(), size);
       std::copy(rows.begin(), rows.end(), codebook.book(0, stage, 0));
       std::copy(rows.begin(), rows.end(), codebook.book(0, stage, 1));
@@ -118,14 +140,12 @@ LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
     if (config.graded) codebook.derive_graded_rows();
   }
   const ValueCodecConfig& values = timed.values;
-  const int H = values.hidden_size, C = values.block().num_channels;
+  const int H = values.hidden_size;
   ValueCodecWeights weights;
   weights.norm_gain.assign(kChannels, 1.0f);
   weights.norm_bias.assign(kChannels, 0.0f);
   weights.hidden_bias.assign(static_cast<std::size_t>(H) * values.num_blocks, 0.0f);
-  weights.output_bias.assign(static_cast<std::size_t>(values.num_logits()), 0.0f);
-  weights.decoder = normal(rng, Index{values.num_code_bits()} * C, 1.0);
-  set_network(values, weights);
+  set_codec(rng, values, weights);
   return {std::make_shared<const KeyCodec>(std::move(heads)),
           std::make_shared<const ValueCodec>(values, std::move(weights))};
 }

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include <cuda_runtime.h>
 
 #include "binary_search.cuh"
@@ -5,6 +7,8 @@
 #include "load_tokens.cuh"
 #include "matrix_product.cuh"
 #include "polish_values.cuh"
+#include "tensor_map.hpp"
+#include "warpgroup_product.cuh"
 
 namespace commvq::cuda {
 namespace {
@@ -29,15 +33,39 @@ TokenRows rows_of(const EncoderView& encoder, const AppendParams& params, bool k
 
 template <bool kLarge, class Epilogue>
 void launch_product(const MatrixProduct& product, int num_blocks, const Epilogue& epilogue,
-                    bool uses_warpgroups, cudaStream_t stream) {
+                    cudaStream_t stream) {
   constexpr TileConfig kTile = kTileOf<kLarge>;
-  // Code for warpgroups has deeper pipelines; where there is none, the rest is not used.
-  const int bytes =
-      kLarge && uses_warpgroups ? kWarpgroupTile.shared_bytes() : kTile.shared_bytes();
   const dim3 grid(static_cast<unsigned>(product.num_padded_outputs / kTile.cols),
                   blocks_for(product.num_rows, kTile.rows), static_cast<unsigned>(num_blocks));
   multiply<kLarge>
-      <<<grid, kTile.num_threads(), static_cast<std::size_t>(bytes), stream>>>(product, epilogue);
+      <<<grid, kTile.num_threads(), static_cast<std::size_t>(kTile.shared_bytes()), stream>>>(
+          product, epilogue);
+}
+
+/// False where the driver makes no maps of these operands.
+template <class Epilogue>
+bool launch_warpgroup_product(const MatrixProduct& product, int num_blocks,
+                              const Epilogue& epilogue, int num_processors, cudaStream_t stream) {
+  constexpr TileConfig kTile = kWarpgroupTile;
+  ProductMaps maps{};
+  const auto make_map = [&](CUtensorMap& map, const std::uint16_t* data, Index rows, int box) {
+    return make_operand_map(map, data, product.num_inputs, rows, num_blocks, box);
+  };
+  const auto make_maps = [&](int part, const std::uint16_t* inputs, const std::uint16_t* weights) {
+    return make_map(maps.inputs[part], inputs, product.num_rows, kTile.rows) &&
+           make_map(maps.weights[part], weights, product.num_padded_outputs, kTile.cols);
+  };
+  if (!make_maps(0, product.inputs_hi, product.weights_hi)) return false;
+  // Inputs without a rest are not read a third time.
+  const std::uint16_t* const inputs_lo =
+      product.num_terms == 3 ? product.inputs_lo : product.inputs_hi;
+  if (product.num_terms > 1 && !make_maps(1, inputs_lo, product.weights_lo)) return false;
+  const Index num_tiles = Index{blocks_for(product.num_rows, kTile.rows)} *
+                          (product.num_padded_outputs / kTile.cols) * num_blocks;
+  const auto grid = static_cast<unsigned>(std::min<Index>(num_tiles, num_processors));
+  multiply_by_warpgroups<<<grid, kWarpgroupThreads, std::size_t{kWarpgroupSharedBytes}, stream>>>(
+      maps, product, num_blocks, epilogue);
+  return true;
 }
 
 template <class Epilogue>
@@ -53,9 +81,11 @@ void multiply_by(const EncoderView& encoder, const Weights& weights, const std::
                               weights.num_padded_outputs,
                               num_terms};
   if (num_tokens <= kSmallTileTokens) {
-    launch_product<false>(product, num_blocks, epilogue, encoder.has_warpgroups, stream);
-  } else {
-    launch_product<true>(product, num_blocks, epilogue, encoder.has_warpgroups, stream);
+    launch_product<false>(product, num_blocks, epilogue, stream);
+  } else if (encoder.warpgroup_processors == 0 ||
+             !launch_warpgroup_product(product, num_blocks, epilogue, encoder.warpgroup_processors,
+                                       stream)) {
+    launch_product<true>(product, num_blocks, epilogue, stream);
   }
 }
 
@@ -213,11 +243,18 @@ cudaError_t allow_shared_memory(Kernel* kernel, int bytes) {
 
 }  // namespace
 
-int configure_append_kernels() noexcept {
-  int device = 0, bytes = 0;
+int configure_append_kernels(EncoderView& encoder) noexcept {
+  int device = 0, bytes = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaFuncAttributes attributes{};
+  if (error == cudaSuccess)
+    error = cudaFuncGetAttributes(&attributes, multiply_by_warpgroups<HiddenEpilogue>);
+  const bool has_warpgroups = attributes.sharedSizeBytes > 0 && has_tensor_maps();
+  encoder.warpgroup_processors = has_warpgroups ? processors : 0;
   const auto allow = [&](auto* kernel) {
     if (error == cudaSuccess) error = allow_shared_memory(kernel, bytes);
   };
@@ -229,14 +266,17 @@ int configure_append_kernels() noexcept {
   allow(search_binary_codes<1>);
   allow(search_binary_codes<2>);
   for (const int num_bits : {0, 128, 256}) allow(value_polish(num_bits));
-  allow(multiply<true, ProductEpilogue>);
-  allow(multiply<false, ProductEpilogue>);
-  allow(multiply<true, HiddenEpilogue>);
-  allow(multiply<true, PatternEpilogue>);
-  allow(multiply<true, SquaresEpilogue>);
-  allow(multiply<false, HiddenEpilogue>);
-  allow(multiply<false, PatternEpilogue>);
-  allow(multiply<false, SquaresEpilogue>);
+  const auto allow_products = [&](auto epilogue) {
+    using Epilogue = decltype(epilogue);
+    allow(multiply<true, Epilogue>);
+    allow(multiply<false, Epilogue>);
+    if (error == cudaSuccess && has_warpgroups)
+      error = allow_shared_memory(multiply_by_warpgroups<Epilogue>, kWarpgroupSharedBytes);
+  };
+  allow_products(HiddenEpilogue{});
+  allow_products(PatternEpilogue{});
+  allow_products(ProductEpilogue{});
+  allow_products(SquaresEpilogue{});
   return static_cast<int>(error);
 }
 

@@ -44,18 +44,18 @@ struct TileConfig {
   int cols;       ///< outputs of a block
   int warp_rows;  ///< rows of a warp's part
   int warp_cols;
-  int depth;  ///< steps of 32 inputs in flight
+  int depth;  ///< steps in flight, of 32 inputs each; of 64 where warpgroups multiply
 
   bool operator==(const TileConfig&) const = default;
   constexpr int num_threads() const { return rows / warp_rows * (cols / warp_cols) * 32; }
-  constexpr int shared_bytes() const { return depth * (rows + cols) * 32 * 2; }
+  constexpr int shared_bytes() const { return depth * (rows + cols) * 32 * 2; }  // of 32 inputs
 };
 /// For many tokens: 96 KiB, which every supported device has.
 inline constexpr TileConfig kLargeTile{128, 256, 64, 64, 4};
-/// The same tile where warpgroups multiply: 192 KiB, which devices of compute capability 9.0 have.
-/// A warpgroup has 64 rows.
-inline constexpr TileConfig kWarpgroupTile{128, 256, 16, 256, 8};
-static_assert(kWarpgroupTile.num_threads() == kLargeTile.num_threads());
+/// The same tile where two warpgroups multiply: 192 KiB, which devices of compute capability 9.0
+/// have.
+inline constexpr TileConfig kWarpgroupTile{128, 256, 16, 256, 4};
+static_assert(kWarpgroupTile.cols == kLargeTile.cols);  // squares are summed over them
 /// For few: more blocks.
 inline constexpr TileConfig kSmallTile{32, 64, 16, 32, 6};
 template <bool kLarge>

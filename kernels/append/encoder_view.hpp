@@ -145,7 +145,8 @@ struct EncoderView {
   DevicePageLayout layout;
   KeyEncoderView keys;
   ValueEncoderView values;
-  bool has_warpgroups = false;  ///< of the device: compute capability 9.0
+  /// Multiprocessors of a device whose code multiplies by warpgroups; 0: other devices and code.
+  int warpgroup_processors = 0;
 
   COMMVQ_HOST_DEVICE int num_channels() const { return layout.num_kv_heads * layout.head_dim; }
 };
@@ -247,8 +248,8 @@ struct BinarySearchShared {
   }
 };
 
-/// Lets the kernels of `append` use all the shared memory that the current device has. Returns a
-/// cudaError_t.
-int configure_append_kernels() noexcept;
+/// Lets the kernels of `append` use all the shared memory that the current device has, and sets
+/// `warpgroup_processors`. Returns a cudaError_t.
+int configure_append_kernels(EncoderView& encoder) noexcept;
 
 }  // namespace commvq::cuda

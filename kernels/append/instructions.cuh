@@ -57,19 +57,22 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const std::uint32_t 
 
 // The matrix unit of a warpgroup is there only in code for sm_90a.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-inline constexpr bool kHasWarpgroups = true;
 
-/// Descriptor of an operand in shared memory: rows of 64 bytes along the inputs, 16-byte piece p of
-/// row r at piece p ^ (r / 2 % 4), beginning on 512 bytes (plus the offset along the inputs).
+/// Descriptor of an operand in shared memory: rows of 128 bytes along the inputs, 16-byte piece p
+/// of row r at piece p ^ (r % 8), beginning on 1024 bytes (plus the offset along the inputs).
 __device__ __forceinline__ std::uint64_t operand_descriptor(const void* shared) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-  constexpr std::uint64_t kEightRows = 512 >> 4, kSwizzle64 = 2;
-  return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kSwizzle64 << 62;
+  constexpr std::uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
+  return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
-/// Makes this thread's writes to shared memory, finished copies among them, visible to the matrix
-/// unit after a barrier.
-__device__ __forceinline__ void publish_operands() {
-  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+/// Registers of the warpgroup's threads from here on; `kCount` is a multiple of 8.
+template <int kCount>
+__device__ __forceinline__ void give_registers_up() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
 }
 __device__ __forceinline__ void begin_warpgroup_products() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
@@ -127,10 +130,6 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&c)[32][4], std::u
 __device__ __forceinline__ void finish_warpgroup_products() {
   wait_for_warpgroup_products<0>();
 }
-#else
-inline constexpr bool kHasWarpgroups = false;
-__device__ __forceinline__ void publish_operands() {}
-__device__ __forceinline__ void finish_warpgroup_products() {}
 #endif
 
 /// Whether the device adds and compares pairs of 16-bit integers in one instruction.

@@ -132,36 +132,15 @@ __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], const un
   }
 }
 
-/// The same for a warpgroup's 64 rows and all columns; the products of the step before are done
-/// then, this step's may not be.
-template <int kN>
-__device__ __forceinline__ void multiply_step_by_warpgroup(
-    [[maybe_unused]] float (&sums)[1][kN][4], [[maybe_unused]] const unsigned char* from,
-    [[maybe_unused]] int first_row, [[maybe_unused]] int num_rows) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using namespace append_instructions;
-  begin_warpgroup_products();
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-    warpgroup_multiply_add(sums[0], operand_descriptor(from + first_row * 64 + half * 32),
-                           operand_descriptor(from + num_rows * 64 + half * 32));
-  commit_warpgroup_products();
-  wait_for_warpgroup_products<1>();
-#endif
-}
-
 /// One tile of a product: grid (column tiles, row tiles, blocks). Copies of `kTile.depth` steps of
 /// 32 inputs are in flight; 16-byte piece p of row r of a step lies at piece p ^ (r / 2 % 4), so
-/// that neither copies nor `load_matrices` meet bank conflicts. That is also the order of 64-byte
-/// swizzles that a warpgroup's instruction reads.
+/// that neither copies nor `load_matrices` meet bank conflicts.
 template <bool kLarge, class Epilogue>
 __global__ void __launch_bounds__(kTileThreads<kLarge>)
     multiply(const MatrixProduct product, const Epilogue epilogue) {
   using namespace append_instructions;
-  constexpr bool kWarpgroups = kLarge && kHasWarpgroups;
-  constexpr TileConfig kTile = kWarpgroups ? kWarpgroupTile : kTileOf<kLarge>;
-  // A warpgroup's products of one step may still read while the next step begins.
-  constexpr int kAhead = kWarpgroups ? kTile.depth - 2 : kTile.depth - 1;
+  constexpr TileConfig kTile = kTileOf<kLarge>;
+  constexpr int kAhead = kTile.depth - 1;
   constexpr int kThreads = kTileThreads<kLarge>;
   constexpr int kWarpCols = kTile.cols / kTile.warp_cols;
   constexpr int kM = kTile.warp_rows / 16, kN = kTile.warp_cols / 8;
@@ -214,18 +193,12 @@ __global__ void __launch_bounds__(kTileThreads<kLarge>)
   for (int step = 0; step < kAhead; ++step) start_step(step);
   for (int step = 0; step < num_steps; ++step) {
     wait_for_copies<kAhead - 1>();
-    if constexpr (kWarpgroups) publish_operands();
     __syncthreads();
     start_step(step + kAhead);  // overwrites what all warps have read before the barrier
     const unsigned char* const from = shared + step % kTile.depth * kStepBytes;
-    if constexpr (kWarpgroups) {
-      multiply_step_by_warpgroup(sums, from, warp / 4 * 64, kTile.rows);
-    } else {
-      multiply_step<kTile, kM, kN>(sums, from, warp_row, warp_col, lane);
-    }
+    multiply_step<kTile, kM, kN>(sums, from, warp_row, warp_col, lane);
   }
 
-  if constexpr (kWarpgroups) finish_warpgroup_products();
   if constexpr (kSquares) {
     wait_for_copies<0>();
     __syncthreads();

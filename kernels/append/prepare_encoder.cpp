@@ -35,9 +35,8 @@ DeviceEncoder prepare_encoder(const LayerCodec& codec, const DevicePageLayout& l
   result.memory_ = copy_to_device(image.bytes(), "encoders");
   *result.view_ = image.view_at(result.memory_.get());
   result.view_->keys.num_search_rows = num_search_rows;
-  result.view_->has_warpgroups =
-      attribute_of_current_device(cudaDevAttrComputeCapabilityMajor) == 9;
-  check(static_cast<cudaError_t>(configure_append_kernels()), "preparing the kernels of append");
+  check(static_cast<cudaError_t>(configure_append_kernels(*result.view_)),
+        "preparing the kernels of append");
   return result;
 }
 

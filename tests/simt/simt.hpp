@@ -303,9 +303,6 @@ inline float from_half(std::uint16_t bits) {
   return from_fp16(bits);
 }
 
-inline constexpr bool kHasWarpgroups = false;
-inline void publish_operands() {}
-inline void finish_warpgroup_products() {}
 inline constexpr bool kHasPackedIntegers = true;
 inline std::uint32_t add_min_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   std::uint32_t result = 0;
