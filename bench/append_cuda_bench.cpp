@@ -129,9 +129,10 @@ LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
     double size = 0.5 / std::sqrt(double{kChannels});
     const double shrink = std::pow(0.17, 1.0 / config.num_stages);
     for (int stage = 0; stage < config.num_stages; ++stage, size *= shrink) {
-      const auto rows = normal(rng, Index{config.codebook_size} * codebook.row_size(), size);
-      std::copy(rows.begin(), rows.end(), codebook.book(0, stage, 0));
-      std::copy(rows.begin(), rows.end(), codebook.book(0, stage, 1));
+      for (int which = 0; which < 2; ++which) {
+        const auto rows = normal(rng, Index{config.codebook_size} * codebook.row_size(), size);
+        std::copy(rows.begin(), rows.end(), codebook.book(0, stage, which));
+      }
     }
     if (config.tied)
       codebook.derive_tied_books();
