@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "binary_search.cuh"
+#include "greedy_search.cuh"
 #include "key_search.cuh"
 #include "load_tokens.cuh"
 #include "matrix_product.cuh"
@@ -121,6 +122,17 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
              static_cast<std::size_t>(BinarySearchShared(encoder.keys).bytes), params.stream>>>(
         encoder, tokens, workspace.unit_keys, workspace.key_norms, params.pages,
         params.slot_mapping);
+    return;
+  }
+  if (encoder.keys.greedy_stages != nullptr && encoder.warpgroup_processors > 0) {
+    const dim3 grid(blocks_for(tokens, kGreedySearch.num_rows),
+                    static_cast<unsigned>(encoder.layout.num_kv_heads),
+                    static_cast<unsigned>(encoder.layout.num_groups));
+    search_greedy_codes<<<grid, kGreedySearch.num_threads,
+                          static_cast<std::size_t>(
+                              GreedySearchShared(encoder.layout.num_books).bytes),
+                          params.stream>>>(encoder, tokens, workspace.unit_keys,
+                                           workspace.key_norms, params.pages, params.slot_mapping);
     return;
   }
   const int num_rows = encoder.keys.num_search_rows;
@@ -263,6 +275,9 @@ int configure_append_kernels(EncoderView& encoder) noexcept {
     allow(key_search<kKeySearch.num_rows>(kind));
     allow(key_search<kKeySearch.num_rows_small>(kind));
   }
+  if (GreedySearchShared(encoder.layout.num_books).bytes > bytes)
+    encoder.keys.greedy_stages = nullptr;
+  allow(search_greedy_codes);
   allow(search_binary_codes<1>);
   allow(search_binary_codes<2>);
   for (const int num_bits : {0, 128, 256}) allow(value_polish(num_bits));

@@ -4,7 +4,7 @@
 #include "encoder_view.hpp"
 #include "instructions.cuh"
 #include "load_tokens.cuh"
-#include "page_place.cuh"
+#include "write_keys.cuh"
 
 namespace commvq::cuda {
 

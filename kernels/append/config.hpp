@@ -13,6 +13,14 @@ struct KeySearchConfig {
 };
 inline constexpr KeySearchConfig kKeySearch{64, 32, 256, 2};
 
+/// Greedy searches where warpgroups multiply: 16 rows a warp.
+struct GreedySearchConfig {
+  int num_rows;     ///< tokens of a block
+  int num_threads;  ///< of a block
+};
+inline constexpr GreedySearchConfig kGreedySearch{128, 256};
+static_assert(kGreedySearch.num_threads == kGreedySearch.num_rows / 16 * 32);
+
 /// Binary key codes, two centroids a book: a warp searches for those of two tokens with a beam of
 /// up to 8, whose 32 extensions are its lanes.
 struct BinarySearchConfig {

@@ -127,9 +127,85 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&c)[32][4], std::u
         "+f"(c[31][3])
       : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void finish_warpgroup_products() {
-  wait_for_warpgroup_products<0>();
+/// c += a b: a [16][16] of each warp in registers as in `multiply_add`, b [16][128] in shared
+/// memory as 128 rows of 16 numbers each, as `operand_descriptor` says. Asynchronous; neither
+/// operand must change before `finish_warpgroup_products`.
+__device__ __forceinline__ void multiply_add_rows(float (&c)[16][4], const std::uint32_t (&a)[4],
+                                                  const void* b) {
+  const std::uint64_t descriptor = operand_descriptor(b);
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;\n"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
+        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
+        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]),
+        "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]),
+        "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),
+        "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]),
+        "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]),
+        "+f"(c[15][2]), "+f"(c[15][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));
 }
+/// The same where b's 16 rows of 64 numbers follow one another, 128 bytes each in the same order,
+/// and the second 64 numbers of all begin `half_bytes` further.
+__device__ __forceinline__ void multiply_add_columns(float (&c)[16][4], const std::uint32_t (&a)[4],
+                                                     const void* b, int half_bytes) {
+  const std::uint64_t descriptor = (operand_descriptor(b) & ~(std::uint64_t{0x3fff} << 16)) |
+                                   static_cast<std::uint64_t>(half_bytes >> 4) << 16;
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
+        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
+        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]),
+        "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]),
+        "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),
+        "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]),
+        "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]),
+        "+f"(c[15][2]), "+f"(c[15][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));
+}
+/// Waits for all products, those of `c` among them.
+template <int kCount>
+__device__ __forceinline__ void finish_warpgroup_products(float (&c)[kCount][4]) {
+  wait_for_warpgroup_products<0>();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+}
+/// Makes this thread's finished copies to shared memory visible to the matrix unit after a barrier.
+__device__ __forceinline__ void publish_operands() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+inline constexpr bool kHasWarpgroups = true;
+#else
+// Never called: for code that is only parsed.
+inline constexpr bool kHasWarpgroups = false;
+__device__ __forceinline__ void begin_warpgroup_products() {}
+__device__ __forceinline__ void commit_warpgroup_products() {}
+__device__ __forceinline__ void publish_operands() {}
+template <int kCount>
+__device__ __forceinline__ void finish_warpgroup_products(float (&)[kCount][4]) {}
+__device__ __forceinline__ void multiply_add_rows(float (&)[16][4], const std::uint32_t (&)[4],
+                                                  const void*) {}
+__device__ __forceinline__ void multiply_add_columns(float (&)[16][4], const std::uint32_t (&)[4],
+                                                     const void*, int) {}
 #endif
 
 /// Whether the device adds and compares pairs of 16-bit integers in one instruction.

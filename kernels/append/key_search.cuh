@@ -4,7 +4,7 @@
 #include "encoder_view.hpp"
 #include "instructions.cuh"
 #include "load_tokens.cuh"
-#include "page_place.cuh"
+#include "write_keys.cuh"
 
 namespace commvq::cuda {
 
@@ -556,22 +556,7 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
     const bool coded =
         norms[(first_token + token) * layout.norms_per_token + norm_index] != kNanBf16;
     const PagePlace place(layout, pages, slot_mapping[first_token + token]);
-    for (int p = 0; p < layout.num_planes; ++p) {
-      const KeyPlane& plane = layout.planes[p];
-      if (plane.group != group) continue;
-      for (int word = lane; word <= plane.num_words; word += 32) {
-        // Bits [32 word, 32 word + 32) of the plane's codes one after the other.
-        const int first_bit = word * 32;
-        std::uint32_t bits = 0;
-        for (int k = first_bit / layout.code_bits; k < plane.num_books; ++k) {
-          const int shift = k * layout.code_bits - first_bit;
-          if (shift >= 32) break;
-          const std::uint32_t code = coded ? codes[token * codes_stride + plane.first_book + k] : 0;
-          bits |= shift >= 0 ? code << shift : code >> -shift;
-        }
-        write_key_word(layout, plane, head, place, word, bits);
-      }
-    }
+    write_key_codes(layout, head, group, codes + token * codes_stride, coded, place);
   }
 }
 

@@ -3,7 +3,7 @@
 #include "common/sums.cuh"
 #include "encoder_view.hpp"
 #include "matrix_product.cuh"
-#include "page_place.cuh"
+#include "write_keys.cuh"
 
 namespace commvq::cuda {
 

@@ -5,9 +5,9 @@
 
 namespace commvq::cuda {
 
-// Matrix products where warpgroups multiply (sm_90a): of three, one lets the copy engine fetch tiles
-// of both operands and leaves its registers to the others, which multiply 64 rows each. A block takes tiles in turn, so that its
-// copies for the next tile run while it writes the last.
+// Matrix products where warpgroups multiply (sm_90a): of three, one lets the copy engine fetch
+// tiles of both operands and leaves its registers to the others, which multiply 64 rows each. A
+// block takes tiles in turn, so that its copies for the next tile run while it writes the last.
 
 /// How the copy engine reads a product's operands.
 struct ProductMaps {
@@ -111,8 +111,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
         unsigned char* const to = steps + turn.stage * kWarpgroupStepBytes;
         emptied(turn.stage).wait(turn.parity ^ 1);
         filled(turn.stage).arrive_and_expect(kWarpgroupStepBytes);
-        copy_box(to, maps.inputs[term == 2 ? 1 : 0], input, first_row, block,
-                 filled(turn.stage));
+        copy_box(to, maps.inputs[term == 2 ? 1 : 0], input, first_row, block, filled(turn.stage));
         copy_box(to + kTile.rows * 128, maps.weights[term == 1 ? 1 : 0], input,
                  col_tile * kTile.cols, block, filled(turn.stage));
       }
@@ -136,7 +135,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
       if (last_stage >= 0 && lane == 0) emptied(last_stage).arrive();
       last_stage = turn.stage;
     }
-    finish_warpgroup_products();
+    finish_warpgroup_products(sums);
     if (lane == 0) emptied(last_stage).arrive();
     finish_tile(product, epilogue, sums, block, first_row, col_tile);
   });

@@ -10,6 +10,8 @@
 #include "../../kernels/append/binary_search.cuh"
 #include "../../kernels/append/binary_search_tables.cpp"
 #include "../../kernels/append/encoder_image.cpp"
+#include "../../kernels/append/greedy_image.cpp"
+#include "../../kernels/append/greedy_search.cuh"
 #include "../../kernels/append/key_search.cuh"
 #include "../../kernels/append/load_tokens.cuh"
 #include "../../kernels/append/matrix_product.cuh"
@@ -22,13 +24,17 @@ namespace {
 using testing_support::AppendCase;
 using testing_support::Rng;
 
-/// The launches of `append`, with small or with large tiles and blocks.
+/// The launches of `append`, with small or with large tiles and blocks, and with the greedy search
+/// by warpgroups where it can be.
 class HostAppend {
  public:
-  HostAppend(const AppendCase& tested, ValuePrecision precision, bool small)
+  HostAppend(const AppendCase& tested, ValuePrecision precision, bool small, bool by_warpgroups)
       : image_(tested.codec, tested.layout, precision),
         view_(image_.view_at(image_.bytes().data())),
-        small_(small) {}
+        small_(small),
+        by_warpgroups_(by_warpgroups && view_.keys.greedy_stages != nullptr) {}
+
+  bool by_warpgroups() const { return by_warpgroups_; }
 
   void operator()(const AppendCase& tested, std::vector<std::uint8_t>& pages) {
     const Index tokens = tested.num_tokens;
@@ -51,6 +57,8 @@ class HostAppend {
     ASSERT_LE(KeySearchShared(view_.keys, kKeySearch.num_rows).bytes, Index{sizeof shared});
     if (view_.keys.binary.num_bytes > 0)
       search_binary_keys(tokens, workspace, paged, places);
+    else if (by_warpgroups_)
+      search_greedily(tokens, workspace, paged, places);
     else if (small_)
       search_keys<kKeySearch.num_rows_small>(tokens, workspace, paged, places);
     else
@@ -103,6 +111,19 @@ class HostAppend {
     simt::launch(grid, kKeySearch.num_threads, [&] {
       kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
     });
+  }
+
+  void search_greedily(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
+                       const std::int64_t* places) {
+    constexpr Index kPerBlock = kGreedySearch.num_rows;
+    ASSERT_LE(GreedySearchShared(view_.layout.num_books).bytes, Index{sizeof shared});
+    simt::launch({static_cast<unsigned>((tokens + kPerBlock - 1) / kPerBlock),
+                  static_cast<unsigned>(view_.layout.num_kv_heads),
+                  static_cast<unsigned>(view_.layout.num_groups)},
+                 kGreedySearch.num_threads, [&] {
+                   search_greedy_codes(view_, tokens, workspace.unit_keys, workspace.key_norms,
+                                       paged, places);
+                 });
   }
 
   void search_binary_keys(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
@@ -161,14 +182,18 @@ class HostAppend {
 
   EncoderImage image_;
   EncoderView view_;
-  bool small_;
+  bool small_, by_warpgroups_;
 };
 
 void expect_right_codes(const AppendCase& tested, ValuePrecision precision, bool small) {
-  std::vector<std::uint8_t> pages = tested.noise;
-  HostAppend append(tested, precision, small);
-  append(tested, pages);
-  EXPECT_EQ(tested.judge(pages, precision == ValuePrecision::kFp32 ? 1e-5 : 1e-2), "");
+  for (const bool by_warpgroups : {false, true}) {
+    SCOPED_TRACE(by_warpgroups);
+    std::vector<std::uint8_t> pages = tested.noise;
+    HostAppend append(tested, precision, small, by_warpgroups);
+    if (by_warpgroups && !append.by_warpgroups()) return;
+    append(tested, pages);
+    EXPECT_EQ(tested.judge(pages, precision == ValuePrecision::kFp32 ? 1e-5 : 1e-2), "");
+  }
 }
 
 TEST(AppendKernelsTest, GreedyCodesOfExactInputAreTheHosts) {
@@ -225,6 +250,28 @@ TEST(AppendKernelsTest, ShapesOfAllKinds) {
     SCOPED_TRACE(&shape - shapes);
     expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
   }
+}
+
+TEST(AppendKernelsTest, GreedyByWarpgroups) {
+  Rng rng(9);
+  testing_support::AppendShape shape{.num_kv_heads = 2,
+                                     .head_dim = 128,
+                                     .num_tokens = 137,
+                                     .codebook_size = 64,
+                                     .num_stages = 2,
+                                     .tied = false,
+                                     .hidden_size = 8};
+  expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
+  shape.num_stages = 5;
+  shape.weighted = shape.norm_per_head = true;
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+  expect_right_codes(AppendCase::exact(rng, {.num_kv_heads = 1,
+                                             .head_dim = 256,
+                                             .num_tokens = 30,
+                                             .codebook_size = 64,
+                                             .num_stages = 2,
+                                             .hidden_size = 8}),
+                     ValuePrecision::kFp32, true);
 }
 
 TEST(AppendKernelsTest, RealInput) {

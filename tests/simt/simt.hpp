@@ -363,5 +363,48 @@ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32
   }
 }
 
+// Warpgroups: products at once, by each of the warps.
+inline constexpr bool kHasWarpgroups = true;
+inline void begin_warpgroup_products() {}
+inline void commit_warpgroup_products() {}
+inline void publish_operands() {}
+template <int kCount>
+void finish_warpgroup_products(float (&)[kCount][4]) {}
+
+/// c += a b, with number (k, n) of b at `place(k, n)` before the swizzle.
+template <class Place>
+void multiply_add_swizzled(float (&c)[16][4], const std::uint32_t (&a)[4], Place place) {
+  simt::Payload mine;
+  std::memcpy(mine.words, a, sizeof a);
+  const simt::Payload* const all = simt::exchange(mine);
+  const int lane = simt::lane();
+  for (int i = 0; i < 4; ++i)
+    for (int n = 0; n < 16; ++n) {
+      double sum = 0;
+      for (int k = 0; k < 16; ++k) {
+        std::uint32_t words[8];
+        std::memcpy(words, all[lane / 4 * 4 + k % 8 / 2].words, sizeof words);
+        const auto row = static_cast<std::uint16_t>(words[i / 2 + k / 8 * 2] >> (k % 2 * 16));
+        const std::uintptr_t at = place(k, n * 8 + lane % 4 * 2 + i % 2);
+        std::uint16_t number;
+        std::memcpy(&number, reinterpret_cast<const void*>(at ^ (at >> 7 & 7) << 4), 2);
+        sum += double{from_fp16(row)} * from_fp16(number);
+      }
+      c[n][i] = static_cast<float>(c[n][i] + sum);
+    }
+}
+inline void multiply_add_rows(float (&c)[16][4], const std::uint32_t (&a)[4], const void* b) {
+  const auto base = reinterpret_cast<std::uintptr_t>(b);
+  multiply_add_swizzled(
+      c, a, [&](int k, int n) { return base + static_cast<std::uintptr_t>(n * 128 + k * 2); });
+}
+inline void multiply_add_columns(float (&c)[16][4], const std::uint32_t (&a)[4], const void* b,
+                                 int half_bytes) {
+  const auto base = reinterpret_cast<std::uintptr_t>(b);
+  multiply_add_swizzled(c, a, [&](int k, int n) {
+    return base + static_cast<std::uintptr_t>(n / 64 * half_bytes + k * 128 + n % 64 * 2);
+  });
+}
+
 }  // namespace append_instructions
 }  // namespace commvq::cuda

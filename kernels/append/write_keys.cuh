@@ -44,4 +44,27 @@ __device__ __forceinline__ void write_key_word(const DevicePageLayout& layout,
   }
 }
 
+/// Writes a token's codes of one group, [num_books], a word a lane of the warp; zeros unless
+/// `coded`.
+__device__ __forceinline__ void write_key_codes(const DevicePageLayout& layout, int head, int group,
+                                                const std::uint16_t* codes, bool coded,
+                                                const PagePlace& place) {
+  for (int p = 0; p < layout.num_planes; ++p) {
+    const KeyPlane& plane = layout.planes[p];
+    if (plane.group != group) continue;
+    for (int word = static_cast<int>(threadIdx.x) % 32; word <= plane.num_words; word += 32) {
+      // Bits [32 word, 32 word + 32) of the plane's codes one after the other.
+      const int first_bit = word * 32;
+      std::uint32_t bits = 0;
+      for (int k = first_bit / layout.code_bits; k < plane.num_books; ++k) {
+        const int shift = k * layout.code_bits - first_bit;
+        if (shift >= 32) break;
+        const std::uint32_t code = coded ? codes[plane.first_book + k] : 0;
+        bits |= shift >= 0 ? code << shift : code >> -shift;
+      }
+      write_key_word(layout, plane, head, place, word, bits);
+    }
+  }
+}
+
 }  // namespace commvq::cuda

@@ -1,0 +1,385 @@
+#pragma once
+
+#include "common/sort_key.cuh"
+#include "greedy_stage.hpp"
+#include "instructions.cuh"
+#include "load_tokens.cuh"
+#include "write_keys.cuh"
+
+namespace commvq::cuda {
+
+// The greedy search for key codes where warpgroups multiply: books of 64 centroids over 64 pairs.
+// A warp has 16 residuals ("rows") in registers, as the matrix instruction wants and gives them:
+// lane 4g + t has of rows g and g + 8 numbers 8 n + 2 t and the next one. Per stage
+// 1. inner products of the rows with both books give the terms of a and of b (see key_search.cuh);
+// 2. in 16-bit integers, for each b the least sum of a term of a and a cross term, all b of a lane
+//    at a time, so that all rows of the warp need the same a together;
+// 3. the b that may be the best within the integers' rounding, and of these the a: mostly one each;
+//    where there are more, they are compared in fp32;
+// 4. a matrix product takes the chosen centroids off the rows.
+
+/// Residuals, or terms: [8 columns at a time][row g: two columns, row g + 8: the same].
+using GreedyRows = float[GreedyStage::kWidth / 8][4];
+
+/// Numbers between rows of a warp's terms of a in shared memory: no two rows share a bank.
+inline constexpr int kGreedyTermStride = GreedyStage::kSize + 4;
+
+/// Shared memory of a block, offsets in bytes.
+struct GreedySearchShared {
+  int stages;  ///< two, one of which is being copied
+  int terms;   ///< uint32 [rows][kGreedyTermStride]: terms of a, twice each
+  int codes;   ///< uint16 [rows][codes_stride]
+  int codes_stride;
+  int bytes;
+
+  COMMVQ_HOST_DEVICE explicit GreedySearchShared(int num_books) {
+    constexpr int kStageBytes = (GreedyStage::kBytes + 1023) / 1024 * 1024;
+    codes_stride = num_books | 1;
+    stages = 0;
+    terms = stages + 2 * kStageBytes;
+    codes = terms + 4 * kGreedySearch.num_rows * kGreedyTermStride;
+    bytes = codes + 2 * kGreedySearch.num_rows * codes_stride;
+  }
+};
+
+/// The row's least value of four lanes, which is a row.
+template <class T>
+__device__ __forceinline__ T row_least(T value) {
+  value = min(value, __shfl_xor_sync(0xffffffffu, value, 1));
+  return min(value, __shfl_xor_sync(0xffffffffu, value, 2));
+}
+__device__ __forceinline__ int row_sum(int value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+/// Column of a lane's i-th number of a row.
+__device__ __forceinline__ int column_of(int i) {
+  return i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+}
+/// The first of a row's columns that are set in the lanes' `mask`, which loses it; 64: there is
+/// none.
+__device__ __forceinline__ int take_column(unsigned& mask) {
+  const int first = __ffs(static_cast<int>(mask)) - 1;
+  const int own = first >= 0 ? column_of(first) : GreedyStage::kSize;
+  const int column = row_least(own);
+  if (own == column) mask &= mask - 1;
+  return column;
+}
+
+/// One warp's search of one stage.
+struct GreedySearch {
+  const unsigned char* stage;  ///< GreedyStage in shared memory
+  std::uint32_t* terms_of_a;   ///< the warp's rows
+  const float* cross_terms;    ///< fp32, [a][b]
+  float product_factor;        ///< scaled product -> -2 <row, centroid>
+  int lane;
+
+  __device__ float unit() const {
+    return *reinterpret_cast<const float*>(stage + GreedyStage::kUnit);
+  }
+  __device__ std::uint32_t* row_of_terms(int part) const {
+    return terms_of_a + (part * 8 + lane / 4) * kGreedyTermStride;
+  }
+
+  /// Step 1: terms of a in columns 0 to 63, of b in columns 64 to 127.
+  __device__ void compute_terms(const GreedyRows& rows, GreedyRows& terms) const {
+    using namespace append_instructions;
+    std::uint32_t hi[8][4], lo[8][4];
+#pragma unroll
+    for (int step = 0; step < 8; ++step)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {  // row g, row g + 8; the same of the next eight columns
+        const float* const pair = rows[2 * step + k / 2] + k % 2 * 2;
+        hi[step][k] = pack_halves(pair[0], pair[1]);
+        lo[step][k] = pack_rests(pair[0], pair[1], hi[step][k]);
+      }
+#pragma unroll
+    for (int n = 0; n < GreedyStage::kWidth / 8; ++n)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) terms[n][k] = 0;
+    begin_warpgroup_products();
+#pragma unroll
+    for (int step = 0; step < 8; ++step) {
+      const unsigned char* const from = stage + step / 4 * GreedyStage::kHalfBytes + step % 4 * 32;
+      multiply_add_rows(terms, hi[step], from);
+      multiply_add_rows(terms, hi[step], from + GreedyStage::kPartBytes);
+      multiply_add_rows(terms, lo[step], from);
+    }
+    commit_warpgroup_products();
+    finish_warpgroup_products(terms);
+    const auto* const norms = reinterpret_cast<const float2*>(stage + GreedyStage::kNorms);
+#pragma unroll
+    for (int n = 0; n < GreedyStage::kWidth / 8; ++n) {
+      const float2 norm = norms[n * 4 + lane % 4];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        terms[n][2 * part] = norm.x + terms[n][2 * part] * product_factor;
+        terms[n][2 * part + 1] = norm.y + terms[n][2 * part + 1] * product_factor;
+      }
+    }
+  }
+
+  /// Writes a row's terms of a, less the least one, as integers. Returns the least.
+  __device__ float write_terms_of_a(const GreedyRows& terms, int part, float per_unit) const {
+    float least = terms[0][2 * part];
+#pragma unroll
+    for (int i = 1; i < 16; ++i) least = fminf(least, terms[i / 2][2 * part + i % 2]);
+    least = row_least(least);
+    constexpr float kMost = 2 * kLargestCrossTerm + 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      uint2 pair;
+      pair.x = __float2int_rn(fminf((terms[n][2 * part] - least) * per_unit, kMost)) * 0x10001u;
+      pair.y = __float2int_rn(fminf((terms[n][2 * part + 1] - least) * per_unit, kMost)) * 0x10001u;
+      *reinterpret_cast<uint2*>(row_of_terms(part) + n * 8 + lane % 4 * 2) = pair;
+    }
+    return least;
+  }
+
+  /// Step 2: of both rows and the lane's b, two a word, the least sums over all a.
+  __device__ void least_sums(std::uint32_t (&least)[2][8]) const {
+    using namespace append_instructions;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) least[0][n] = least[1][n] = 0x7fff7fffu;
+    const unsigned char* const cross = stage + GreedyStage::kCrossTerms;
+#pragma unroll 1
+    for (int first = 0; first < GreedyStage::kSize; first += 8) {
+#pragma unroll
+      for (int four = 0; four < 8; four += 4) {
+        const uint4 of_a[2] = {*reinterpret_cast<const uint4*>(row_of_terms(0) + first + four),
+                               *reinterpret_cast<const uint4*>(row_of_terms(1) + first + four)};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          // `first` does not change the place of a's pieces among each other.
+          const unsigned char* const of_k = cross + first * 128;
+          const uint4 low = *reinterpret_cast<const uint4*>(
+              of_k + GreedyStage::cross_piece(four + k, 0, lane % 4));
+          const uint4 high = *reinterpret_cast<const uint4*>(
+              of_k + GreedyStage::cross_piece(four + k, 1, lane % 4));
+          const std::uint32_t words[8] = {low.x,  low.y,  low.z,  low.w,
+                                          high.x, high.y, high.z, high.w};
+#pragma unroll
+          for (int part = 0; part < 2; ++part) {
+            const std::uint32_t four_a[4] = {of_a[part].x, of_a[part].y, of_a[part].z,
+                                             of_a[part].w};
+#pragma unroll
+            for (int n = 0; n < 8; ++n)
+              least[part][n] = add_min_pairs(four_a[k], words[n], least[part][n]);
+          }
+        }
+      }
+    }
+  }
+
+  /// The lane's b of a row that may be the best ones, a bit each.
+  __device__ unsigned candidates_b(const GreedyRows& terms, const std::uint32_t (&least)[8],
+                                   int part, float least_of_a) const {
+    const float of_one = unit();
+    const auto error = [&](int i) {  // less the least term of a
+      const auto sum = static_cast<std::int16_t>(least[i / 2] >> (i % 2 * 16));
+      return terms[8 + i / 2][2 * part + i % 2] + of_one * static_cast<float>(sum);
+    };
+    float best = error(0);
+#pragma unroll
+    for (int i = 1; i < 16; ++i) best = fminf(best, error(i));
+    best = row_least(best);
+    // Two errors of a unit, and the rounding of fp32 in these sums and in the exact ones.
+    const float limit = best + (2.01f * of_one + 1e-6f * (fabsf(best) + fabsf(least_of_a) +
+                                                          6.0f * kLargestCrossTerm * of_one));
+    unsigned mask = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) mask |= error(i) <= limit ? 1u << i : 0;
+    return mask;
+  }
+
+  /// The lane's a of a row that may be the best ones beside b: of two sums, four numbers are
+  /// rounded.
+  __device__ unsigned candidates_a(int part, int b) const {
+    int sums[16];
+    const unsigned char* const cross = stage + GreedyStage::kCrossTerms;
+    int least = 0x7fffffff;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int a = column_of(i);
+      sums[i] = static_cast<std::int16_t>(row_of_terms(part)[a]) +
+                *reinterpret_cast<const std::int16_t*>(cross + GreedyStage::cross_term(a, b));
+      least = min(least, sums[i]);
+    }
+    least = row_least(least);
+    unsigned mask = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) mask |= sums[i] <= least + 2 ? 1u << i : 0;
+    return mask;
+  }
+
+  /// A row's term in a column, for all its lanes.
+  __device__ float term_of(const GreedyRows& terms, int part, int first_n, int column) const {
+    const int own = column / 8 * 2 + column % 2;
+    float value = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      if (i == own) value = terms[first_n + i / 2][2 * part + i % 2];
+    return __shfl_sync(0xffffffffu, value, (lane & ~3) | column / 2 % 4);
+  }
+
+  /// Step 3 for rows that have several candidates, and the others of the warp: in fp32.
+  __device__ std::uint32_t compare(const GreedyRows& terms, int part, unsigned mask_b) const {
+    SortKey best = kLastKey;
+    while (__ballot_sync(0xffffffffu, mask_b != 0) != 0) {
+      const int b = take_column(mask_b);
+      const bool has_b = b < GreedyStage::kSize;
+      unsigned mask_a = candidates_a(part, has_b ? b : 0);
+      if (!has_b) mask_a = 0;
+      while (__ballot_sync(0xffffffffu, mask_a != 0) != 0) {
+        const int a = take_column(mask_a);
+        const bool has_a = a < GreedyStage::kSize;
+        const float of_a = term_of(terms, part, 0, has_a ? a : 0);
+        const float of_b = term_of(terms, part, 8, has_b ? b : 0);
+        if (!has_a) continue;
+        const float cross = __ldg(cross_terms + a * GreedyStage::kSize + b);
+        const SortKey key = sort_key(of_a + (of_b + cross), 0, a, b);
+        best = key < best ? key : best;
+      }
+    }
+    return static_cast<std::uint32_t>(best);
+  }
+
+  /// Steps 2 and 3: the choices of both rows, as in a sort key. Where nothing compares (NaN), any.
+  __device__ void choose(const GreedyRows& terms, std::uint32_t (&choices)[2]) const {
+    const float of_one = unit();
+    const float per_unit = of_one > 0 ? 1 / of_one : 0;
+    const float least_of_a[2] = {write_terms_of_a(terms, 0, per_unit),
+                                 write_terms_of_a(terms, 1, per_unit)};
+    __syncwarp();
+    std::uint32_t least[2][8];
+    least_sums(least);
+    unsigned masks_b[2];
+    bool is_clear = true;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      masks_b[part] = candidates_b(terms, least[part], part, least_of_a[part]);
+      unsigned left = masks_b[part];
+      const int b = take_column(left) % GreedyStage::kSize;
+      unsigned mask_a = candidates_a(part, b);
+      const int count = row_sum(__popc(masks_b[part]) * 256 + __popc(mask_a));
+      is_clear = is_clear && count == 257;
+      choices[part] = static_cast<std::uint32_t>(take_column(mask_a) << 14 | b);
+    }
+    if (__all_sync(0xffffffffu, is_clear)) return;
+#pragma unroll
+    for (int part = 0; part < 2; ++part)
+      choices[part] = compare(terms, part, masks_b[part]) & (63u << 14 | 63u);
+  }
+
+  /// Step 4.
+  __device__ void take_off(const std::uint32_t (&choices)[2], GreedyRows& rows) const {
+    using namespace append_instructions;
+    // Row i of the operand is -1 at the columns of its two centroids, two columns a word.
+    std::uint32_t chosen[8][4];
+#pragma unroll
+    for (int step = 0; step < 8; ++step)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int code = step < 4 ? a_of(choices[k % 2]) : b_of(choices[k % 2]);
+        const int word = step % 4 * 8 + k / 2 * 4 + lane % 4;
+        constexpr std::uint32_t kMinusOne = 0xbc00;
+        chosen[step][k] = code / 2 == word ? kMinusOne << (code % 2 * 16) : 0;
+      }
+    begin_warpgroup_products();
+#pragma unroll
+    for (int step = 0; step < 8; ++step)
+#pragma unroll
+      for (int part = 0; part < 2; ++part)
+        multiply_add_columns(rows, chosen[step],
+                             stage + part * GreedyStage::kPartBytes + step * 16 * 128,
+                             GreedyStage::kHalfBytes);
+    commit_warpgroup_products();
+    finish_warpgroup_products(rows);
+  }
+};
+
+/// The codes of 128 tokens of one head and group: grid (blocks of tokens, heads, groups).
+__global__ void __launch_bounds__(kGreedySearch.num_threads, 1)
+    search_greedy_codes([[maybe_unused]] const __grid_constant__ EncoderView encoder,
+                        [[maybe_unused]] Index num_tokens, [[maybe_unused]] const float* unit_keys,
+                        [[maybe_unused]] const std::uint16_t* norms,
+                        [[maybe_unused]] PagedCodes pages,
+                        [[maybe_unused]] const std::int64_t* slot_mapping) {
+  if constexpr (append_instructions::kHasWarpgroups) {
+    using namespace append_instructions;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const KeyEncoderView& keys = encoder.keys;
+    const DevicePageLayout& layout = encoder.layout;
+    const GreedySearchShared at(layout.num_books);
+    constexpr int kStageBytes = (GreedyStage::kBytes + 1023) / 1024 * 1024;
+    const int head = static_cast<int>(blockIdx.y), group = static_cast<int>(blockIdx.z);
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const Index books = (Index{head} * layout.num_groups + group) * keys.num_stages;
+    const auto start_stage = [&](int stage) {
+      const std::uint8_t* const from = keys.greedy_stages + (books + stage) * GreedyStage::kBytes;
+      unsigned char* const to = shared + at.stages + stage % 2 * kStageBytes;
+      for (int i = thread * 16; i < GreedyStage::kBytes && stage < keys.num_stages;
+           i += kGreedySearch.num_threads * 16)
+        copy_async_16(to + i, from + i, true);
+      commit_copies();
+    };
+    start_stage(0);
+
+    const Index first_token = Index{blockIdx.x} * kGreedySearch.num_rows;
+    const int count =
+        static_cast<int>(min(Index{kGreedySearch.num_rows}, num_tokens - first_token));
+    GreedyRows rows;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const int row = warp * 16 + part * 8 + lane / 4;
+      const float* const key =
+          unit_keys +
+          ((first_token + min(row, count - 1)) * layout.num_kv_heads + head) * layout.head_dim;
+#pragma unroll
+      for (int n = 0; n < GreedyStage::kWidth / 8; ++n) {
+        const int column = n * 8 + lane % 4 * 2;
+        const float2 pair = *reinterpret_cast<const float2*>(
+            key + column / 64 * (layout.head_dim / 2) + group * 64 + column % 64);
+        rows[n][2 * part] = keys.residual_scale * pair.x;
+        rows[n][2 * part + 1] = keys.residual_scale * pair.y;
+      }
+    }
+
+    auto* const codes = reinterpret_cast<std::uint16_t*>(shared + at.codes);
+    for (int stage = 0; stage < keys.num_stages; ++stage) {
+      wait_for_copies<0>();
+      publish_operands();
+      __syncthreads();  // the stage before is no longer read
+      start_stage(stage + 1);
+      const GreedySearch search{
+          shared + at.stages + stage % 2 * kStageBytes,
+          reinterpret_cast<std::uint32_t*>(shared + at.terms) + warp * 16 * kGreedyTermStride,
+          keys.cross_terms + (books + stage) * GreedyStage::kSize * GreedyStage::kSize,
+          keys.greedy_factor, lane};
+      GreedyRows terms;
+      search.compute_terms(rows, terms);
+      std::uint32_t choices[2];
+      search.choose(terms, choices);
+      search.take_off(choices, rows);
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        std::uint16_t* const of_row =
+            codes + (warp * 16 + part * 8 + lane / 4) * at.codes_stride + 2 * stage;
+        if (lane % 4 < 2)
+          of_row[lane % 4] =
+              static_cast<std::uint16_t>(lane % 4 == 0 ? a_of(choices[part]) : b_of(choices[part]));
+      }
+    }
+    __syncthreads();
+    const int norm_index = layout.norms_per_token == 1 ? 0 : head;
+    for (int token = warp; token < count; token += kGreedySearch.num_threads / 32) {
+      if (slot_mapping[first_token + token] < 0) continue;
+      const bool coded =
+          norms[(first_token + token) * layout.norms_per_token + norm_index] != kNanBf16;
+      write_key_codes(layout, head, group, codes + token * at.codes_stride, coded,
+                      PagePlace(layout, pages, slot_mapping[first_token + token]));
+    }
+  }
+}
+
+}  // namespace commvq::cuda
