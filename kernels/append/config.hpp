@@ -18,7 +18,7 @@ struct GreedySearchConfig {
   int num_rows;     ///< tokens of a block
   int num_threads;  ///< of a block
 };
-inline constexpr GreedySearchConfig kGreedySearch{128, 256};
+inline constexpr GreedySearchConfig kGreedySearch{64, 128};
 static_assert(kGreedySearch.num_threads == kGreedySearch.num_rows / 16 * 32);
 
 /// Binary key codes, two centroids a book: a warp searches for those of two tokens with a beam of

@@ -24,19 +24,19 @@ using GreedyRows = float[GreedyStage::kWidth / 8][4];
 /// Numbers between rows of a warp's terms of a in shared memory: no two rows share a bank.
 inline constexpr int kGreedyTermStride = GreedyStage::kSize + 4;
 
-/// Shared memory of a block, offsets in bytes.
+/// Shared memory of a block, offsets in bytes. There are two blocks on a multiprocessor: while one
+/// waits for the copies of its stage, or for products, the other one has the rest to do.
 struct GreedySearchShared {
-  int stages;  ///< two, one of which is being copied
-  int terms;   ///< uint32 [rows][kGreedyTermStride]: terms of a, twice each
-  int codes;   ///< uint16 [rows][codes_stride]
+  int stage;  ///< GreedyStage
+  int terms;  ///< uint32 [rows][kGreedyTermStride]: terms of a, twice each
+  int codes;  ///< uint16 [rows][codes_stride]
   int codes_stride;
   int bytes;
 
   COMMVQ_HOST_DEVICE explicit GreedySearchShared(int num_books) {
-    constexpr int kStageBytes = (GreedyStage::kBytes + 1023) / 1024 * 1024;
     codes_stride = num_books | 1;
-    stages = 0;
-    terms = stages + 2 * kStageBytes;
+    stage = 0;
+    terms = stage + GreedyStage::kBytes;
     codes = terms + 4 * kGreedySearch.num_rows * kGreedyTermStride;
     bytes = codes + 2 * kGreedySearch.num_rows * codes_stride;
   }
@@ -97,13 +97,14 @@ struct GreedySearch {
     for (int n = 0; n < GreedyStage::kWidth / 8; ++n)
 #pragma unroll
       for (int k = 0; k < 4; ++k) terms[n][k] = 0;
+    const std::uint64_t centroids = operand_descriptor(stage);
     begin_warpgroup_products();
 #pragma unroll
     for (int step = 0; step < 8; ++step) {
-      const unsigned char* const from = stage + step / 4 * GreedyStage::kHalfBytes + step % 4 * 32;
-      multiply_add_rows(terms, hi[step], from);
-      multiply_add_rows(terms, hi[step], from + GreedyStage::kPartBytes);
-      multiply_add_rows(terms, lo[step], from);
+      const int from = step / 4 * GreedyStage::kHalfBytes + step % 4 * 32;
+      multiply_add_rows(terms, hi[step], advanced(centroids, from));
+      multiply_add_rows(terms, hi[step], advanced(centroids, from + GreedyStage::kPartBytes));
+      multiply_add_rows(terms, lo[step], advanced(centroids, from));
     }
     commit_warpgroup_products();
     finish_warpgroup_products(terms);
@@ -285,21 +286,21 @@ struct GreedySearch {
         constexpr std::uint32_t kMinusOne = 0xbc00;
         chosen[step][k] = code / 2 == word ? kMinusOne << (code % 2 * 16) : 0;
       }
+    const std::uint64_t centroids = columns_descriptor(stage, GreedyStage::kHalfBytes);
     begin_warpgroup_products();
 #pragma unroll
     for (int step = 0; step < 8; ++step)
 #pragma unroll
       for (int part = 0; part < 2; ++part)
         multiply_add_columns(rows, chosen[step],
-                             stage + part * GreedyStage::kPartBytes + step * 16 * 128,
-                             GreedyStage::kHalfBytes);
+                             advanced(centroids, part * GreedyStage::kPartBytes + step * 16 * 128));
     commit_warpgroup_products();
     finish_warpgroup_products(rows);
   }
 };
 
-/// The codes of 128 tokens of one head and group: grid (blocks of tokens, heads, groups).
-__global__ void __launch_bounds__(kGreedySearch.num_threads, 1)
+/// The codes of 64 tokens of one head and group: grid (blocks of tokens, heads, groups).
+__global__ void __launch_bounds__(kGreedySearch.num_threads, 2)
     search_greedy_codes([[maybe_unused]] const __grid_constant__ EncoderView encoder,
                         [[maybe_unused]] Index num_tokens, [[maybe_unused]] const float* unit_keys,
                         [[maybe_unused]] const std::uint16_t* norms,
@@ -311,19 +312,21 @@ __global__ void __launch_bounds__(kGreedySearch.num_threads, 1)
     const KeyEncoderView& keys = encoder.keys;
     const DevicePageLayout& layout = encoder.layout;
     const GreedySearchShared at(layout.num_books);
-    constexpr int kStageBytes = (GreedyStage::kBytes + 1023) / 1024 * 1024;
     const int head = static_cast<int>(blockIdx.y), group = static_cast<int>(blockIdx.z);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const Index books = (Index{head} * layout.num_groups + group) * keys.num_stages;
-    const auto start_stage = [&](int stage) {
-      const std::uint8_t* const from = keys.greedy_stages + (books + stage) * GreedyStage::kBytes;
-      unsigned char* const to = shared + at.stages + stage % 2 * kStageBytes;
-      for (int i = thread * 16; i < GreedyStage::kBytes && stage < keys.num_stages;
-           i += kGreedySearch.num_threads * 16)
-        copy_async_16(to + i, from + i, true);
+    const auto copy_stage = [&](int stage) {
+      const std::uint8_t* const from =
+          keys.greedy_stages + (books + stage) * GreedyStage::kBytes + thread * 16;
+      unsigned char* const to = shared + at.stage + thread * 16;
+      constexpr int kStep = kGreedySearch.num_threads * 16;
+#pragma unroll
+      for (int i = 0; i < GreedyStage::kBytes; i += kStep)
+        if (i + kStep <= GreedyStage::kBytes || i + thread * 16 < GreedyStage::kBytes)
+          copy_async_16(to + i, from + i, true);
       commit_copies();
     };
-    start_stage(0);
+    copy_stage(0);
 
     const Index first_token = Index{blockIdx.x} * kGreedySearch.num_rows;
     const int count =
@@ -349,10 +352,9 @@ __global__ void __launch_bounds__(kGreedySearch.num_threads, 1)
     for (int stage = 0; stage < keys.num_stages; ++stage) {
       wait_for_copies<0>();
       publish_operands();
-      __syncthreads();  // the stage before is no longer read
-      start_stage(stage + 1);
+      __syncthreads();
       const GreedySearch search{
-          shared + at.stages + stage % 2 * kStageBytes,
+          shared + at.stage,
           reinterpret_cast<std::uint32_t*>(shared + at.terms) + warp * 16 * kGreedyTermStride,
           keys.cross_terms + (books + stage) * GreedyStage::kSize * GreedyStage::kSize,
           keys.greedy_factor, lane};
@@ -361,6 +363,8 @@ __global__ void __launch_bounds__(kGreedySearch.num_threads, 1)
       std::uint32_t choices[2];
       search.choose(terms, choices);
       search.take_off(choices, rows);
+      __syncthreads();  // the stage is no longer read
+      if (stage + 1 < keys.num_stages) copy_stage(stage + 1);
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         std::uint16_t* const of_row =
@@ -371,13 +375,19 @@ __global__ void __launch_bounds__(kGreedySearch.num_threads, 1)
       }
     }
     __syncthreads();
+    // Lane i knows where token i of the warp's sixteen goes.
     const int norm_index = layout.norms_per_token == 1 ? 0 : head;
-    for (int token = warp; token < count; token += kGreedySearch.num_threads / 32) {
-      if (slot_mapping[first_token + token] < 0) continue;
-      const bool coded =
-          norms[(first_token + token) * layout.norms_per_token + norm_index] != kNanBf16;
-      write_key_codes(layout, head, group, codes + token * at.codes_stride, coded,
-                      PagePlace(layout, pages, slot_mapping[first_token + token]));
+    const int own = warp * 16 + lane % 16;
+    const bool is_token = own < count;
+    const Index own_place = is_token ? slot_mapping[first_token + own] : -1;
+    const int own_norm =
+        is_token ? norms[(first_token + own) * layout.norms_per_token + norm_index] : 0;
+    for (int i = 0; i < 16; ++i) {
+      const Index place = __shfl_sync(0xffffffffu, own_place, i);
+      const bool coded = __shfl_sync(0xffffffffu, own_norm, i) != kNanBf16;
+      if (place < 0) continue;
+      write_key_codes(layout, head, group, codes + (warp * 16 + i) * at.codes_stride, coded,
+                      PagePlace(layout, pages, place));
     }
   }
 }

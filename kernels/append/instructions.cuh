@@ -65,6 +65,16 @@ __device__ __forceinline__ std::uint64_t operand_descriptor(const void* shared) 
   constexpr std::uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
   return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
+/// The same for 16 rows of 128 numbers, along which the products go: rows of 64 numbers as above,
+/// and the second 64 numbers of all of them `half_bytes` further.
+__device__ __forceinline__ std::uint64_t columns_descriptor(const void* shared, int half_bytes) {
+  return (operand_descriptor(shared) & ~(std::uint64_t{0x3fff} << 16)) |
+         static_cast<std::uint64_t>(half_bytes >> 4) << 16;
+}
+/// The descriptor of what begins so many bytes, a multiple of 16, further.
+__device__ __forceinline__ std::uint64_t advanced(std::uint64_t descriptor, int bytes) {
+  return descriptor + static_cast<std::uint64_t>(bytes >> 4);
+}
 /// Registers of the warpgroup's threads from here on; `kCount` is a multiple of 8.
 template <int kCount>
 __device__ __forceinline__ void give_registers_up() {
@@ -128,11 +138,10 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&c)[32][4], std::u
       : "l"(a), "l"(b));
 }
 /// c += a b: a [16][16] of each warp in registers as in `multiply_add`, b [16][128] in shared
-/// memory as 128 rows of 16 numbers each, as `operand_descriptor` says. Asynchronous; neither
+/// memory as 128 rows of 16 numbers each, by its `operand_descriptor`. Asynchronous; neither
 /// operand must change before `finish_warpgroup_products`.
 __device__ __forceinline__ void multiply_add_rows(float (&c)[16][4], const std::uint32_t (&a)[4],
-                                                  const void* b) {
-  const std::uint64_t descriptor = operand_descriptor(b);
+                                                  std::uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -152,14 +161,11 @@ __device__ __forceinline__ void multiply_add_rows(float (&c)[16][4], const std::
         "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]),
         "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]),
         "+f"(c[15][2]), "+f"(c[15][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-/// The same where b's 16 rows of 64 numbers follow one another, 128 bytes each in the same order,
-/// and the second 64 numbers of all begin `half_bytes` further.
+/// The same where b's 16 rows of 64 numbers follow one another, by its `columns_descriptor`.
 __device__ __forceinline__ void multiply_add_columns(float (&c)[16][4], const std::uint32_t (&a)[4],
-                                                     const void* b, int half_bytes) {
-  const std::uint64_t descriptor = (operand_descriptor(b) & ~(std::uint64_t{0x3fff} << 16)) |
-                                   static_cast<std::uint64_t>(half_bytes >> 4) << 16;
+                                                     std::uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -179,7 +185,7 @@ __device__ __forceinline__ void multiply_add_columns(float (&c)[16][4], const st
         "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]),
         "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]),
         "+f"(c[15][2]), "+f"(c[15][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 /// Waits for all products, those of `c` among them.
 template <int kCount>
@@ -203,9 +209,18 @@ __device__ __forceinline__ void publish_operands() {}
 template <int kCount>
 __device__ __forceinline__ void finish_warpgroup_products(float (&)[kCount][4]) {}
 __device__ __forceinline__ void multiply_add_rows(float (&)[16][4], const std::uint32_t (&)[4],
-                                                  const void*) {}
+                                                  std::uint64_t) {}
 __device__ __forceinline__ void multiply_add_columns(float (&)[16][4], const std::uint32_t (&)[4],
-                                                     const void*, int) {}
+                                                     std::uint64_t) {}
+__device__ __forceinline__ std::uint64_t operand_descriptor(const void*) {
+  return 0;
+}
+__device__ __forceinline__ std::uint64_t columns_descriptor(const void*, int) {
+  return 0;
+}
+__device__ __forceinline__ std::uint64_t advanced(std::uint64_t descriptor, int) {
+  return descriptor;
+}
 #endif
 
 /// Whether the device adds and compares pairs of 16-bit integers in one instruction.

@@ -393,16 +393,24 @@ void multiply_add_swizzled(float (&c)[16][4], const std::uint32_t (&a)[4], Place
       c[n][i] = static_cast<float>(c[n][i] + sum);
     }
 }
-inline void multiply_add_rows(float (&c)[16][4], const std::uint32_t (&a)[4], const void* b) {
-  const auto base = reinterpret_cast<std::uintptr_t>(b);
-  multiply_add_swizzled(
-      c, a, [&](int k, int n) { return base + static_cast<std::uintptr_t>(n * 128 + k * 2); });
+inline std::uint64_t operand_descriptor(const void* at) {
+  return reinterpret_cast<std::uintptr_t>(at) >> 4;
 }
-inline void multiply_add_columns(float (&c)[16][4], const std::uint32_t (&a)[4], const void* b,
-                                 int half_bytes) {
-  const auto base = reinterpret_cast<std::uintptr_t>(b);
+inline std::uint64_t columns_descriptor(const void* at, int half_bytes) {
+  return operand_descriptor(at) | static_cast<std::uint64_t>(half_bytes >> 4) << 48;
+}
+inline std::uint64_t advanced(std::uint64_t descriptor, int bytes) {
+  return descriptor + static_cast<std::uint64_t>(bytes >> 4);
+}
+inline void multiply_add_rows(float (&c)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+  multiply_add_swizzled(
+      c, a, [&](int k, int n) { return (b << 4) + static_cast<std::uintptr_t>(n * 128 + k * 2); });
+}
+inline void multiply_add_columns(float (&c)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
   multiply_add_swizzled(c, a, [&](int k, int n) {
-    return base + static_cast<std::uintptr_t>(n / 64 * half_bytes + k * 128 + n % 64 * 2);
+    const auto half_bytes = static_cast<int>(b >> 48 << 4);
+    return (b << 16 >> 12) +
+           static_cast<std::uintptr_t>(n / 64 * half_bytes + k * 128 + n % 64 * 2);
   });
 }
 
