@@ -102,6 +102,17 @@ auto key_search(KeySearchKind kind) {
   }
 }
 
+/// Calls `use` with the type as a constant.
+template <class Use>
+void by_type(FloatType type, Use use) {
+  if (type == FloatType::kBf16)
+    use(std::integral_constant<FloatType, FloatType::kBf16>{});
+  else if (type == FloatType::kFp16)
+    use(std::integral_constant<FloatType, FloatType::kFp16>{});
+  else
+    use(std::integral_constant<FloatType, FloatType::kFp32>{});
+}
+
 auto binary_search(const KeyEncoderView& keys) {
   return keys.binary.num_bytes <= 16 ? search_binary_codes<1> : search_binary_codes<2>;
 }
@@ -111,9 +122,11 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
   const Index tokens = params.num_tokens;
   const dim3 loads(blocks_for(tokens, kTokenThreads / 32),
                    static_cast<unsigned>(encoder.layout.norms_per_token));
-  load_keys<<<loads, kTokenThreads, 0, params.stream>>>(encoder, rows_of(encoder, params, true),
-                                                        tokens, params.pages, params.slot_mapping,
-                                                        workspace.key_norms, workspace.unit_keys);
+  by_type(params.type, [&](auto type) {
+    load_keys<type.value><<<loads, kTokenThreads, 0, params.stream>>>(
+        encoder, rows_of(encoder, params, true), tokens, params.pages, params.slot_mapping,
+        workspace.key_norms, workspace.unit_keys);
+  });
   if (encoder.keys.binary.num_bytes > 0) {
     const auto kernel = binary_search(encoder.keys);
     const dim3 grid(blocks_for(tokens, kBinarySearch.num_tokens),
@@ -180,15 +193,22 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
   const Index rows = tokens * values.num_blocks;
   const dim3 parts(blocks_for(tokens, kTokenThreads / 32),
                    static_cast<unsigned>(values.num_blocks));
-  load_values<<<parts, kTokenThreads, 0, params.stream>>>(encoder, rows_of(encoder, params, false),
-                                                          tokens, workspace.value_norms,
-                                                          workspace.inputs, workspace.units);
-  std::uint16_t* const hidden_lo =
-      terms > 1 ? workspace.hidden + rows * values.output.num_inputs : nullptr;
-  multiply_by(encoder, values.hidden, workspace.inputs, tokens, terms,
-              HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden, hidden_lo,
-                             values.output.num_inputs},
-              params.stream);
+  by_type(params.type, [&](auto type) {
+    load_values<type.value><<<parts, kTokenThreads, 0, params.stream>>>(
+        encoder, rows_of(encoder, params, false), tokens, workspace.value_norms, workspace.inputs,
+        workspace.units);
+  });
+  const auto multiply_hidden = [&](auto has_rest) {
+    std::uint16_t* const rest = workspace.hidden + rows * values.output.num_inputs;
+    multiply_by(encoder, values.hidden, workspace.inputs, tokens, terms,
+                HiddenEpilogue<has_rest.value>{values.hidden, values.hidden_scale, workspace.hidden,
+                                               rest, values.output.num_inputs},
+                params.stream);
+  };
+  if (terms > 1)
+    multiply_hidden(std::true_type{});
+  else
+    multiply_hidden(std::false_type{});
   multiply_by(encoder, values.output, workspace.hidden, tokens, terms,
               PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs},
               params.stream);
@@ -264,7 +284,7 @@ int configure_append_kernels(EncoderView& encoder) noexcept {
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaFuncAttributes attributes{};
   if (error == cudaSuccess)
-    error = cudaFuncGetAttributes(&attributes, multiply_by_warpgroups<HiddenEpilogue>);
+    error = cudaFuncGetAttributes(&attributes, multiply_by_warpgroups<SquaresEpilogue>);
   const bool has_warpgroups = attributes.sharedSizeBytes > 0 && has_tensor_maps();
   encoder.warpgroup_processors = has_warpgroups ? processors : 0;
   const auto allow = [&](auto* kernel) {
@@ -288,7 +308,8 @@ int configure_append_kernels(EncoderView& encoder) noexcept {
     if (error == cudaSuccess && has_warpgroups)
       error = allow_shared_memory(multiply_by_warpgroups<Epilogue>, kWarpgroupSharedBytes);
   };
-  allow_products(HiddenEpilogue{});
+  allow_products(HiddenEpilogue<false>{});
+  allow_products(HiddenEpilogue<true>{});
   allow_products(PatternEpilogue{});
   allow_products(ProductEpilogue{});
   allow_products(SquaresEpilogue{});

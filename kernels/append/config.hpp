@@ -79,5 +79,6 @@ inline constexpr int kOutputPadding = 256;
 
 /// Threads of the blocks that load one token each, and of those that write its value codes.
 inline constexpr int kTokenThreads = 256;
+inline constexpr int kTokenBlocks = 4;  ///< that an SM should hold
 
 }  // namespace commvq::cuda

@@ -23,9 +23,20 @@ __device__ __forceinline__ float widen(std::uint16_t bits, FloatType type) {
   return type == FloatType::kBf16 ? __uint_as_float(static_cast<std::uint32_t>(bits) << 16)
                                   : append_instructions::from_half(bits);
 }
-__device__ __forceinline__ float read_float(const void* data, FloatType type, Index i) {
-  if (type == FloatType::kFp32) return static_cast<const float*>(data)[i];
-  return widen(static_cast<const std::uint16_t*>(data)[i], type);
+/// Numbers i and, an even one, i + 1.
+template <FloatType kType>
+__device__ __forceinline__ float read_float(const void* data, Index i) {
+  if constexpr (kType == FloatType::kFp32) return static_cast<const float*>(data)[i];
+  return widen(static_cast<const std::uint16_t*>(data)[i], kType);
+}
+template <FloatType kType>
+__device__ __forceinline__ float2 read_floats(const void* data, Index i) {
+  if constexpr (kType == FloatType::kFp32)
+    return *reinterpret_cast<const float2*>(static_cast<const float*>(data) + i);
+  const std::uint32_t pair =
+      *reinterpret_cast<const std::uint32_t*>(static_cast<const std::uint16_t*>(data) + i);
+  return float2{widen(static_cast<std::uint16_t>(pair), kType),
+                widen(static_cast<std::uint16_t>(pair >> 16), kType)};
 }
 /// Bits of the nearest bf16, ties to even; NaN stays NaN.
 __device__ __forceinline__ std::uint16_t bf16_of(float value) {
@@ -41,29 +52,37 @@ __device__ __forceinline__ bool is_finite(float value) {
 }
 constexpr std::uint16_t kNanBf16 = 0x7fc0;
 
-/// A number of a token as it is coded: rounded to the exact type, where there is one.
-__device__ __forceinline__ float read_token(const TokenRows& rows, Index token, int channel) {
-  float value = read_float(rows.data, rows.type, token * rows.num_channels + channel);
-  if (rows.rounds && rows.type != rows.exact_type)
+/// A number of a channel as it is coded: rounded to the exact type, where there is one.
+template <FloatType kType>
+__device__ __forceinline__ float as_coded(const TokenRows& rows, int channel, float value) {
+  if (rows.rounds && kType != rows.exact_type)
     value = widen(rounded_bits(value, rows.exact_type), rows.exact_type);
   return rows.channel_scales == nullptr ? value : value / rows.channel_scales[channel];
 }
-
-/// Channels `channel` and the next one, an even number.
+template <FloatType kType>
+__device__ __forceinline__ float read_token(const TokenRows& rows, Index token, int channel) {
+  return as_coded<kType>(rows, channel,
+                         read_float<kType>(rows.data, token * rows.num_channels + channel));
+}
+/// Channels `channel`, an even one, and the next.
+template <FloatType kType>
 __device__ __forceinline__ float2 read_pair(const TokenRows& rows, Index token, int channel) {
-  return float2{read_token(rows, token, channel), read_token(rows, token, channel + 1)};
+  const float2 pair = read_floats<kType>(rows.data, token * rows.num_channels + channel);
+  return float2{as_coded<kType>(rows, channel, pair.x), as_coded<kType>(rows, channel + 1, pair.y)};
 }
 
 /// Norm of an even number of channels [first, first + count) in double, or NaN if one of them is
 /// not finite; `sum` receives their sum. Called by all lanes of a warp.
+template <FloatType kType>
 __device__ __forceinline__ double norm_of(const TokenRows& rows, Index token, int first, int count,
                                           double& sum) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   double squares = 0;
   float of_lane = 0;
   bool finite = true;
+#pragma unroll 4
   for (int i = 2 * lane; i < count; i += 64) {
-    const float2 pair = read_pair(rows, token, first + i);
+    const float2 pair = read_pair<kType>(rows, token, first + i);
     finite = finite && is_finite(pair.x) && is_finite(pair.y);
     squares += static_cast<double>(pair.x) * pair.x + static_cast<double>(pair.y) * pair.y;
     of_lane += pair.x + pair.y;
@@ -74,16 +93,20 @@ __device__ __forceinline__ double norm_of(const TokenRows& rows, Index token, in
                                          : static_cast<double>(__uint_as_float(0x7fc00000u));
 }
 
-/// Writes the exact copy of a token's channels [first, first + count), if it has one.
+/// Writes the exact copy of a token's channels [first, first + count), even numbers, if it has one.
+template <FloatType kType>
 __device__ __forceinline__ void copy_exactly(const TokenRows& rows, Index token, int first,
                                              int count) {
   if (rows.exact == nullptr || rows.exact_mapping == nullptr) return;
   const Index row = rows.exact_mapping[token];
   if (row < 0) return;
   auto* const to = static_cast<std::uint16_t*>(rows.exact) + row * rows.num_channels;
-  for (int i = first + static_cast<int>(threadIdx.x) % 32; i < first + count; i += 32)
-    to[i] = rounded_bits(read_float(rows.data, rows.type, token * rows.num_channels + i),
-                         rows.exact_type);
+  for (int i = first + 2 * (static_cast<int>(threadIdx.x) % 32); i < first + count; i += 64) {
+    const float2 pair = read_floats<kType>(rows.data, token * rows.num_channels + i);
+    *reinterpret_cast<std::uint32_t*>(to + i) =
+        rounded_bits(pair.x, rows.exact_type) |
+        static_cast<std::uint32_t>(rounded_bits(pair.y, rows.exact_type)) << 16;
+  }
 }
 
 /// What a warp works on: a token in the grid's x, a part of its channels in y.
@@ -103,6 +126,7 @@ struct TokenPart {
 
 /// The channels of a norm, a warp each: exact copy, norm, weighted unit key in planar order.
 /// `norms` and `unit_keys` are those of the workspace; norms also go to the page.
+template <FloatType kType>
 __global__ void __launch_bounds__(kTokenThreads)
     load_keys(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
               PagedCodes pages, const std::int64_t* slot_mapping, std::uint16_t* norms,
@@ -111,9 +135,9 @@ __global__ void __launch_bounds__(kTokenThreads)
   const DevicePageLayout& layout = encoder.layout;
   const TokenPart at(rows.num_channels / layout.norms_per_token, num_tokens);
   if (at.token >= num_tokens) return;
-  copy_exactly(rows, at.token, at.first_channel, at.num_channels);
+  copy_exactly<kType>(rows, at.token, at.first_channel, at.num_channels);
   double sum = 0;
-  const double norm = norm_of(rows, at.token, at.first_channel, at.num_channels, sum);
+  const double norm = norm_of<kType>(rows, at.token, at.first_channel, at.num_channels, sum);
   std::uint16_t bits = bf16_of(static_cast<float>(norm));
   if ((bits & 0x7f80) == 0x7f80) bits = kNanBf16;  // also where bf16 overflows
   if (lane == 0) {
@@ -126,14 +150,26 @@ __global__ void __launch_bounds__(kTokenThreads)
   const double rounded =
       static_cast<double>(__uint_as_float(static_cast<std::uint32_t>(bits) << 16));
   const double factor = rounded > 0 ? 1 / rounded : 0;  // 0 for NaN
-  for (int i = lane; i < at.num_channels; i += 32) {
+  // Of a head's channels in planar order the next one is mostly the next channel.
+  float* const units = unit_keys + at.token * rows.num_channels;
+#pragma unroll 2
+  for (int i = 2 * lane; i < at.num_channels; i += 64) {
     const int planar = at.first_channel + i;
     const int in_head = planar % layout.head_dim;
-    const int channel = planar - in_head + encoder.keys.channels[in_head];
-    float unit =
-        factor == 0 ? 0.0f : static_cast<float>(read_token(rows, at.token, channel) * factor);
-    if (encoder.keys.weights != nullptr) unit *= encoder.keys.weights[planar];
-    unit_keys[at.token * rows.num_channels + planar] = unit;
+    const std::uint16_t* const channels = encoder.keys.channels + in_head;
+    const int first = planar - in_head + channels[0], second = planar - in_head + channels[1];
+    float2 number{0, 0};
+    if (factor != 0)
+      number = first % 2 == 0 && second == first + 1
+                   ? read_pair<kType>(rows, at.token, first)
+                   : float2{read_token<kType>(rows, at.token, first),
+                            read_token<kType>(rows, at.token, second)};
+    float2 unit{static_cast<float>(number.x * factor), static_cast<float>(number.y * factor)};
+    if (encoder.keys.weights != nullptr) {
+      unit.x *= encoder.keys.weights[planar];
+      unit.y *= encoder.keys.weights[planar + 1];
+    }
+    *reinterpret_cast<float2*>(units + planar) = unit;
   }
 }
 
@@ -148,7 +184,8 @@ __device__ __forceinline__ void store_operands(std::uint16_t* hi, std::uint16_t*
 
 /// A block of values, a warp each: exact copy, norm, LayerNorm of the unit value as the network's
 /// scaled input, and for a polish (`units` not null) the unit value itself.
-__global__ void __launch_bounds__(kTokenThreads)
+template <FloatType kType>
+__global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
     load_values(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
                 double* norms, std::uint16_t* inputs, std::uint16_t* units) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -156,9 +193,9 @@ __global__ void __launch_bounds__(kTokenThreads)
   const TokenPart at(values.num_channels, num_tokens);
   if (at.token >= num_tokens) return;
   const int count = values.num_channels;
-  copy_exactly(rows, at.token, at.first_channel, count);
+  copy_exactly<kType>(rows, at.token, at.first_channel, count);
   double sum = 0;
-  const double norm = norm_of(rows, at.token, at.first_channel, count, sum);
+  const double norm = norm_of<kType>(rows, at.token, at.first_channel, count, sum);
   if (lane == 0) norms[at.row] = norm;
   const double factor = norm > 0 ? 1 / norm : 0;  // 0 for NaN
   const bool is_coded = factor != 0;
@@ -179,8 +216,9 @@ __global__ void __launch_bounds__(kTokenThreads)
   const float* const bias = values.norm_bias + at.first_channel;
   for (int i = 2 * lane; i < num_inputs; i += 64) {
     const bool is_there = i < count;
-    const float2 number =
-        is_coded && is_there ? read_pair(rows, at.token, at.first_channel + i) : float2{0, 0};
+    const float2 number = is_coded && is_there
+                              ? read_pair<kType>(rows, at.token, at.first_channel + i)
+                              : float2{0, 0};
     const float2 unit{static_cast<float>(number.x * factor), static_cast<float>(number.y * factor)};
     float2 input{0, 0};
     if (is_there)

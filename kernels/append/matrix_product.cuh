@@ -43,27 +43,28 @@ __device__ __forceinline__ std::uint32_t pack_rests(float first, float second,
 }
 
 /// An epilogue gets two neighbouring outputs of row block * num_rows + i; all lanes of a warp call
-/// it together, with i beyond the last one too. Writes hidden = GELU(product + bias).
+/// it together, with i beyond the last one too. Nothing but the write depends on `valid`, so that
+/// calls for several outputs run side by side. Writes hidden = GELU(product + bias).
+template <bool kHasRest>
 struct HiddenEpilogue {
   Weights weights;
   float scale;  ///< of what is written
   std::uint16_t* hi;
-  std::uint16_t* lo;  ///< null: not wanted
+  std::uint16_t* lo;  ///< not read unless kHasRest
   int num_cols;       ///< of the array written: inputs of the next layer, zeros at its end
 
   __device__ void operator()(int block, Index row, int col, float first, float second,
                              bool valid) const {
-    if (!valid || col >= num_cols) return;
     // Padded outputs have weight and bias 0, and GELU(0) = 0.
     const float2 bias =
         *reinterpret_cast<const float2*>(weights.bias + block * weights.num_padded_outputs + col);
     first = scale * gelu(first * weights.product_factor + bias.x);
     second = scale * gelu(second * weights.product_factor + bias.y);
     const std::uint32_t rounded = pack_halves(first, second);
-    *reinterpret_cast<std::uint32_t*>(hi + row * num_cols + col) = rounded;
-    if (lo != nullptr)
-      *reinterpret_cast<std::uint32_t*>(lo + row * num_cols + col) =
-          pack_rests(first, second, rounded);
+    const std::uint32_t rest = kHasRest ? pack_rests(first, second, rounded) : 0;
+    const bool writes = valid && col < num_cols;
+    if (writes) *reinterpret_cast<std::uint32_t*>(hi + row * num_cols + col) = rounded;
+    if (kHasRest && writes) *reinterpret_cast<std::uint32_t*>(lo + row * num_cols + col) = rest;
   }
 };
 
@@ -82,17 +83,14 @@ struct PatternEpilogue {
     second = second * weights.product_factor + bias.y;
     const float third = __shfl_down_sync(0xffffffffu, first, 1);
     const float fourth = __shfl_down_sync(0xffffffffu, second, 1);
-    if (!valid || col % 4 != 0 || col / 2 >= num_cols) return;
-    int pattern = 0;
-    float largest = first;
-    if (second > largest) pattern = 1, largest = second;
-    if (third > largest) pattern = 2, largest = third;
-    if (fourth > largest) pattern = 3;
     constexpr std::uint32_t kOne = 0x3c00;
-    std::uint32_t pair =
-        (pattern == 0 || pattern == 2 ? kOne : 0) | (pattern == 1 || pattern == 2 ? kOne << 16 : 0);
-    if (col >= weights.num_outputs) pair = 0;
-    *reinterpret_cast<std::uint32_t*>(bits + row * num_cols + col / 2) = pair;
+    std::uint32_t pair = second > first ? kOne << 16 : kOne;
+    float largest = fmaxf(first, second);
+    if (third > largest) pair = kOne << 16 | kOne;
+    largest = fmaxf(largest, third);
+    if (fourth > largest || col >= weights.num_outputs) pair = 0;
+    if (valid && col % 4 == 0 && col / 2 < num_cols)
+      *reinterpret_cast<std::uint32_t*>(bits + row * num_cols + col / 2) = pair;
   }
 };
 

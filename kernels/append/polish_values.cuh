@@ -13,8 +13,9 @@ struct ProductEpilogue {
   int num_cols;
 
   __device__ void operator()(int, Index row, int col, float first, float second, bool valid) const {
-    if (!valid || col >= num_cols) return;  // the number of columns is even
-    *reinterpret_cast<float2*>(products + row * num_cols + col) = {factor * first, factor * second};
+    const float2 pair{factor * first, factor * second};
+    if (valid && col < num_cols)  // the number of columns is even
+      *reinterpret_cast<float2*>(products + row * num_cols + col) = pair;
   }
 };
 

@@ -51,8 +51,8 @@ class HostAppend {
         view_.num_channels(), nullptr};
     simt::launch({blocks(kTokenThreads / 32), static_cast<unsigned>(tested.layout.norms_per_token)},
                  kTokenThreads, [&] {
-                   load_keys(view_, rows, tokens, paged, places, workspace.key_norms,
-                             workspace.unit_keys);
+                   load_keys<FloatType::kFp32>(view_, rows, tokens, paged, places,
+                                               workspace.key_norms, workspace.unit_keys);
                  });
     ASSERT_LE(KeySearchShared(view_.keys, kKeySearch.num_rows).bytes, Index{sizeof shared});
     if (view_.keys.binary.num_bytes > 0)
@@ -70,14 +70,19 @@ class HostAppend {
     const Index num_rows = tokens * values.num_blocks;
     const simt::Dim parts{blocks(kTokenThreads / 32), static_cast<unsigned>(values.num_blocks)};
     simt::launch(parts, kTokenThreads, [&] {
-      load_values(view_, rows, tokens, workspace.value_norms, workspace.inputs, workspace.units);
+      load_values<FloatType::kFp32>(view_, rows, tokens, workspace.value_norms, workspace.inputs,
+                                    workspace.units);
     });
     const int terms = values.num_terms();
-    multiply_by(
-        values.hidden, workspace.inputs, tokens, terms,
-        HiddenEpilogue{values.hidden, values.hidden_scale, workspace.hidden,
-                       terms > 1 ? workspace.hidden + num_rows * values.output.num_inputs : nullptr,
-                       values.output.num_inputs});
+    std::uint16_t* const rest = workspace.hidden + num_rows * values.output.num_inputs;
+    if (terms > 1)
+      multiply_by(values.hidden, workspace.inputs, tokens, terms,
+                  HiddenEpilogue<true>{values.hidden, values.hidden_scale, workspace.hidden, rest,
+                                       values.output.num_inputs});
+    else
+      multiply_by(values.hidden, workspace.inputs, tokens, terms,
+                  HiddenEpilogue<false>{values.hidden, values.hidden_scale, workspace.hidden, rest,
+                                        values.output.num_inputs});
     multiply_by(values.output, workspace.hidden, tokens, terms,
                 PatternEpilogue{values.output, workspace.bits, values.decoder.num_inputs});
     if (values.polish_sweeps > 0) polish(tokens, workspace);
