@@ -374,21 +374,12 @@ __global__ void __launch_bounds__(kGreedySearch.num_threads, 2)
               static_cast<std::uint16_t>(lane % 4 == 0 ? a_of(choices[part]) : b_of(choices[part]));
       }
     }
-    __syncthreads();
-    // Lane i knows where token i of the warp's sixteen goes.
-    const int norm_index = layout.norms_per_token == 1 ? 0 : head;
-    const int own = warp * 16 + lane % 16;
-    const bool is_token = own < count;
-    const Index own_place = is_token ? slot_mapping[first_token + own] : -1;
-    const int own_norm =
-        is_token ? norms[(first_token + own) * layout.norms_per_token + norm_index] : 0;
-    for (int i = 0; i < 16; ++i) {
-      const Index place = __shfl_sync(0xffffffffu, own_place, i);
-      const bool coded = __shfl_sync(0xffffffffu, own_norm, i) != kNanBf16;
-      if (place < 0) continue;
-      write_key_codes(layout, head, group, codes + (warp * 16 + i) * at.codes_stride, coded,
-                      PagePlace(layout, pages, place));
-    }
+    __syncwarp();  // a row's lanes have all written its codes
+    const int own_count = min(count - warp * 16, 16);
+    if (own_count <= 0) return;
+    write_key_codes(
+        layout, head, group, codes + warp * 16 * at.codes_stride, at.codes_stride,
+        KeyTargets(layout, head, slot_mapping, norms, first_token + warp * 16, own_count), pages);
   }
 }
 

@@ -550,14 +550,13 @@ __global__ void __launch_bounds__(kKeySearch.num_threads,
     }
   }
   __syncthreads();
-  const int norm_index = layout.norms_per_token == 1 ? 0 : head;
-  for (int token = warp; token < count; token += kWarps) {
-    if (slot_mapping[first_token + token] < 0) continue;
-    const bool coded =
-        norms[(first_token + token) * layout.norms_per_token + norm_index] != kNanBf16;
-    const PagePlace place(layout, pages, slot_mapping[first_token + token]);
-    write_key_codes(layout, head, group, codes + token * codes_stride, coded, place);
-  }
+  const int per_warp = (count + kWarps - 1) / kWarps;
+  const int own_count = min(count - warp * per_warp, per_warp);
+  if (own_count <= 0) return;
+  write_key_codes(
+      layout, head, group, codes + warp * per_warp * codes_stride, codes_stride,
+      KeyTargets(layout, head, slot_mapping, norms, first_token + warp * per_warp, own_count),
+      pages);
 }
 
 }  // namespace commvq::cuda

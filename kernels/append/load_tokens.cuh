@@ -50,8 +50,6 @@ __device__ __forceinline__ std::uint16_t rounded_bits(float value, FloatType typ
 __device__ __forceinline__ bool is_finite(float value) {
   return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
 }
-constexpr std::uint16_t kNanBf16 = 0x7fc0;
-
 /// A number of a channel as it is coded: rounded to the exact type, where there is one.
 template <FloatType kType>
 __device__ __forceinline__ float as_coded(const TokenRows& rows, int channel, float value) {

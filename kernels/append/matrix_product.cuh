@@ -56,8 +56,8 @@ struct HiddenEpilogue {
   __device__ void operator()(int block, Index row, int col, float first, float second,
                              bool valid) const {
     // Padded outputs have weight and bias 0, and GELU(0) = 0.
-    const float2 bias =
-        *reinterpret_cast<const float2*>(weights.bias + block * weights.num_padded_outputs + col);
+    const float2 bias = __ldg(
+        reinterpret_cast<const float2*>(weights.bias + block * weights.num_padded_outputs + col));
     first = scale * gelu(first * weights.product_factor + bias.x);
     second = scale * gelu(second * weights.product_factor + bias.y);
     const std::uint32_t rounded = pack_halves(first, second);
@@ -77,8 +77,8 @@ struct PatternEpilogue {
 
   __device__ void operator()(int block, Index row, int col, float first, float second,
                              bool valid) const {
-    const float2 bias =
-        *reinterpret_cast<const float2*>(weights.bias + block * weights.num_padded_outputs + col);
+    const float2 bias = __ldg(
+        reinterpret_cast<const float2*>(weights.bias + block * weights.num_padded_outputs + col));
     first = first * weights.product_factor + bias.x;
     second = second * weights.product_factor + bias.y;
     const float third = __shfl_down_sync(0xffffffffu, first, 1);

@@ -37,13 +37,12 @@ __device__ __forceinline__ void finish_tile(const MatrixProduct& product, const 
                                             const float (&sums)[kWarpgroupTile.cols / 8][4],
                                             int block, int first_row, int col_tile) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int first_col = col_tile * kWarpgroupTile.cols;
+  const int row = first_row + static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;  // and row + 8
+  const bool valid[2] = {row < product.num_rows, row + 8 < product.num_rows};
+  const Index row_of_all = block * product.num_rows + row;
+  if constexpr (std::is_same_v<Epilogue, SquaresEpilogue>) {
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const int row = first_row + static_cast<int>(threadIdx.x) / 32 * 16 + part * 8 + lane / 4;
-    const bool valid = row < product.num_rows;
-    const Index row_of_all = block * product.num_rows + row;
-    if constexpr (std::is_same_v<Epilogue, SquaresEpilogue>) {
+    for (int part = 0; part < 2; ++part) {
       float sum = 0;
 #pragma unroll
       for (int n = 0; n < kWarpgroupTile.cols / 8; ++n)
@@ -51,13 +50,17 @@ __device__ __forceinline__ void finish_tile(const MatrixProduct& product, const 
             sums[n][2 * part] * sums[n][2 * part] + sums[n][2 * part + 1] * sums[n][2 * part + 1];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (valid && lane % 4 == 0) epilogue.squares[col_tile * epilogue.num_rows + row_of_all] = sum;
-    } else {
-#pragma unroll
-      for (int n = 0; n < kWarpgroupTile.cols / 8; ++n)
-        epilogue(block, row_of_all, first_col + n * 8 + lane % 4 * 2, sums[n][2 * part],
-                 sums[n][2 * part + 1], valid);
+      if (valid[part] && lane % 4 == 0)
+        epilogue.squares[col_tile * epilogue.num_rows + row_of_all + 8 * part] = sum;
     }
+  } else {
+    const int first_col = col_tile * kWarpgroupTile.cols + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kWarpgroupTile.cols / 8; ++n)
+#pragma unroll
+      for (int part = 0; part < 2; ++part)
+        epilogue(block, row_of_all + 8 * part, first_col + n * 8, sums[n][2 * part],
+                 sums[n][2 * part + 1], valid[part]);
   }
 }
 

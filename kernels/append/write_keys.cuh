@@ -4,6 +4,9 @@
 
 namespace commvq::cuda {
 
+/// The norm of a key that cannot be coded.
+constexpr std::uint16_t kNanBf16 = 0x7fc0;
+
 /// Where a token's codes go.
 struct PagePlace {
   std::uint8_t* page;
@@ -44,25 +47,47 @@ __device__ __forceinline__ void write_key_word(const DevicePageLayout& layout,
   }
 }
 
-/// Writes a token's codes of one group, [num_books], a word a lane of the warp; zeros unless
-/// `coded`.
+/// What the writing of some tokens' key codes needs, from the first of them on.
+struct KeyTargets {
+  const std::int64_t* places;  ///< of the slot mapping
+  const std::uint16_t* norms;  ///< those of the head, `norm_stride` apart; NaN: codes are zeros
+  int norm_stride;
+  int num_tokens;
+
+  __device__ KeyTargets(const DevicePageLayout& layout, int head, const std::int64_t* slot_mapping,
+                        const std::uint16_t* all_norms, Index first_token, int count)
+      : places(slot_mapping + first_token),
+        norms(all_norms + first_token * layout.norms_per_token +
+              (layout.norms_per_token == 1 ? 0 : head)),
+        norm_stride(layout.norms_per_token),
+        num_tokens(count) {}
+};
+
+/// Writes the tokens' codes of one group, [num_tokens][stride], a word a lane of the warp.
 __device__ __forceinline__ void write_key_codes(const DevicePageLayout& layout, int head, int group,
-                                                const std::uint16_t* codes, bool coded,
-                                                const PagePlace& place) {
+                                                const std::uint16_t* codes, int stride,
+                                                const KeyTargets& targets,
+                                                const PagedCodes& pages) {
   for (int p = 0; p < layout.num_planes; ++p) {
     const KeyPlane& plane = layout.planes[p];
     if (plane.group != group) continue;
-    for (int word = static_cast<int>(threadIdx.x) % 32; word <= plane.num_words; word += 32) {
+    const int words_per_token = plane.num_words + 1;  // with the tail
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < targets.num_tokens * words_per_token;
+         i += 32) {
+      const int token = i / words_per_token, word = i % words_per_token;
+      if (targets.places[token] < 0) continue;
+      const bool coded = targets.norms[token * targets.norm_stride] != kNanBf16;
       // Bits [32 word, 32 word + 32) of the plane's codes one after the other.
       const int first_bit = word * 32;
       std::uint32_t bits = 0;
       for (int k = first_bit / layout.code_bits; k < plane.num_books; ++k) {
         const int shift = k * layout.code_bits - first_bit;
         if (shift >= 32) break;
-        const std::uint32_t code = coded ? codes[plane.first_book + k] : 0;
+        const std::uint32_t code = coded ? codes[token * stride + plane.first_book + k] : 0;
         bits |= shift >= 0 ? code << shift : code >> -shift;
       }
-      write_key_word(layout, plane, head, place, word, bits);
+      write_key_word(layout, plane, head, PagePlace(layout, pages, targets.places[token]), word,
+                     bits);
     }
   }
 }
