@@ -189,6 +189,9 @@ struct Buffers {
       p.pages.page_stride = layout.page_bytes;
       p.workspace_bytes = cuda::append_workspace_size(encoder, num_tokens);
       p.workspace = own(nullptr, p.workspace_bytes);
+      p.exact_mapping = p.slot_mapping;
+      p.exact.keys = own(nullptr, rows.size() * 2);
+      p.exact.values = own(nullptr, rows.size() * 2);
     }
   }
   Buffers(const Buffers&) = delete;
@@ -212,16 +215,27 @@ cudaGraphExec_t capture(const cuda::DeviceEncoder& encoder, cuda::AppendParams p
   return executable;
 }
 
-/// Median milliseconds of keys, values or both.
-double milliseconds(const cuda::DeviceEncoder& encoder, const Buffers& buffers, bool keys,
-                    bool values) {
+/// What of a call is timed: codes, or exact copies alone.
+struct Part {
+  const char* name;
+  bool keys, values, copies;
+};
+
+/// Median milliseconds.
+double milliseconds(const cuda::DeviceEncoder& encoder, const Buffers& buffers, const Part& part) {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreate(&stream));
   cudaGraphExec_t calls[kSets];
   for (int set = 0; set < kSets; ++set) {
     cuda::AppendParams params = buffers.params[set];
-    if (!keys) params.keys = nullptr;
-    if (!values) params.values = nullptr;
+    if (!part.keys) params.keys = nullptr;
+    if (!part.values) params.values = nullptr;
+    if (part.copies) {
+      params.slot_mapping = nullptr;
+    } else {
+      params.exact = {};
+      params.exact_mapping = nullptr;
+    }
     calls[set] = capture(encoder, params, stream);
   }
   cudaEvent_t begin = nullptr, end = nullptr;
@@ -275,12 +289,9 @@ int run(std::vector<std::string> presets) {
                                         cuda::key_plane_bytes(device.major * 10 + device.minor));
     const cuda::DeviceEncoder encoder = cuda::prepare_encoder(codec, layout);
     const Buffers buffers(encoder, num_tokens, rng);
-    const struct {
-      const char* name;
-      bool keys, values;
-    } parts[] = {{"keys", true, false}, {"values", false, true}, {"both", true, true}};
-    for (const auto& part : parts) {
-      const double time = milliseconds(encoder, buffers, part.keys, part.values) * 1e3;
+    for (const Part& part : {Part{"keys", true, false, false}, Part{"values", false, true, false},
+                             Part{"both", true, true, false}, Part{"copies", true, true, true}}) {
+      const double time = milliseconds(encoder, buffers, part) * 1e3;
       const double rate = static_cast<double>(num_tokens) / time;
       std::printf("%-17s %-6s  %9.1f microseconds  %7.2f million tokens/s\n", timed.name, part.name,
                   time, rate);

@@ -222,6 +222,15 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
       values.decoder.num_padded_outputs / tile_cols, params.pages, params.slot_mapping);
 }
 
+/// Exact copies alone.
+void copy(const EncoderView& encoder, const AppendParams& params) {
+  by_type(params.type, [&](auto type) {
+    copy_tokens<type.value>
+        <<<blocks_for(params.num_tokens, kTokenThreads / 32), kTokenThreads, 0, params.stream>>>(
+            rows_of(encoder, params, true), rows_of(encoder, params, false), params.num_tokens);
+  });
+}
+
 Status invalid(const char* what, const char* wanted) {
   return Status(StatusCode::kInvalidArgument, "%s; %s", what, wanted);
 }
@@ -236,19 +245,10 @@ Status check(const EncoderView& encoder, const AppendParams& params) {
     return Status(StatusCode::kInvalidArgument, "num_tokens is %lld; it must be in [0, %lld]",
                   static_cast<long long>(params.num_tokens), static_cast<long long>(kMaxTokens));
   if (params.num_tokens == 0) return {};
-  if (params.slot_mapping == nullptr)
-    return invalid("slot_mapping is null", "it must hold a place for each token");
   if (params.type != FloatType::kBf16 && params.type != FloatType::kFp16 &&
       params.type != FloatType::kFp32)
     return Status(StatusCode::kInvalidArgument, "type is %d; it must be kBf16, kFp16 or kFp32",
                   static_cast<int>(params.type));
-  if (params.pages.data == nullptr || !is_aligned(params.pages.data, 16))
-    return invalid("pages.data is null or not on 16 bytes", "pages begin on 16 bytes");
-  if (params.pages.page_stride < layout.page_bytes || params.pages.page_stride % 16 != 0)
-    return Status(StatusCode::kInvalidArgument,
-                  "page_stride is %lld; it must be a multiple of 16 and at least page_bytes = %lld",
-                  static_cast<long long>(params.pages.page_stride),
-                  static_cast<long long>(layout.page_bytes));
   const ExactTokens& exact = params.exact;
   if ((exact.keys == nullptr) != (exact.values == nullptr))
     return invalid("one of exact.keys and exact.values is null", "give both or none");
@@ -258,6 +258,18 @@ Status check(const EncoderView& encoder, const AppendParams& params) {
   if (exact.keys == nullptr && params.exact_mapping != nullptr)
     return invalid("exact_mapping is given, but no exact buffers",
                    "set exact.keys and exact.values");
+  if (params.slot_mapping == nullptr)
+    return params.exact_mapping != nullptr
+               ? Status()
+               : invalid("slot_mapping and exact_mapping are null",
+                         "a token needs a place for its codes or for an exact copy");
+  if (params.pages.data == nullptr || !is_aligned(params.pages.data, 16))
+    return invalid("pages.data is null or not on 16 bytes", "pages begin on 16 bytes");
+  if (params.pages.page_stride < layout.page_bytes || params.pages.page_stride % 16 != 0)
+    return Status(StatusCode::kInvalidArgument,
+                  "page_stride is %lld; it must be a multiple of 16 and at least page_bytes = %lld",
+                  static_cast<long long>(params.pages.page_stride),
+                  static_cast<long long>(layout.page_bytes));
   if (params.workspace == nullptr || !is_aligned(params.workspace, 256))
     return invalid("workspace is null or not on 256 bytes", "see append_workspace_size");
   const std::size_t needed = AppendWorkspace(encoder, params.num_tokens, nullptr).bytes;
@@ -324,9 +336,13 @@ Status append(const DeviceEncoder& encoder, const AppendParams& params) noexcept
   const EncoderView& view = encoder.view();
   const Status status = check(view, params);
   if (!status.ok() || params.num_tokens == 0) return status;
-  const AppendWorkspace workspace(view, params.num_tokens, params.workspace);
-  if (params.keys != nullptr) encode_keys(view, params, workspace);
-  if (params.values != nullptr) encode_values(view, params, workspace);
+  if (params.slot_mapping == nullptr) {
+    copy(view, params);
+  } else {
+    const AppendWorkspace workspace(view, params.num_tokens, params.workspace);
+    if (params.keys != nullptr) encode_keys(view, params, workspace);
+    if (params.values != nullptr) encode_values(view, params, workspace);
+  }
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
     return Status(StatusCode::kCudaError, "append: %s", cudaGetErrorString(error));

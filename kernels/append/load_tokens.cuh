@@ -107,6 +107,16 @@ __device__ __forceinline__ void copy_exactly(const TokenRows& rows, Index token,
   }
 }
 
+/// A warp a token: exact copies of what there is.
+template <FloatType kType>
+__global__ void __launch_bounds__(kTokenThreads)
+    copy_tokens(const TokenRows keys, const TokenRows values, Index num_tokens) {
+  const Index token = Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32;
+  if (token >= num_tokens) return;
+  if (keys.data != nullptr) copy_exactly<kType>(keys, token, 0, keys.num_channels);
+  if (values.data != nullptr) copy_exactly<kType>(values, token, 0, values.num_channels);
+}
+
 /// What a warp works on: a token in the grid's x, a part of its channels in y.
 struct TokenPart {
   Index token;

@@ -2,6 +2,7 @@
 #include "commvq/cuda/append.hpp"
 
 #include <limits>
+#include <numeric>
 
 #include <cuda_runtime_api.h>
 #include <gmock/gmock.h>
@@ -278,6 +279,43 @@ TEST_F(AppendTest, ExactCopiesAreWrittenAndCoded) {
   EXPECT_EQ(tested.judge(device.pages.to_host(), kFp32Tolerance), "");
 }
 
+TEST_F(AppendTest, CopiesAloneThenCodesOfTheCopies) {
+  AppendCase tested = AppendCase::random(rng_, {.num_tokens = 50});
+  DeviceCase device(tested);
+  std::vector<std::int64_t> rows(50);
+  std::iota(rows.rbegin(), rows.rend(), 0);
+  const DeviceArray<std::int64_t> exact_mapping(rows);
+  const DeviceArray<std::uint16_t> exact_keys(tested.keys.size()),
+      exact_values(tested.values.size());
+  AppendParams params = device.params(tested);
+  params.exact = {exact_keys.get(), exact_values.get(), FloatType::kBf16, 10, 40};
+  params.exact_mapping = exact_mapping.get();
+  params.slot_mapping = nullptr;
+  params.pages = {};
+  params.workspace = nullptr;
+  params.workspace_bytes = 0;
+  run(params, device.encoder);
+  EXPECT_EQ(device.pages.to_host(), tested.noise);
+
+  // The copies' rows are the tokens backwards; so is the slot mapping now.
+  std::reverse(tested.slot_mapping.begin(), tested.slot_mapping.end());
+  device.slot_mapping.copy(tested.slot_mapping);
+  AppendParams later = device.params(tested);
+  later.keys = exact_keys.get();
+  later.values = exact_values.get();
+  later.type = FloatType::kBf16;
+  run(later, device.encoder);
+  const auto channels = static_cast<std::size_t>(tested.num_channels());
+  for (std::vector<float>* numbers : {&tested.keys, &tested.values}) {
+    std::vector<float> backwards;
+    for (std::size_t t = 50; t-- > 0;)
+      for (std::size_t c = 0; c < channels; ++c)
+        backwards.push_back(from_bf16(to_bf16((*numbers)[t * channels + c])));
+    *numbers = backwards;
+  }
+  EXPECT_EQ(tested.judge(device.pages.to_host(), kFp32Tolerance), "");
+}
+
 TEST_F(AppendTest, HalfPrecisionInputsAreReadAsTheyAre) {
   for (const FloatType type : {FloatType::kBf16, FloatType::kFp16}) {
     SCOPED_TRACE(name_of(type));
@@ -346,7 +384,7 @@ TEST_F(AppendTest, RefusesWhatItCannotDo) {
   expect([](AppendParams& p) { p.num_tokens = -1; }, StatusCode::kInvalidArgument,
          "num_tokens is -1");
   expect([](AppendParams& p) { p.slot_mapping = nullptr; }, StatusCode::kInvalidArgument,
-         "slot_mapping");
+         "slot_mapping and exact_mapping are null");
   expect([](AppendParams& p) { --p.workspace_bytes; }, StatusCode::kWorkspaceTooSmall, "need");
   expect([](AppendParams& p) { p.pages.page_stride = 8; }, StatusCode::kInvalidArgument,
          "page_stride is 8");

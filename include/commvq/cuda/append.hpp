@@ -61,7 +61,8 @@ struct AppendParams {
   const void* values = nullptr;  ///< likewise; null: values stay as they are
   FloatType type = FloatType::kBf16;  ///< of keys and values: kBf16, kFp16 or kFp32
   /// [num_tokens]: page * page_size + slot within the page. Negative: no codes are written. Two
-  /// tokens of one call must not have the same place.
+  /// tokens of one call must not have the same place. Null: nothing is coded, only exact copies are
+  /// made, which needs neither pages nor a workspace; see "Coding later" in docs/cuda.md.
   const std::int64_t* slot_mapping = nullptr;
   PagedCodes pages;
 
