@@ -249,7 +249,12 @@ Status check(const EncoderView& encoder, const AppendParams& params) {
       params.type != FloatType::kFp32)
     return Status(StatusCode::kInvalidArgument, "type is %d; it must be kBf16, kFp16 or kFp32",
                   static_cast<int>(params.type));
+  if (!is_aligned(params.keys, 16) || !is_aligned(params.values, 16))
+    return invalid("keys or values are not on 16 bytes", "rows are read 16 bytes at a time");
   const ExactTokens& exact = params.exact;
+  if (!is_aligned(exact.keys, 16) || !is_aligned(exact.values, 16))
+    return invalid("exact.keys or exact.values is not on 16 bytes",
+                   "rows are written 16 bytes at a time");
   if ((exact.keys == nullptr) != (exact.values == nullptr))
     return invalid("one of exact.keys and exact.values is null", "give both or none");
   if (exact.keys != nullptr && exact.type != FloatType::kBf16 && exact.type != FloatType::kFp16)

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/bulk_copy.cuh"
 #include "common/sort_key.cuh"
 #include "greedy_stage.hpp"
 #include "instructions.cuh"
@@ -27,16 +28,18 @@ inline constexpr int kGreedyTermStride = GreedyStage::kSize + 4;
 /// Shared memory of a block, offsets in bytes. There are two blocks on a multiprocessor: while one
 /// waits for the copies of its stage, or for products, the other one has the rest to do.
 struct GreedySearchShared {
-  int stage;  ///< GreedyStage
-  int terms;  ///< uint32 [rows][kGreedyTermStride]: terms of a, twice each
-  int codes;  ///< uint16 [rows][codes_stride]
+  int stage;    ///< GreedyStage
+  int barrier;  ///< CopyBarrier of the stage
+  int terms;    ///< uint32 [rows][kGreedyTermStride]: terms of a, twice each
+  int codes;    ///< uint16 [rows][codes_stride]
   int codes_stride;
   int bytes;
 
   COMMVQ_HOST_DEVICE explicit GreedySearchShared(int num_books) {
     codes_stride = num_books | 1;
     stage = 0;
-    terms = stage + GreedyStage::kBytes;
+    barrier = stage + GreedyStage::kBytes;
+    terms = barrier + 16;
     codes = terms + 4 * kGreedySearch.num_rows * kGreedyTermStride;
     bytes = codes + 2 * kGreedySearch.num_rows * codes_stride;
   }
@@ -315,17 +318,18 @@ __global__ void __launch_bounds__(kGreedySearch.num_threads, 2)
     const int head = static_cast<int>(blockIdx.y), group = static_cast<int>(blockIdx.z);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const Index books = (Index{head} * layout.num_groups + group) * keys.num_stages;
+    const CopyBarrier copied(reinterpret_cast<std::uint64_t*>(shared + at.barrier));
     const auto copy_stage = [&](int stage) {
-      const std::uint8_t* const from =
-          keys.greedy_stages + (books + stage) * GreedyStage::kBytes + thread * 16;
-      unsigned char* const to = shared + at.stage + thread * 16;
-      constexpr int kStep = kGreedySearch.num_threads * 16;
-#pragma unroll
-      for (int i = 0; i < GreedyStage::kBytes; i += kStep)
-        if (i + kStep <= GreedyStage::kBytes || i + thread * 16 < GreedyStage::kBytes)
-          copy_async_16(to + i, from + i, true);
-      commit_copies();
+      if (thread != 0) return;
+      copied.arrive_and_expect(GreedyStage::kBytes);
+      copy_bytes(shared + at.stage, keys.greedy_stages + (books + stage) * GreedyStage::kBytes,
+                 GreedyStage::kBytes, copied);
     };
+    if (thread == 0) {
+      copied.init(1);
+      publish_barriers();
+    }
+    __syncthreads();
     copy_stage(0);
 
     const Index first_token = Index{blockIdx.x} * kGreedySearch.num_rows;
@@ -350,9 +354,7 @@ __global__ void __launch_bounds__(kGreedySearch.num_threads, 2)
 
     auto* const codes = reinterpret_cast<std::uint16_t*>(shared + at.codes);
     for (int stage = 0; stage < keys.num_stages; ++stage) {
-      wait_for_copies<0>();
-      publish_operands();
-      __syncthreads();
+      copied.wait(stage % 2);
       const GreedySearch search{
           shared + at.stage,
           reinterpret_cast<std::uint32_t*>(shared + at.terms) + warp * 16 * kGreedyTermStride,

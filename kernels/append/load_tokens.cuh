@@ -23,20 +23,32 @@ __device__ __forceinline__ float widen(std::uint16_t bits, FloatType type) {
   return type == FloatType::kBf16 ? __uint_as_float(static_cast<std::uint32_t>(bits) << 16)
                                   : append_instructions::from_half(bits);
 }
-/// Numbers i and, an even one, i + 1.
+/// Eight numbers that lie on 16 bytes.
+struct Eight {
+  float numbers[8];
+  __device__ float& operator[](int i) { return numbers[i]; }
+  __device__ float operator[](int i) const { return numbers[i]; }
+};
 template <FloatType kType>
 __device__ __forceinline__ float read_float(const void* data, Index i) {
   if constexpr (kType == FloatType::kFp32) return static_cast<const float*>(data)[i];
   return widen(static_cast<const std::uint16_t*>(data)[i], kType);
 }
+__device__ __forceinline__ Eight read_floats(const float* data) {
+  const float4 low = *reinterpret_cast<const float4*>(data);
+  const float4 high = *reinterpret_cast<const float4*>(data + 4);
+  return Eight{{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+}
 template <FloatType kType>
-__device__ __forceinline__ float2 read_floats(const void* data, Index i) {
-  if constexpr (kType == FloatType::kFp32)
-    return *reinterpret_cast<const float2*>(static_cast<const float*>(data) + i);
-  const std::uint32_t pair =
-      *reinterpret_cast<const std::uint32_t*>(static_cast<const std::uint16_t*>(data) + i);
-  return float2{widen(static_cast<std::uint16_t>(pair), kType),
-                widen(static_cast<std::uint16_t>(pair >> 16), kType)};
+__device__ __forceinline__ Eight read_eight(const void* data, Index i) {
+  if constexpr (kType == FloatType::kFp32) return read_floats(static_cast<const float*>(data) + i);
+  const uint4 pairs = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(data) + i);
+  const std::uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+  Eight result;
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    result[k] = widen(static_cast<std::uint16_t>(words[k / 2] >> (k % 2 * 16)), kType);
+  return result;
 }
 /// Bits of the nearest bf16, ties to even; NaN stays NaN.
 __device__ __forceinline__ std::uint16_t bf16_of(float value) {
@@ -50,6 +62,11 @@ __device__ __forceinline__ std::uint16_t rounded_bits(float value, FloatType typ
 __device__ __forceinline__ bool is_finite(float value) {
   return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
 }
+/// Whether numbers are coded otherwise than they are.
+template <FloatType kType>
+__device__ __forceinline__ bool changes(const TokenRows& rows) {
+  return (rows.rounds && kType != rows.exact_type) || rows.channel_scales != nullptr;
+}
 /// A number of a channel as it is coded: rounded to the exact type, where there is one.
 template <FloatType kType>
 __device__ __forceinline__ float as_coded(const TokenRows& rows, int channel, float value) {
@@ -62,28 +79,32 @@ __device__ __forceinline__ float read_token(const TokenRows& rows, Index token, 
   return as_coded<kType>(rows, channel,
                          read_float<kType>(rows.data, token * rows.num_channels + channel));
 }
-/// Channels `channel`, an even one, and the next.
+/// Eight channels from `channel` on, a multiple of eight.
 template <FloatType kType>
-__device__ __forceinline__ float2 read_pair(const TokenRows& rows, Index token, int channel) {
-  const float2 pair = read_floats<kType>(rows.data, token * rows.num_channels + channel);
-  return float2{as_coded<kType>(rows, channel, pair.x), as_coded<kType>(rows, channel + 1, pair.y)};
+__device__ __forceinline__ Eight read_channels(const TokenRows& rows, Index token, int channel) {
+  Eight result = read_eight<kType>(rows.data, token * rows.num_channels + channel);
+  if (changes<kType>(rows))
+    for (int k = 0; k < 8; ++k) result[k] = as_coded<kType>(rows, channel + k, result[k]);
+  return result;
 }
 
-/// Norm of an even number of channels [first, first + count) in double, or NaN if one of them is
+/// Norm of channels [first, first + count), multiples of eight, in double, or NaN if one of them is
 /// not finite; `sum` receives their sum. Called by all lanes of a warp.
 template <FloatType kType>
 __device__ __forceinline__ double norm_of(const TokenRows& rows, Index token, int first, int count,
                                           double& sum) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   double squares = 0;
   float of_lane = 0;
   bool finite = true;
 #pragma unroll 4
-  for (int i = 2 * lane; i < count; i += 64) {
-    const float2 pair = read_pair<kType>(rows, token, first + i);
-    finite = finite && is_finite(pair.x) && is_finite(pair.y);
-    squares += static_cast<double>(pair.x) * pair.x + static_cast<double>(pair.y) * pair.y;
-    of_lane += pair.x + pair.y;
+  for (int i = 8 * (static_cast<int>(threadIdx.x) % 32); i < count; i += 256) {
+    const Eight eight = read_channels<kType>(rows, token, first + i);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      finite = finite && is_finite(eight[k]);
+      squares += static_cast<double>(eight[k]) * eight[k];
+      of_lane += eight[k];
+    }
   }
   squares = warp_sum(squares);
   sum = warp_sum(static_cast<double>(of_lane));
@@ -91,7 +112,8 @@ __device__ __forceinline__ double norm_of(const TokenRows& rows, Index token, in
                                          : static_cast<double>(__uint_as_float(0x7fc00000u));
 }
 
-/// Writes the exact copy of a token's channels [first, first + count), even numbers, if it has one.
+/// Writes the exact copy of a token's channels [first, first + count), multiples of eight, if it
+/// has one.
 template <FloatType kType>
 __device__ __forceinline__ void copy_exactly(const TokenRows& rows, Index token, int first,
                                              int count) {
@@ -99,11 +121,14 @@ __device__ __forceinline__ void copy_exactly(const TokenRows& rows, Index token,
   const Index row = rows.exact_mapping[token];
   if (row < 0) return;
   auto* const to = static_cast<std::uint16_t*>(rows.exact) + row * rows.num_channels;
-  for (int i = first + 2 * (static_cast<int>(threadIdx.x) % 32); i < first + count; i += 64) {
-    const float2 pair = read_floats<kType>(rows.data, token * rows.num_channels + i);
-    *reinterpret_cast<std::uint32_t*>(to + i) =
-        rounded_bits(pair.x, rows.exact_type) |
-        static_cast<std::uint32_t>(rounded_bits(pair.y, rows.exact_type)) << 16;
+  for (int i = first + 8 * (static_cast<int>(threadIdx.x) % 32); i < first + count; i += 256) {
+    const Eight eight = read_eight<kType>(rows.data, token * rows.num_channels + i);
+    std::uint32_t words[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      words[k] = rounded_bits(eight[2 * k], rows.exact_type) |
+                 static_cast<std::uint32_t>(rounded_bits(eight[2 * k + 1], rows.exact_type)) << 16;
+    *reinterpret_cast<uint4*>(to + i) = uint4{words[0], words[1], words[2], words[3]};
   }
 }
 
@@ -135,7 +160,7 @@ struct TokenPart {
 /// The channels of a norm, a warp each: exact copy, norm, weighted unit key in planar order.
 /// `norms` and `unit_keys` are those of the workspace; norms also go to the page.
 template <FloatType kType>
-__global__ void __launch_bounds__(kTokenThreads)
+__global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
     load_keys(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
               PagedCodes pages, const std::int64_t* slot_mapping, std::uint16_t* norms,
               float* unit_keys) {
@@ -158,36 +183,44 @@ __global__ void __launch_bounds__(kTokenThreads)
   const double rounded =
       static_cast<double>(__uint_as_float(static_cast<std::uint32_t>(bits) << 16));
   const double factor = rounded > 0 ? 1 / rounded : 0;  // 0 for NaN
-  // Of a head's channels in planar order the next one is mostly the next channel.
-  float* const units = unit_keys + at.token * rows.num_channels;
-#pragma unroll 2
-  for (int i = 2 * lane; i < at.num_channels; i += 64) {
+  // Of a head's channels in planar order the next ones are mostly the next channels.
+  for (int i = 8 * lane; i < at.num_channels; i += 256) {
     const int planar = at.first_channel + i;
     const int in_head = planar % layout.head_dim;
     const std::uint16_t* const channels = encoder.keys.channels + in_head;
-    const int first = planar - in_head + channels[0], second = planar - in_head + channels[1];
-    float2 number{0, 0};
-    if (factor != 0)
-      number = first % 2 == 0 && second == first + 1
-                   ? read_pair<kType>(rows, at.token, first)
-                   : float2{read_token<kType>(rows, at.token, first),
-                            read_token<kType>(rows, at.token, second)};
-    float2 unit{static_cast<float>(number.x * factor), static_cast<float>(number.y * factor)};
-    if (encoder.keys.weights != nullptr) {
-      unit.x *= encoder.keys.weights[planar];
-      unit.y *= encoder.keys.weights[planar + 1];
+    Eight eight;
+    if (channels[0] % 8 == 0 && channels[7] == channels[0] + 7) {
+      eight = read_channels<kType>(rows, at.token, planar - in_head + channels[0]);
+    } else {
+      for (int k = 0; k < 8; ++k)
+        eight[k] = read_token<kType>(rows, at.token, planar - in_head + channels[k]);
     }
-    *reinterpret_cast<float2*>(units + planar) = unit;
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      eight[k] = factor == 0 ? 0.0f : static_cast<float>(eight[k] * factor);
+    if (encoder.keys.weights != nullptr) {
+      const Eight weights = read_floats(encoder.keys.weights + planar);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) eight[k] *= weights[k];
+    }
+    auto* const to = reinterpret_cast<float4*>(unit_keys + at.token * rows.num_channels + planar);
+    to[0] = float4{eight[0], eight[1], eight[2], eight[3]};
+    to[1] = float4{eight[4], eight[5], eight[6], eight[7]};
   }
 }
 
-/// Two neighbouring numbers as operands, and what fp16 leaves of them in row `lo`, unless null.
+/// Eight neighbouring numbers as operands, and what fp16 leaves of them in row `lo`, unless null.
 __device__ __forceinline__ void store_operands(std::uint16_t* hi, std::uint16_t* lo, int column,
-                                               float first, float second) {
-  const std::uint32_t rounded = pack_halves(first, second);
-  *reinterpret_cast<std::uint32_t*>(hi + column) = rounded;
-  if (lo != nullptr)
-    *reinterpret_cast<std::uint32_t*>(lo + column) = pack_rests(first, second, rounded);
+                                               const Eight& numbers) {
+  std::uint32_t rounded[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) rounded[k] = pack_halves(numbers[2 * k], numbers[2 * k + 1]);
+  *reinterpret_cast<uint4*>(hi + column) = uint4{rounded[0], rounded[1], rounded[2], rounded[3]};
+  if (lo == nullptr) return;
+  std::uint32_t rests[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) rests[k] = pack_rests(numbers[2 * k], numbers[2 * k + 1], rounded[k]);
+  *reinterpret_cast<uint4*>(lo + column) = uint4{rests[0], rests[1], rests[2], rests[3]};
 }
 
 /// A block of values, a warp each: exact copy, norm, LayerNorm of the unit value as the network's
@@ -222,21 +255,22 @@ __global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
   std::uint16_t* const lo = values.num_terms() > 1 ? row_of(inputs, 1, num_inputs) : nullptr;
   const float* const gain = values.norm_gain + at.first_channel;
   const float* const bias = values.norm_bias + at.first_channel;
-  for (int i = 2 * lane; i < num_inputs; i += 64) {
-    const bool is_there = i < count;
-    const float2 number = is_coded && is_there
-                              ? read_pair<kType>(rows, at.token, at.first_channel + i)
-                              : float2{0, 0};
-    const float2 unit{static_cast<float>(number.x * factor), static_cast<float>(number.y * factor)};
-    float2 input{0, 0};
-    if (is_there)
-      input =
-          float2{values.input_scale * ((unit.x - mean) * deviation * gain[i] + bias[i]),
-                 values.input_scale * ((unit.y - mean) * deviation * gain[i + 1] + bias[i + 1])};
-    store_operands(hi, lo, i, input.x, input.y);
-    if (units != nullptr)
-      store_operands(row_of(units, 0, num_inputs), row_of(units, 1, num_inputs), i,
-                     values.unit_scale * unit.x, values.unit_scale * unit.y);
+  for (int i = 8 * lane; i < num_inputs; i += 256) {
+    Eight unit{}, input{};
+    if (i < count) {
+      if (is_coded) unit = read_channels<kType>(rows, at.token, at.first_channel + i);
+      const Eight gains = read_floats(gain + i), biases = read_floats(bias + i);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        unit[k] = static_cast<float>(unit[k] * factor);
+        input[k] = values.input_scale * ((unit[k] - mean) * deviation * gains[k] + biases[k]);
+      }
+    }
+    store_operands(hi, lo, i, input);
+    if (units == nullptr) continue;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) unit[k] *= values.unit_scale;
+    store_operands(row_of(units, 0, num_inputs), row_of(units, 1, num_inputs), i, unit);
   }
 }
 

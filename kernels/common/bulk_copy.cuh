@@ -1,4 +1,6 @@
-#pragma once
+// Copies by the copy engine. A host emulation may stand in for this file by defining its guard.
+#ifndef COMMVQ_BULK_COPY_CUH
+#define COMMVQ_BULK_COPY_CUH
 
 #include <cstdint>
 
@@ -54,6 +56,18 @@ __device__ __forceinline__ void publish_barriers() {
                    : "memory");
 }
 
+/// Starts copying `bytes` from global memory, a multiple of 16, both on 16 bytes; `barrier` counts
+/// them. By one thread.
+__device__ __forceinline__ void copy_bytes(void* shared, const void* global, int bytes,
+                                           const CopyBarrier& barrier) {
+  const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
+          "r"(to),
+      "l"(global), "r"(bytes), "r"(barrier.address())
+      : "memory");
+}
+
 /// Starts copying a map's box that begins at (input, row, block); `barrier` counts its bytes. By
 /// one thread.
 __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap& map, int input, int row,
@@ -67,3 +81,5 @@ __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap& map, i
 }
 
 }  // namespace commvq::cuda
+
+#endif  // COMMVQ_BULK_COPY_CUH

@@ -388,6 +388,8 @@ TEST_F(AppendTest, RefusesWhatItCannotDo) {
   expect([](AppendParams& p) { --p.workspace_bytes; }, StatusCode::kWorkspaceTooSmall, "need");
   expect([](AppendParams& p) { p.pages.page_stride = 8; }, StatusCode::kInvalidArgument,
          "page_stride is 8");
+  expect([](AppendParams& p) { p.values = static_cast<const float*>(p.values) + 1; },
+         StatusCode::kInvalidArgument, "not on 16 bytes");
   expect([](AppendParams& p) { p.exact.keys = p.workspace; }, StatusCode::kInvalidArgument,
          "exact");
   EXPECT_THROW(prepare_encoder({tested.codec.keys, nullptr}, tested.layout), Error);

@@ -288,8 +288,29 @@ T atomicXor(T* at, T value) {
 // NOLINTEND
 
 #define COMMVQ_APPEND_INSTRUCTIONS_CUH  // stands in for instructions.cuh
+#define COMMVQ_BULK_COPY_CUH            // and for bulk_copy.cuh
 
 namespace commvq::cuda {
+
+/// A barrier on which one thread arrives, and which counts one copy, done at once.
+class CopyBarrier {
+ public:
+  explicit CopyBarrier(std::uint64_t* memory) : phases_(memory) {}
+  void init(int) const { *phases_ = 0; }
+  void arrive_and_expect(int) const {}
+  void wait(int parity) const {
+    while (static_cast<int>(*phases_ % 2) == parity) simt::give_way();
+  }
+  void copied() const { ++*phases_; }
+
+ private:
+  std::uint64_t* phases_;
+};
+inline void publish_barriers() {}
+inline void copy_bytes(void* to, const void* from, int bytes, const CopyBarrier& barrier) {
+  std::memcpy(to, from, static_cast<std::size_t>(bytes));
+  barrier.copied();
+}
 
 /// Dynamic shared memory of the block that runs.
 alignas(1024) inline unsigned char shared[256 * 1024];
