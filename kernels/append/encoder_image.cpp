@@ -24,6 +24,13 @@ std::vector<KeyCodebook<float>> weighted_codebooks(const KeyCodec& codec) {
   return codebooks;
 }
 
+/// Whether every second book is j times the first, exactly.
+bool are_books_tied(const KeyCodebook<float>& codebook) {
+  KeyCodebook<float> tied = codebook;
+  tied.derive_tied_books();
+  return tied.rows == codebook.rows;
+}
+
 bool has_binary_search(const KeyCodecConfig& config, const DevicePageLayout& layout) {
   return config.codebook_size == 2 && config.num_groups() == 1 && layout.num_planes == 1 &&
          config.num_stages % 4 == 0 && config.num_stages <= kMaxBinaryStages &&
@@ -222,7 +229,8 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
   add(keys.cross_terms_by_b, cross_terms_by_b);
   add(keys.cross_units, cross_units);
   if (keys.screens()) add(keys.rounded_cross_terms, rounded_cross_terms);
-  if (config.beam_width == 1 && size == GreedyStage::kSize && row_size == GreedyStage::kWidth) {
+  if (config.beam_width == 1 && size == GreedyStage::kSize && row_size == GreedyStage::kWidth &&
+      std::all_of(codebooks.begin(), codebooks.end(), are_books_tied)) {
     add(keys.greedy_stages, greedy_stages(codebooks, residual_scale));
     keys.greedy_factor = static_cast<float>(-2 / (residual_scale * residual_scale));
   }

@@ -89,7 +89,8 @@ struct KeyEncoderView {
   /// What 1 of these integers stands for, [heads][groups][stages].
   const float* cross_units = nullptr;
   BinarySearchView binary;
-  /// GreedyStage [heads][groups][stages]; null: no such books, or beams. Operands have the scale of
+  /// GreedyStage [heads][groups][stages]; null: no such books (tied, 64
+  /// centroids over 64 pairs), or beams. Operands have the scale of
   /// residuals.
   const std::uint8_t* greedy_stages = nullptr;
   float greedy_factor = 1;  ///< scaled product -> -2 <r, Z>

@@ -28,7 +28,7 @@ void put(std::uint8_t* to, T value) {
 
 void write_stage(const Books& books, double scale, std::uint8_t* stage) {
   constexpr int kSize = GreedyStage::kSize;
-  for (int n = 0; n < 2 * kSize; ++n) {
+  for (int n = 0; n < kSize; ++n) {
     for (int i = 0; i < GreedyStage::kWidth; ++i) {
       const Halves halves(double{books.rows[n * GreedyStage::kWidth + i]} * scale);
       std::uint8_t* const at = stage + GreedyStage::operand(n, i);

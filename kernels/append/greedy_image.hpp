@@ -8,8 +8,8 @@
 namespace commvq::cuda {
 
 /// The stages of the greedy search by warpgroups (see `GreedyStage`), [heads][groups][stages], of
-/// books of 64 centroids over 64 pairs. `scale` is that of the operands; rows have the weights of
-/// the errors.
+/// tied books of 64 centroids over 64 pairs. `scale` is that of the operands; rows have the weights
+/// of the errors.
 std::vector<std::uint8_t> greedy_stages(const std::vector<KeyCodebook<float>>& codebooks,
                                         double scale);
 

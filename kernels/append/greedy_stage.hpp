@@ -4,19 +4,18 @@
 
 namespace commvq::cuda {
 
-/// What the greedy search by warpgroups reads of one stage, as it lies in memory: both books of 64
-/// centroids of 128 numbers each, one after the other, as operands [hi, lo][2 halves of the
-/// numbers] [128 centroids][64 numbers] fp16, rows of 128 bytes in the order of 128-byte swizzles;
-/// cross terms as 16-bit integers; squared norms; what 1 of the integers stands for. Offsets in
-/// bytes.
+/// What the greedy search by warpgroups reads of one stage of tied books, as it lies in memory: the
+/// first book's 64 centroids of 128 numbers, as operands [hi, lo][real, imaginary parts]
+/// [64 centroids][64 numbers] fp16, rows of 128 bytes in the order of 128-byte swizzles; cross
+/// terms as 16-bit integers; squared norms; what 1 of the integers stands for. Offsets in bytes.
 struct GreedyStage {
   static constexpr int kSize = 64;    ///< centroids of a book
   static constexpr int kWidth = 128;  ///< numbers of a centroid
-  static constexpr int kHalfBytes = 2 * kSize * 128;
+  static constexpr int kHalfBytes = kSize * 128;
   static constexpr int kPartBytes = 2 * kHalfBytes;
   static constexpr int kCrossTerms = 2 * kPartBytes;
   static constexpr int kNorms = kCrossTerms + kSize * kSize * 2;
-  static constexpr int kUnit = kNorms + 2 * kSize * 4;
+  static constexpr int kUnit = kNorms + kSize * 4;
   static constexpr int kBytes = kUnit + 16;
 
   /// Number i of centroid n.
@@ -24,8 +23,9 @@ struct GreedyStage {
     return i / 64 * kHalfBytes + n * 128 + ((i % 64 / 8) ^ (n % 8)) * 16 + i % 8 * 2;
   }
   /// Within the cross terms, those of a: for each lane of four, t, the b that it has of a product's
-  /// sums, 8 n + 2 t and the next one, n = 0 to 7; sixteen bytes at a time where no two a of
-  /// neighbouring lanes share a bank.
+  /// sums, 8 n + 2 t and the next one, n = 0 to 7, sixteen bytes at a time. Where the a differ
+  /// between lanes, most do not share a bank. The terms are antisymmetric: of tied books
+  /// <Z[a], j Z[b]> = -<Z[b], j Z[a]>.
   static COMMVQ_HOST_DEVICE constexpr int cross_piece(int a, int half, int t) {
     return a * 128 + ((half * 4 + t) ^ (a / 2 % 4)) * 16;
   }

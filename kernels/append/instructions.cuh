@@ -65,12 +65,6 @@ __device__ __forceinline__ std::uint64_t operand_descriptor(const void* shared) 
   constexpr std::uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
   return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
-/// The same for 16 rows of 128 numbers, along which the products go: rows of 64 numbers as above,
-/// and the second 64 numbers of all of them `half_bytes` further.
-__device__ __forceinline__ std::uint64_t columns_descriptor(const void* shared, int half_bytes) {
-  return (operand_descriptor(shared) & ~(std::uint64_t{0x3fff} << 16)) |
-         static_cast<std::uint64_t>(half_bytes >> 4) << 16;
-}
 /// The descriptor of what begins so many bytes, a multiple of 16, further.
 __device__ __forceinline__ std::uint64_t advanced(std::uint64_t descriptor, int bytes) {
   return descriptor + static_cast<std::uint64_t>(bytes >> 4);
@@ -137,55 +131,41 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&c)[32][4], std::u
         "+f"(c[31][3])
       : "l"(a), "l"(b));
 }
-/// c += a b: a [16][16] of each warp in registers as in `multiply_add`, b [16][128] in shared
-/// memory as 128 rows of 16 numbers each, by its `operand_descriptor`. Asynchronous; neither
-/// operand must change before `finish_warpgroup_products`.
-__device__ __forceinline__ void multiply_add_rows(float (&c)[16][4], const std::uint32_t (&a)[4],
+/// c += kSign a b: a [16][16] of each warp in registers as in `multiply_add`, b [16][64] in shared
+/// memory as 64 rows of 16 numbers each, by its `operand_descriptor`; kSign is 1 or -1.
+/// Asynchronous; neither operand must change before `finish_warpgroup_products`.
+template <int kSign>
+__device__ __forceinline__ void multiply_add_rows(float (&c)[8][4], const std::uint32_t (&a)[4],
                                                   std::uint64_t b) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;\n"
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, 1, %37, 1, 0;\n"
       : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
         "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
         "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
         "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
         "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
-        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
-        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]),
-        "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]),
-        "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),
-        "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]),
-        "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]),
-        "+f"(c[15][2]), "+f"(c[15][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        "+f"(c[7][2]), "+f"(c[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSign));
 }
-/// The same where b's 16 rows of 64 numbers follow one another, by its `columns_descriptor`.
-__device__ __forceinline__ void multiply_add_columns(float (&c)[16][4], const std::uint32_t (&a)[4],
+/// The same where b's 16 rows of 64 numbers follow one another, 128 bytes each in the same order.
+template <int kSign>
+__device__ __forceinline__ void multiply_add_columns(float (&c)[8][4], const std::uint32_t (&a)[4],
                                                      std::uint64_t b) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, 1, %37, 1, 1;\n"
       : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
         "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
         "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
         "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
         "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
-        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
-        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]),
-        "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]),
-        "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),
-        "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]),
-        "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]),
-        "+f"(c[15][2]), "+f"(c[15][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        "+f"(c[7][2]), "+f"(c[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSign));
 }
 /// Waits for all products, those of `c` among them.
 template <int kCount>
@@ -208,14 +188,13 @@ __device__ __forceinline__ void commit_warpgroup_products() {}
 __device__ __forceinline__ void publish_operands() {}
 template <int kCount>
 __device__ __forceinline__ void finish_warpgroup_products(float (&)[kCount][4]) {}
-__device__ __forceinline__ void multiply_add_rows(float (&)[16][4], const std::uint32_t (&)[4],
+template <int kSign>
+__device__ __forceinline__ void multiply_add_rows(float (&)[8][4], const std::uint32_t (&)[4],
                                                   std::uint64_t) {}
-__device__ __forceinline__ void multiply_add_columns(float (&)[16][4], const std::uint32_t (&)[4],
+template <int kSign>
+__device__ __forceinline__ void multiply_add_columns(float (&)[8][4], const std::uint32_t (&)[4],
                                                      std::uint64_t) {}
 __device__ __forceinline__ std::uint64_t operand_descriptor(const void*) {
-  return 0;
-}
-__device__ __forceinline__ std::uint64_t columns_descriptor(const void*, int) {
   return 0;
 }
 __device__ __forceinline__ std::uint64_t advanced(std::uint64_t descriptor, int) {
@@ -233,6 +212,11 @@ inline constexpr bool kHasPackedIntegers = true;
 __device__ __forceinline__ std::uint32_t add_min_pairs(std::uint32_t a, std::uint32_t b,
                                                        std::uint32_t c) {
   return __viaddmin_s16x2(a, b, c);
+}
+/// max(a + b, c) likewise.
+__device__ __forceinline__ std::uint32_t add_max_pairs(std::uint32_t a, std::uint32_t b,
+                                                       std::uint32_t c) {
+  return __viaddmax_s16x2(a, b, c);
 }
 
 }  // namespace commvq::cuda::append_instructions

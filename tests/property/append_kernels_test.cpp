@@ -264,7 +264,6 @@ TEST(AppendKernelsTest, GreedyByWarpgroups) {
                                      .num_tokens = 137,
                                      .codebook_size = 64,
                                      .num_stages = 2,
-                                     .tied = false,
                                      .hidden_size = 8};
   expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
   shape.num_stages = 5;

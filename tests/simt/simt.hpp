@@ -325,16 +325,25 @@ inline float from_half(std::uint16_t bits) {
 }
 
 inline constexpr bool kHasPackedIntegers = true;
-inline std::uint32_t add_min_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+/// choose(a + b, c) of pairs of 16-bit integers.
+template <class Choose>
+std::uint32_t add_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c, Choose choose) {
   std::uint32_t result = 0;
   for (int shift = 0; shift < 32; shift += 16) {
     const auto number = [&](std::uint32_t pair) {
       return static_cast<std::int16_t>(pair >> shift);
     };
     const auto sum = static_cast<std::int16_t>(number(a) + number(b));
-    result |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(min(sum, number(c)))) << shift;
+    result |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(choose(sum, number(c))))
+              << shift;
   }
   return result;
+}
+inline std::uint32_t add_min_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  return add_pairs(a, b, c, min<std::int16_t>);
+}
+inline std::uint32_t add_max_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  return add_pairs(a, b, c, max<std::int16_t>);
 }
 
 inline void copy_async_16(void* to, const void* from, bool valid) {
@@ -392,15 +401,15 @@ inline void publish_operands() {}
 template <int kCount>
 void finish_warpgroup_products(float (&)[kCount][4]) {}
 
-/// c += a b, with number (k, n) of b at `place(k, n)` before the swizzle.
+/// c += sign a b, with number (k, n) of b at `place(k, n)` before the swizzle.
 template <class Place>
-void multiply_add_swizzled(float (&c)[16][4], const std::uint32_t (&a)[4], Place place) {
+void multiply_add_swizzled(int sign, float (&c)[8][4], const std::uint32_t (&a)[4], Place place) {
   simt::Payload mine;
   std::memcpy(mine.words, a, sizeof a);
   const simt::Payload* const all = simt::exchange(mine);
   const int lane = simt::lane();
   for (int i = 0; i < 4; ++i)
-    for (int n = 0; n < 16; ++n) {
+    for (int n = 0; n < 8; ++n) {
       double sum = 0;
       for (int k = 0; k < 16; ++k) {
         std::uint32_t words[8];
@@ -411,27 +420,25 @@ void multiply_add_swizzled(float (&c)[16][4], const std::uint32_t (&a)[4], Place
         std::memcpy(&number, reinterpret_cast<const void*>(at ^ (at >> 7 & 7) << 4), 2);
         sum += double{from_fp16(row)} * from_fp16(number);
       }
-      c[n][i] = static_cast<float>(c[n][i] + sum);
+      c[n][i] = static_cast<float>(c[n][i] + sign * sum);
     }
 }
 inline std::uint64_t operand_descriptor(const void* at) {
   return reinterpret_cast<std::uintptr_t>(at) >> 4;
 }
-inline std::uint64_t columns_descriptor(const void* at, int half_bytes) {
-  return operand_descriptor(at) | static_cast<std::uint64_t>(half_bytes >> 4) << 48;
-}
 inline std::uint64_t advanced(std::uint64_t descriptor, int bytes) {
   return descriptor + static_cast<std::uint64_t>(bytes >> 4);
 }
-inline void multiply_add_rows(float (&c)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-  multiply_add_swizzled(
-      c, a, [&](int k, int n) { return (b << 4) + static_cast<std::uintptr_t>(n * 128 + k * 2); });
+template <int kSign>
+void multiply_add_rows(float (&c)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+  multiply_add_swizzled(kSign, c, a, [&](int k, int n) {
+    return (b << 4) + static_cast<std::uintptr_t>(n * 128 + k * 2);
+  });
 }
-inline void multiply_add_columns(float (&c)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-  multiply_add_swizzled(c, a, [&](int k, int n) {
-    const auto half_bytes = static_cast<int>(b >> 48 << 4);
-    return (b << 16 >> 12) +
-           static_cast<std::uintptr_t>(n / 64 * half_bytes + k * 128 + n % 64 * 2);
+template <int kSign>
+void multiply_add_columns(float (&c)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+  multiply_add_swizzled(kSign, c, a, [&](int k, int n) {
+    return (b << 4) + static_cast<std::uintptr_t>(k * 128 + n * 2);
   });
 }
 
