@@ -17,6 +17,18 @@ __device__ __forceinline__ float from_half(std::uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }
 
+/// To about 2^-22 of the result; less than fp32's least normal number is 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float result = 0;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float result = 0;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 /// Starts copying 16 bytes from global to shared memory; writes zeros instead if `valid` is false.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));

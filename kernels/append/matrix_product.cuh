@@ -19,15 +19,16 @@ struct MatrixProduct {
   int num_terms;  ///< 1 or 3; 2: the inputs have no rest
 };
 
-/// GELU, as the host computes it in float.
+/// GELU, as the host computes it in float: x Phi(x), where the tail 1 - Phi(|x|) is taken off |x|.
 __device__ __forceinline__ float gelu(float x) {
-  const float bell = __expf(-0.5f * x * x);
-  const float t = __fdividef(1.0f, 1.0f + 0.3275911f * 0.70710678f * fabsf(x));
+  using namespace append_instructions;
+  constexpr float kHalfLog2E = 0.72134752f;
+  const float bell = fast_exp2(-kHalfLog2E * x * x);
+  const float t = fast_reciprocal(1.0f + 0.3275911f * 0.70710678f * fabsf(x));
   const float series =
-      0.254829592f +
-      t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f)));
-  const float tail = 0.5f * t * series * bell;
-  return x * (x > 0 ? 1 - tail : tail);
+      0.127414796f +
+      t * (-0.142248368f + t * (0.7107068705f + t * (-0.7265760135f + t * 0.5307027145f)));
+  return fmaxf(x, 0.0f) - fabsf(x) * (t * series * bell);
 }
 
 __device__ __forceinline__ std::uint32_t pack_halves(float first, float second) {

@@ -212,12 +212,6 @@ inline std::uint32_t __float_as_uint(float value) {
 inline float __uint_as_float(std::uint32_t bits) {
   return std::bit_cast<float>(bits);
 }
-inline float __expf(float x) {
-  return std::exp(x);
-}
-inline float __fdividef(float x, float y) {
-  return x / y;
-}
 inline int __float2int_rn(float x) {
   return static_cast<int>(std::nearbyint(x));
 }
@@ -344,6 +338,13 @@ inline std::uint32_t add_min_pairs(std::uint32_t a, std::uint32_t b, std::uint32
 }
 inline std::uint32_t add_max_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   return add_pairs(a, b, c, max<std::int16_t>);
+}
+
+inline float fast_exp2(float x) {
+  return std::exp2(x);
+}
+inline float fast_reciprocal(float x) {
+  return 1 / x;
 }
 
 inline void copy_async_16(void* to, const void* from, bool valid) {
