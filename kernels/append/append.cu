@@ -137,11 +137,12 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
         params.slot_mapping);
     return;
   }
-  if (encoder.keys.greedy_stages != nullptr && encoder.warpgroup_processors > 0) {
-    const dim3 grid(blocks_for(tokens, kGreedySearch.num_rows),
+  if (encoder.keys.search_stages != nullptr && encoder.keys.beam_width == 1 &&
+      encoder.keys.books_are_tied && encoder.warpgroup_processors > 0) {
+    const dim3 grid(blocks_for(tokens, kWarpgroupSearch.num_rows),
                     static_cast<unsigned>(encoder.layout.num_kv_heads),
                     static_cast<unsigned>(encoder.layout.num_groups));
-    search_greedy_codes<<<grid, kGreedySearch.num_threads,
+    search_greedy_codes<<<grid, kWarpgroupSearch.num_threads,
                           static_cast<std::size_t>(
                               GreedySearchShared(encoder.layout.num_books).bytes),
                           params.stream>>>(encoder, tokens, workspace.unit_keys,
@@ -313,7 +314,7 @@ int configure_append_kernels(EncoderView& encoder) noexcept {
     allow(key_search<kKeySearch.num_rows_small>(kind));
   }
   if (GreedySearchShared(encoder.layout.num_books).bytes > bytes)
-    encoder.keys.greedy_stages = nullptr;
+    encoder.keys.search_stages = nullptr;
   allow(search_greedy_codes);
   allow(search_binary_codes<1>);
   allow(search_binary_codes<2>);

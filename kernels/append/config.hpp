@@ -13,13 +13,15 @@ struct KeySearchConfig {
 };
 inline constexpr KeySearchConfig kKeySearch{64, 32, 256, 2};
 
-/// Greedy searches where warpgroups multiply: 16 rows a warp.
-struct GreedySearchConfig {
-  int num_rows;     ///< tokens of a block
+/// Searches where warpgroups multiply: 16 rows a warp, tokens or eight candidates of two tokens.
+struct WarpgroupSearchConfig {
+  int num_rows;     ///< of a block
   int num_threads;  ///< of a block
+  int min_blocks;   ///< blocks that an SM should hold
 };
-inline constexpr GreedySearchConfig kGreedySearch{64, 128};
-static_assert(kGreedySearch.num_threads == kGreedySearch.num_rows / 16 * 32);
+inline constexpr WarpgroupSearchConfig kWarpgroupSearch{64, 128, 2};
+static_assert(kWarpgroupSearch.num_threads == kWarpgroupSearch.num_rows / 16 * 32);
+inline constexpr int kMaxSearchBeam = 8;
 
 /// Binary key codes, two centroids a book: a warp searches for those of two tokens with a beam of
 /// up to 8, whose 32 extensions are its lanes.

@@ -7,9 +7,9 @@
 #include "commvq/core/error.hpp"
 
 #include "binary_search_tables.hpp"
-#include "greedy_image.hpp"
-#include "greedy_stage.hpp"
 #include "operands.hpp"
+#include "search_stage.hpp"
+#include "search_stages.hpp"
 
 namespace commvq::cuda {
 namespace {
@@ -229,10 +229,11 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
   add(keys.cross_terms_by_b, cross_terms_by_b);
   add(keys.cross_units, cross_units);
   if (keys.screens()) add(keys.rounded_cross_terms, rounded_cross_terms);
-  if (config.beam_width == 1 && size == GreedyStage::kSize && row_size == GreedyStage::kWidth &&
-      std::all_of(codebooks.begin(), codebooks.end(), are_books_tied)) {
-    add(keys.greedy_stages, greedy_stages(codebooks, residual_scale));
-    keys.greedy_factor = static_cast<float>(-2 / (residual_scale * residual_scale));
+  if (config.beam_width <= kMaxSearchBeam && size == SearchStage<true>::kSize &&
+      row_size == SearchStage<true>::kWidth) {
+    keys.books_are_tied = std::all_of(codebooks.begin(), codebooks.end(), are_books_tied);
+    add(keys.search_stages, search_stages(codebooks, keys.books_are_tied, residual_scale));
+    keys.search_factor = static_cast<float>(-2 / (residual_scale * residual_scale));
   }
   if (has_binary_search(config, view_.layout)) add_binary_search(codebooks, largest_weight);
 }
@@ -353,7 +354,7 @@ EncoderView EncoderImage::view_at(const void* base) const {
   place(view.keys.cross_units);
   if (view.keys.rounded_cross_terms != nullptr) place(view.keys.rounded_cross_terms);
   if (view.keys.weights != nullptr) place(view.keys.weights);
-  if (view.keys.greedy_stages != nullptr) place(view.keys.greedy_stages);
+  if (view.keys.search_stages != nullptr) place(view.keys.search_stages);
   if (view.keys.binary.num_bytes > 0) {
     place(view.keys.binary.directions);
     place(view.keys.binary.offsets);

@@ -89,11 +89,11 @@ struct KeyEncoderView {
   /// What 1 of these integers stands for, [heads][groups][stages].
   const float* cross_units = nullptr;
   BinarySearchView binary;
-  /// GreedyStage [heads][groups][stages]; null: no such books (tied, 64
-  /// centroids over 64 pairs), or beams. Operands have the scale of
-  /// residuals.
-  const std::uint8_t* greedy_stages = nullptr;
-  float greedy_factor = 1;  ///< scaled product -> -2 <r, Z>
+  /// SearchStage<books_are_tied> [heads][groups][stages]; null: no books of 64 centroids over 64
+  /// pairs, or a beam wider than 8. Operands have the scale of residuals.
+  const std::uint8_t* search_stages = nullptr;
+  bool books_are_tied = false;
+  float search_factor = 1;  ///< scaled product -> -2 <r, Z>
 
   /// Whether greedy searches look for the best a in integers first: the terms of b of one row then
   /// take the place of its operands, sixteen bytes at a time.

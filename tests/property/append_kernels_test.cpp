@@ -10,12 +10,12 @@
 #include "../../kernels/append/binary_search.cuh"
 #include "../../kernels/append/binary_search_tables.cpp"
 #include "../../kernels/append/encoder_image.cpp"
-#include "../../kernels/append/greedy_image.cpp"
 #include "../../kernels/append/greedy_search.cuh"
 #include "../../kernels/append/key_search.cuh"
 #include "../../kernels/append/load_tokens.cuh"
 #include "../../kernels/append/matrix_product.cuh"
 #include "../../kernels/append/polish_values.cuh"
+#include "../../kernels/append/search_stages.cpp"
 // clang-format on
 
 namespace commvq::cuda {
@@ -32,7 +32,8 @@ class HostAppend {
       : image_(tested.codec, tested.layout, precision),
         view_(image_.view_at(image_.bytes().data())),
         small_(small),
-        by_warpgroups_(by_warpgroups && view_.keys.greedy_stages != nullptr) {}
+        by_warpgroups_(by_warpgroups && view_.keys.search_stages != nullptr &&
+                       view_.keys.beam_width == 1 && view_.keys.books_are_tied) {}
 
   bool by_warpgroups() const { return by_warpgroups_; }
 
@@ -120,12 +121,12 @@ class HostAppend {
 
   void search_greedily(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
                        const std::int64_t* places) {
-    constexpr Index kPerBlock = kGreedySearch.num_rows;
+    constexpr Index kPerBlock = kWarpgroupSearch.num_rows;
     ASSERT_LE(GreedySearchShared(view_.layout.num_books).bytes, Index{sizeof shared});
     simt::launch({static_cast<unsigned>((tokens + kPerBlock - 1) / kPerBlock),
                   static_cast<unsigned>(view_.layout.num_kv_heads),
                   static_cast<unsigned>(view_.layout.num_groups)},
-                 kGreedySearch.num_threads, [&] {
+                 kWarpgroupSearch.num_threads, [&] {
                    search_greedy_codes(view_, tokens, workspace.unit_keys, workspace.key_norms,
                                        paged, places);
                  });
