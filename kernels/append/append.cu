@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include "beam_search.cuh"
 #include "binary_search.cuh"
 #include "greedy_search.cuh"
 #include "key_search.cuh"
@@ -117,6 +118,30 @@ auto binary_search(const KeyEncoderView& keys) {
   return keys.binary.num_bytes <= 16 ? search_binary_codes<1> : search_binary_codes<2>;
 }
 
+using SearchKernel = void(EncoderView, Index, const float*, const std::uint16_t*, PagedCodes,
+                          const std::int64_t*);
+
+/// A search for key codes and what a block of it takes.
+struct KeySearchLaunch {
+  SearchKernel* kernel = nullptr;  ///< null: none
+  int num_tokens = 0;
+  int shared_bytes = 0;
+};
+
+/// The search by warpgroups, where there is one for these codes.
+KeySearchLaunch warpgroup_search(const EncoderView& encoder) {
+  const KeyEncoderView& keys = encoder.keys;
+  if (keys.search_stages == nullptr || encoder.warpgroup_processors == 0) return {};
+  if (keys.beam_width == 1 && keys.books_are_tied)
+    return {search_greedy_codes, kWarpgroupSearch.num_rows,
+            GreedySearchShared(encoder.layout.num_books).bytes};
+  if (keys.books_are_tied)
+    return {search_beam_codes<true>, BeamSearchShared<true>::kNumTokens,
+            BeamSearchShared<true>(keys.num_stages).bytes};
+  return {search_beam_codes<false>, BeamSearchShared<false>::kNumTokens,
+          BeamSearchShared<false>(keys.num_stages).bytes};
+}
+
 void encode_keys(const EncoderView& encoder, const AppendParams& params,
                  const AppendWorkspace& workspace) {
   const Index tokens = params.num_tokens;
@@ -137,16 +162,14 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
         params.slot_mapping);
     return;
   }
-  if (encoder.keys.search_stages != nullptr && encoder.keys.beam_width == 1 &&
-      encoder.keys.books_are_tied && encoder.warpgroup_processors > 0) {
-    const dim3 grid(blocks_for(tokens, kWarpgroupSearch.num_rows),
+  if (const auto by_warpgroups = warpgroup_search(encoder); by_warpgroups.kernel != nullptr) {
+    const dim3 grid(blocks_for(tokens, by_warpgroups.num_tokens),
                     static_cast<unsigned>(encoder.layout.num_kv_heads),
                     static_cast<unsigned>(encoder.layout.num_groups));
-    search_greedy_codes<<<grid, kWarpgroupSearch.num_threads,
-                          static_cast<std::size_t>(
-                              GreedySearchShared(encoder.layout.num_books).bytes),
-                          params.stream>>>(encoder, tokens, workspace.unit_keys,
-                                           workspace.key_norms, params.pages, params.slot_mapping);
+    by_warpgroups.kernel<<<grid, kWarpgroupSearch.num_threads,
+                           static_cast<std::size_t>(by_warpgroups.shared_bytes), params.stream>>>(
+        encoder, tokens, workspace.unit_keys, workspace.key_norms, params.pages,
+        params.slot_mapping);
     return;
   }
   const int num_rows = encoder.keys.num_search_rows;
@@ -313,9 +336,10 @@ int configure_append_kernels(EncoderView& encoder) noexcept {
     allow(key_search<kKeySearch.num_rows>(kind));
     allow(key_search<kKeySearch.num_rows_small>(kind));
   }
-  if (GreedySearchShared(encoder.layout.num_books).bytes > bytes)
-    encoder.keys.search_stages = nullptr;
+  if (warpgroup_search(encoder).shared_bytes > bytes) encoder.keys.search_stages = nullptr;
   allow(search_greedy_codes);
+  allow(search_beam_codes<true>);
+  allow(search_beam_codes<false>);
   allow(search_binary_codes<1>);
   allow(search_binary_codes<2>);
   for (const int num_bits : {0, 128, 256}) allow(value_polish(num_bits));

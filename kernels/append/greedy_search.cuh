@@ -76,13 +76,7 @@ __global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kWarpgroupSearch
       const float* const key =
           unit_keys +
           ((first_token + min(row, count - 1)) * layout.num_kv_heads + head) * layout.head_dim;
-#pragma unroll
-      for (int n = 0; n < 16; ++n) {
-        const float2 pair = *reinterpret_cast<const float2*>(key + n / 8 * (layout.head_dim / 2) +
-                                                             group * 64 + n % 8 * 8 + lane % 4 * 2);
-        rows.half[n / 8][n % 8][2 * part] = keys.residual_scale * pair.x;
-        rows.half[n / 8][n % 8][2 * part + 1] = keys.residual_scale * pair.y;
-      }
+      load_row(rows, part, key, layout.head_dim, group, keys.residual_scale);
     }
 
     auto* const codes = reinterpret_cast<std::uint16_t*>(shared + at.codes);

@@ -32,6 +32,23 @@ struct SearchRows {
   }
 };
 
+/// A key's numbers of one group, scaled, as row g or g + 8 of the warp. Returns the lane's share of
+/// the squared norm before.
+__device__ __forceinline__ float load_row(SearchRows& rows, int part, const float* key,
+                                          int head_dim, int group, float scale) {
+  float squares = 0;
+#pragma unroll
+  for (int n = 0; n < 16; ++n) {
+    const float2 pair =
+        *reinterpret_cast<const float2*>(key + n / 8 * (head_dim / 2) + group * 64 + n % 8 * 8 +
+                                         static_cast<int>(threadIdx.x) % 4 * 2);
+    squares += pair.x * pair.x + pair.y * pair.y;
+    rows.half[n / 8][n % 8][2 * part] = scale * pair.x;
+    rows.half[n / 8][n % 8][2 * part + 1] = scale * pair.y;
+  }
+  return squares;
+}
+
 /// Numbers between rows of a warp's terms of a in shared memory: no two rows share a bank.
 inline constexpr int kSearchTermStride = kSearchSize + 4;
 
@@ -41,7 +58,8 @@ __device__ __forceinline__ T row_least(T value) {
   value = min(value, __shfl_xor_sync(0xffffffffu, value, 1));
   return min(value, __shfl_xor_sync(0xffffffffu, value, 2));
 }
-__device__ __forceinline__ int row_sum(int value) {
+template <class T>
+__device__ __forceinline__ T row_sum(T value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
@@ -204,31 +222,41 @@ struct WarpgroupSearch {
     return mask;
   }
 
-  /// The lane's a of a row that may be the best ones beside b: of two sums, four numbers are
-  /// rounded.
-  __device__ unsigned candidates_a(const std::uint32_t (&negated)[8], int b) const {
+  /// Minus the lane's sums of terms of a and cross terms beside b, two a word. Returns the largest.
+  __device__ int minus_sums(const std::uint32_t (&negated)[8], int b,
+                            std::uint32_t (&sums)[8]) const {
     using namespace append_instructions;
-    constexpr std::uint32_t kLeast = 0x80008000u;
     const unsigned char* const cross = stage + Stage::kMinusByB;
     const uint4 low = *reinterpret_cast<const uint4*>(cross + Stage::cross_piece(b, 0, lane % 4));
     const uint4 high = *reinterpret_cast<const uint4*>(cross + Stage::cross_piece(b, 1, lane % 4));
-    // Minus the cross terms of (a, b), so that the largest sums are wanted.
-    std::uint32_t sums[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    std::uint32_t largest = kLeast;
+    const std::uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    std::uint32_t largest = kLeastPair;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      sums[n] = add_max_pairs(sums[n], negated[n], kLeast);
+      sums[n] = add_max_pairs(words[n], negated[n], kLeastPair);
       largest = add_max_pairs(sums[n], 0, largest);
     }
-    const int of_lane = max(static_cast<int>(static_cast<std::int16_t>(largest)),
-                            static_cast<int>(static_cast<std::int16_t>(largest >> 16)));
-    const int missing = 2 + row_least(-of_lane);  // to a number that is not negative
-    const std::uint32_t pair = (static_cast<std::uint32_t>(missing) & 0xffffu) * 0x10001u;
+    return max(static_cast<int>(static_cast<std::int16_t>(largest)),
+               static_cast<int>(static_cast<std::int16_t>(largest >> 16)));
+  }
+  /// The columns whose sums are at most `most`: where minus the sum and `most` is not negative.
+  __device__ static unsigned columns_within(const std::uint32_t (&minus_sums)[8], int most) {
+    using namespace append_instructions;
+    const std::uint32_t pair = (static_cast<std::uint32_t>(most) & 0xffffu) * 0x10001u;
     unsigned mask = 0;
 #pragma unroll
     for (int n = 0; n < 8; ++n)
-      mask |= (~add_max_pairs(sums[n], pair, kLeast) >> 15 & 0x10001u) << n;
+      mask |= (~add_max_pairs(minus_sums[n], pair, kLeastPair) >> 15 & 0x10001u) << n;
     return mask;
+  }
+  static constexpr std::uint32_t kLeastPair = 0x80008000u;
+
+  /// The lane's a of a row that may be the best ones beside b: of two sums, four numbers are
+  /// rounded.
+  __device__ unsigned candidates_a(const std::uint32_t (&negated)[8], int b) const {
+    std::uint32_t sums[8];
+    const int largest = minus_sums(negated, b, sums);
+    return columns_within(sums, 2 + row_least(-largest));
   }
 
   /// A row's term in a column, for all its lanes.
@@ -264,16 +292,21 @@ struct WarpgroupSearch {
     return static_cast<std::uint32_t>(best);
   }
 
+  /// Step 2 and what it needs.
+  __device__ void prepare(const SearchRows& terms, std::uint32_t (&negated)[2][8],
+                          float (&least_of_a)[2], std::uint32_t (&least)[2][8]) const {
+    const float per_unit = unit() > 0 ? 1 / unit() : 0;
+    least_of_a[0] = write_terms_of_a(terms, 0, per_unit, negated[0]);
+    least_of_a[1] = write_terms_of_a(terms, 1, per_unit, negated[1]);
+    __syncwarp();
+    least_sums(least);
+  }
+
   /// Steps 2 and 3: the choices of both rows, as in a sort key. Where nothing compares (NaN), any.
   __device__ void choose(const SearchRows& terms, std::uint32_t (&choices)[2]) const {
-    const float of_one = unit();
-    const float per_unit = of_one > 0 ? 1 / of_one : 0;
-    std::uint32_t negated[2][8];
-    const float least_of_a[2] = {write_terms_of_a(terms, 0, per_unit, negated[0]),
-                                 write_terms_of_a(terms, 1, per_unit, negated[1])};
-    __syncwarp();
-    std::uint32_t least[2][8];
-    least_sums(least);
+    std::uint32_t negated[2][8], least[2][8];
+    float least_of_a[2];
+    prepare(terms, negated, least_of_a, least);
     unsigned masks_b[2];
     bool is_clear = true;
 #pragma unroll

@@ -7,6 +7,7 @@
 // clang-format off
 #include "simt/simt.hpp"
 
+#include "../../kernels/append/beam_search.cuh"
 #include "../../kernels/append/binary_search.cuh"
 #include "../../kernels/append/binary_search_tables.cpp"
 #include "../../kernels/append/encoder_image.cpp"
@@ -24,16 +25,15 @@ namespace {
 using testing_support::AppendCase;
 using testing_support::Rng;
 
-/// The launches of `append`, with small or with large tiles and blocks, and with the greedy search
-/// by warpgroups where it can be.
+/// The launches of `append`, with small or with large tiles and blocks, and with searches by
+/// warpgroups where they can be.
 class HostAppend {
  public:
   HostAppend(const AppendCase& tested, ValuePrecision precision, bool small, bool by_warpgroups)
       : image_(tested.codec, tested.layout, precision),
         view_(image_.view_at(image_.bytes().data())),
         small_(small),
-        by_warpgroups_(by_warpgroups && view_.keys.search_stages != nullptr &&
-                       view_.keys.beam_width == 1 && view_.keys.books_are_tied) {}
+        by_warpgroups_(by_warpgroups && view_.keys.search_stages != nullptr) {}
 
   bool by_warpgroups() const { return by_warpgroups_; }
 
@@ -59,7 +59,7 @@ class HostAppend {
     if (view_.keys.binary.num_bytes > 0)
       search_binary_keys(tokens, workspace, paged, places);
     else if (by_warpgroups_)
-      search_greedily(tokens, workspace, paged, places);
+      search_by_warpgroups(tokens, workspace, paged, places);
     else if (small_)
       search_keys<kKeySearch.num_rows_small>(tokens, workspace, paged, places);
     else
@@ -119,17 +119,26 @@ class HostAppend {
     });
   }
 
-  void search_greedily(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
-                       const std::int64_t* places) {
-    constexpr Index kPerBlock = kWarpgroupSearch.num_rows;
-    ASSERT_LE(GreedySearchShared(view_.layout.num_books).bytes, Index{sizeof shared});
-    simt::launch({static_cast<unsigned>((tokens + kPerBlock - 1) / kPerBlock),
-                  static_cast<unsigned>(view_.layout.num_kv_heads),
-                  static_cast<unsigned>(view_.layout.num_groups)},
-                 kWarpgroupSearch.num_threads, [&] {
-                   search_greedy_codes(view_, tokens, workspace.unit_keys, workspace.key_norms,
-                                       paged, places);
-                 });
+  void search_by_warpgroups(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
+                            const std::int64_t* places) {
+    const auto launch = [&](auto* kernel, Index per_block, int bytes) {
+      ASSERT_LE(bytes, static_cast<int>(sizeof shared));
+      simt::launch({static_cast<unsigned>((tokens + per_block - 1) / per_block),
+                    static_cast<unsigned>(view_.layout.num_kv_heads),
+                    static_cast<unsigned>(view_.layout.num_groups)},
+                   kWarpgroupSearch.num_threads, [&] {
+                     kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
+                   });
+    };
+    if (view_.keys.beam_width == 1 && view_.keys.books_are_tied)
+      launch(search_greedy_codes, kWarpgroupSearch.num_rows,
+             GreedySearchShared(view_.layout.num_books).bytes);
+    else if (view_.keys.books_are_tied)
+      launch(search_beam_codes<true>, BeamSearchShared<true>::kNumTokens,
+             BeamSearchShared<true>(view_.keys.num_stages).bytes);
+    else
+      launch(search_beam_codes<false>, BeamSearchShared<false>::kNumTokens,
+             BeamSearchShared<false>(view_.keys.num_stages).bytes);
   }
 
   void search_binary_keys(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
@@ -277,6 +286,25 @@ TEST(AppendKernelsTest, GreedyByWarpgroups) {
                                              .num_stages = 2,
                                              .hidden_size = 8}),
                      ValuePrecision::kFp32, true);
+}
+
+TEST(AppendKernelsTest, BeamsByWarpgroups) {
+  Rng rng(10);
+  for (const int beam_width : {1, 2, 5, 8}) {
+    SCOPED_TRACE(beam_width);
+    testing_support::AppendShape shape{.num_kv_heads = 1,
+                                       .head_dim = 128,
+                                       .num_tokens = 11,
+                                       .codebook_size = 64,
+                                       .num_stages = 3,
+                                       .tied = beam_width == 5,
+                                       .beam_width = beam_width,
+                                       .hidden_size = 8};
+    expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
+    shape.num_tokens = 20;
+    shape.weighted = shape.norm_per_head = true;
+    expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+  }
 }
 
 TEST(AppendKernelsTest, RealInput) {
