@@ -126,7 +126,8 @@ LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
   std::vector<KeyCodebook<float>> heads;
   for (int head = 0; head < kHeads; ++head) {
     KeyCodebook<float>& codebook = heads.emplace_back(config);
-    double size = 0.5 / std::sqrt(double{kChannels});
+    // Half of a key's length, of the channels that share its norm.
+    double size = 0.5 / std::sqrt(double{config.norm_per_head ? kHeadDim : kChannels});
     const double shrink = std::pow(0.17, 1.0 / config.num_stages);
     for (int stage = 0; stage < config.num_stages; ++stage, size *= shrink) {
       for (int which = 0; which < 2; ++which) {

@@ -63,18 +63,19 @@ struct BeamSearch {
     return found == ~0u ? __uint_as_float(0x7f800000u) : from_ordered_bits(found);
   }
 
-  /// Merges one new extension a row, lanes 4 g, into what the token keeps, lanes 4 i + 1.
-  __device__ void merge(SortKey key, SortKey& kept) const {
-    const int lane = search.lane;
-    if (lane % 4 != 0) key = kLastKey;
-    const SortKey worst = __shfl_sync(0xffffffffu, kept, 4 * beam_width - 3);
-    if (__ballot_sync(0xffffffffu, key < worst) == 0) return;
-    SortKey pool = lane % 4 == 1 ? kept : key;
+  /// Of the lanes' extensions the best `beam_width`, sorted, in lanes 4 i + 1; others keep none.
+  __device__ SortKey sorted(SortKey key) const {
+    SortKey kept = kLastKey;
     for (int rank = 0; rank < beam_width; ++rank) {
-      const SortKey least = warp_least(pool);
-      if (pool == least) pool = kLastKey;
-      if (lane == 4 * rank + 1) kept = least;
+      const SortKey least = warp_least(key);
+      if (key == least) key = kLastKey;
+      if (search.lane == 4 * rank + 1) kept = least;
     }
+    return kept;
+  }
+  /// The last extension that is kept.
+  __device__ SortKey worst(SortKey kept) const {
+    return __shfl_sync(0xffffffffu, kept, 4 * beam_width - 3);
   }
 
   /// The extensions that a token keeps, sorted, in lanes 4 i + 1. `error` is that of the row's
@@ -92,39 +93,60 @@ struct BeamSearch {
       const auto sum = static_cast<std::int16_t>(least[i / 2] >> (i % 2 * 16));
       errors[i] = base + (terms.half[1][i / 2][2 * part + i % 2] + unit * static_cast<float>(sum));
     }
-    float limit = bound(errors, is_there);
+    const float limit = bound(errors, is_there);
     // As in `candidates_b`; errors of candidates are rounded, too.
-    limit += 2.01f * unit + 1e-6f * (fabsf(limit) + fabsf(error) + fabsf(least_of_a) +
-                                     6.0f * kLargestCrossTerm * unit);
-    unsigned mask_b = 0;
+    const float margin =
+        2.01f * unit + 1e-6f * (fabsf(error) + fabsf(least_of_a) + 6.0f * kLargestCrossTerm * unit);
+    float best = errors[0];
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
-      mask_b |= is_there && errors[i] <= limit ? 1u << (i / 2 + i % 2 * 16) : 0;
+    for (int i = 1; i < 16; ++i) best = fminf(best, errors[i]);
+    best = row_least(best);
+    unsigned first = 0, others = 0;  // the row's best columns, and the others
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const unsigned bit = is_there && errors[i] <= limit + margin ? 1u << (i / 2 + i % 2 * 16) : 0;
+      if (errors[i] > best)
+        others |= bit;
+      else
+        first |= bit;
+    }
 
-    SortKey kept = kLastKey;
-    while (__ballot_sync(0xffffffffu, mask_b != 0) != 0) {
+    // Lanes 4 i + 1 keep extensions; the others of a row hold new ones until they are full.
+    SortKey key = kLastKey;
+    int num_new = 0;
+    while (__ballot_sync(0xffffffffu, (first | others) != 0) != 0) {
+      const bool is_first = __ballot_sync(0xffffffffu, first != 0) != 0;
+      unsigned mask_b = is_first ? first : others;
       const int column = take_column(mask_b);
+      (is_first ? first : others) = mask_b;
       const bool has_b = column < kSearchSize;
       const int b = has_b ? column : 0;
       const float of_b = search.term_of(terms.half[1], part, b);
       std::uint32_t sums[8];
       search.minus_sums(negated, b, sums);
-      const float room = (limit - base - of_b) * per_unit;  // for a sum of integers
+      // What is kept already is a limit, too, once there is enough of it.
+      const SortKey last = worst(key);
+      const float now = last == kLastKey ? limit : fminf(limit, error_of(last));
+      const float room = (now + margin - base - of_b) * per_unit;  // for a sum of integers
       const int most = __float2int_rn(fminf(fmaxf(room, -16384.0f), 3.0f * kLargestCrossTerm));
       unsigned mask_a = has_b ? search.columns_within(sums, most) : 0;
       while (__ballot_sync(0xffffffffu, mask_a != 0) != 0) {
         const int a = take_column(mask_a);
         const bool has_a = a < kSearchSize;
         const float of_a = search.term_of(terms.half[0], part, has_a ? a : 0);
-        SortKey key = kLastKey;
+        SortKey found = kLastKey;
         if (has_a) {
           const float cross = __ldg(search.cross_terms + a * kSearchSize + b);
-          key = sort_key((error + of_a) + (of_b + cross), candidate, a, b);
+          found = sort_key((error + of_a) + (of_b + cross), candidate, a, b);
         }
-        merge(key, kept);
+        if (__ballot_sync(0xffffffffu, found < worst(key)) == 0) continue;
+        if (search.lane % 4 == (num_new == 0 ? 0 : num_new + 1)) key = found;
+        if (++num_new < 3) continue;
+        key = sorted(key);
+        num_new = 0;
       }
     }
-    return kept;
+    return num_new == 0 ? key : sorted(key);
   }
 
   /// Gives every row the residual of its choice's parent.
