@@ -144,40 +144,25 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&c)[32][4], std::u
       : "l"(a), "l"(b));
 }
 /// c += kSign a b: a [16][16] of each warp in registers as in `multiply_add`, b [16][64] in shared
-/// memory as 64 rows of 16 numbers each, by its `operand_descriptor`; kSign is 1 or -1.
-/// Asynchronous; neither operand must change before `finish_warpgroup_products`.
-template <int kSign>
-__device__ __forceinline__ void multiply_add_rows(float (&c)[8][4], const std::uint32_t (&a)[4],
-                                                  std::uint64_t b) {
+/// memory by its `operand_descriptor`, as 64 rows of 16 numbers each or, with kTransposed 1, as 16
+/// rows of 64; kSign is 1 or -1. Asynchronous; neither operand must change before
+/// `finish_warpgroup_products`.
+template <int kSign, int kTransposed>
+__device__ __forceinline__ void warpgroup_multiply_add(float (&c)[8][4],
+                                                       const std::uint32_t (&a)[4],
+                                                       std::uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, 1, %37, 1, 0;\n"
+      "{%32, %33, %34, %35}, %36, 1, %37, 1, %38;\n"
       : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
         "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
         "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
         "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
         "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
         "+f"(c[7][2]), "+f"(c[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSign));
-}
-/// The same where b's 16 rows of 64 numbers follow one another, 128 bytes each in the same order.
-template <int kSign>
-__device__ __forceinline__ void multiply_add_columns(float (&c)[8][4], const std::uint32_t (&a)[4],
-                                                     std::uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, 1, %37, 1, 1;\n"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
-        "+f"(c[7][2]), "+f"(c[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSign));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSign), "n"(kTransposed));
 }
 /// Waits for all products, those of `c` among them.
 template <int kCount>
@@ -200,12 +185,9 @@ __device__ __forceinline__ void commit_warpgroup_products() {}
 __device__ __forceinline__ void publish_operands() {}
 template <int kCount>
 __device__ __forceinline__ void finish_warpgroup_products(float (&)[kCount][4]) {}
-template <int kSign>
-__device__ __forceinline__ void multiply_add_rows(float (&)[8][4], const std::uint32_t (&)[4],
-                                                  std::uint64_t) {}
-template <int kSign>
-__device__ __forceinline__ void multiply_add_columns(float (&)[8][4], const std::uint32_t (&)[4],
-                                                     std::uint64_t) {}
+template <int kSign, int kTransposed>
+__device__ __forceinline__ void warpgroup_multiply_add(float (&)[8][4], const std::uint32_t (&)[4],
+                                                       std::uint64_t) {}
 __device__ __forceinline__ std::uint64_t operand_descriptor(const void*) {
   return 0;
 }

@@ -13,12 +13,14 @@ inline constexpr int kSearchSize = SearchStage<true>::kSize;
 // What searches for key codes share where warpgroups multiply: books of 64 centroids over 64 pairs.
 // A warp has 16 residuals ("rows") in registers, as the matrix instruction wants and gives them:
 // lane 4g + t has of rows g and g + 8 numbers 8 n + 2 t and the next one. Per stage
-// 1. inner products of the rows with the book give the terms of a, and those of the rows times -j
-//    the terms of b (see key_search.cuh);
+// 1. inner products of the rows with the books give the terms of a and of b (see key_search.cuh);
+// of
+//    tied books, Z_1 = j Z_0, those with the second one are of the first one and rows times -j;
 // 2. in 16-bit integers, for each b the least sum of a term of a and a cross term, all b of a lane
 //    at a time, so that all rows of the warp need the same a together;
-// 3. the b that may be the best within the integers' rounding, and of these the a: mostly one each;
-//    where there are more, they are compared in fp32;
+// 3. the b that may be the best within the integers' rounding, and of these the a: in a greedy
+// search
+//    mostly one each; where there are more, they are compared in fp32;
 // 4. a matrix product takes the chosen centroids off the rows.
 
 /// Real and imaginary parts of residuals, or terms of a and of b: [eight columns at a time][row g:
@@ -63,8 +65,9 @@ __device__ __forceinline__ T row_sum(T value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
-/// Sets of a lane's columns of a row: bit n is column 8 n + 2 t, bit n + 16 the next one.
-/// The first column of the row's sets, which lose it; 64: there is none.
+
+/// Takes the first column out of a row's set, of which each lane has its own columns: bit n is
+/// column 8 n + 2 t, bit n + 16 the next one. 64: the set is empty.
 __device__ __forceinline__ int take_column(unsigned& mask) {
   const int first = static_cast<int>(threadIdx.x) % 4 * 2;
   const int even = __ffs(static_cast<int>(mask & 0xffffu)) - 1;
@@ -110,9 +113,10 @@ struct WarpgroupSearch {
                               int step) {
       const std::uint64_t high = advanced(
           centroids, book * Stage::kBookBytes + of_centroid * Stage::kHalfBytes + step * 32);
-      multiply_add_rows<sign.value>(sums, hi[of_row][step], high);
-      multiply_add_rows<sign.value>(sums, hi[of_row][step], advanced(high, Stage::kPartBytes));
-      multiply_add_rows<sign.value>(sums, lo[of_row][step], high);
+      warpgroup_multiply_add<sign.value, 0>(sums, hi[of_row][step], high);
+      warpgroup_multiply_add<sign.value, 0>(sums, hi[of_row][step],
+                                            advanced(high, Stage::kPartBytes));
+      warpgroup_multiply_add<sign.value, 0>(sums, lo[of_row][step], high);
     };
     constexpr std::integral_constant<int, 1> kPlus;
     constexpr std::integral_constant<int, kTied ? -1 : 1> kMinusIfTied;
@@ -345,14 +349,15 @@ struct WarpgroupSearch {
     for (int i = 0; i < 8; ++i) {  // steps, hi and lo
       const std::uint64_t real = advanced(centroids, i % 2 * Stage::kPartBytes + i / 2 * 16 * 128);
       const std::uint64_t imaginary = advanced(real, Stage::kHalfBytes);
-      multiply_add_columns<-1>(rows.half[0], of_a[i / 2], real);
-      multiply_add_columns<-1>(rows.half[1], of_a[i / 2], imaginary);
+      warpgroup_multiply_add<-1, 1>(rows.half[0], of_a[i / 2], real);
+      warpgroup_multiply_add<-1, 1>(rows.half[1], of_a[i / 2], imaginary);
       if constexpr (kTied) {  // j z = -im z + j re z
-        multiply_add_columns<1>(rows.half[0], of_b[i / 2], imaginary);
-        multiply_add_columns<-1>(rows.half[1], of_b[i / 2], real);
+        warpgroup_multiply_add<1, 1>(rows.half[0], of_b[i / 2], imaginary);
+        warpgroup_multiply_add<-1, 1>(rows.half[1], of_b[i / 2], real);
       } else {
-        multiply_add_columns<-1>(rows.half[0], of_b[i / 2], advanced(real, Stage::kBookBytes));
-        multiply_add_columns<-1>(rows.half[1], of_b[i / 2], advanced(imaginary, Stage::kBookBytes));
+        warpgroup_multiply_add<-1, 1>(rows.half[0], of_b[i / 2], advanced(real, Stage::kBookBytes));
+        warpgroup_multiply_add<-1, 1>(rows.half[1], of_b[i / 2],
+                                      advanced(imaginary, Stage::kBookBytes));
       }
     }
     commit_warpgroup_products();

@@ -402,45 +402,34 @@ inline void publish_operands() {}
 template <int kCount>
 void finish_warpgroup_products(float (&)[kCount][4]) {}
 
-/// c += sign a b, with number (k, n) of b at `place(k, n)` before the swizzle.
-template <class Place>
-void multiply_add_swizzled(int sign, float (&c)[8][4], const std::uint32_t (&a)[4], Place place) {
-  simt::Payload mine;
-  std::memcpy(mine.words, a, sizeof a);
-  const simt::Payload* const all = simt::exchange(mine);
-  const int lane = simt::lane();
-  for (int i = 0; i < 4; ++i)
-    for (int n = 0; n < 8; ++n) {
-      double sum = 0;
-      for (int k = 0; k < 16; ++k) {
-        std::uint32_t words[8];
-        std::memcpy(words, all[lane / 4 * 4 + k % 8 / 2].words, sizeof words);
-        const auto row = static_cast<std::uint16_t>(words[i / 2 + k / 8 * 2] >> (k % 2 * 16));
-        const std::uintptr_t at = place(k, n * 8 + lane % 4 * 2 + i % 2);
-        std::uint16_t number;
-        std::memcpy(&number, reinterpret_cast<const void*>(at ^ (at >> 7 & 7) << 4), 2);
-        sum += double{from_fp16(row)} * from_fp16(number);
-      }
-      c[n][i] = static_cast<float>(c[n][i] + sign * sum);
-    }
-}
 inline std::uint64_t operand_descriptor(const void* at) {
   return reinterpret_cast<std::uintptr_t>(at) >> 4;
 }
 inline std::uint64_t advanced(std::uint64_t descriptor, int bytes) {
   return descriptor + static_cast<std::uint64_t>(bytes >> 4);
 }
-template <int kSign>
-void multiply_add_rows(float (&c)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-  multiply_add_swizzled(kSign, c, a, [&](int k, int n) {
-    return (b << 4) + static_cast<std::uintptr_t>(n * 128 + k * 2);
-  });
-}
-template <int kSign>
-void multiply_add_columns(float (&c)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-  multiply_add_swizzled(kSign, c, a, [&](int k, int n) {
-    return (b << 4) + static_cast<std::uintptr_t>(k * 128 + n * 2);
-  });
+template <int kSign, int kTransposed>
+void warpgroup_multiply_add(float (&c)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+  simt::Payload mine;
+  std::memcpy(mine.words, a, sizeof a);
+  const simt::Payload* const all = simt::exchange(mine);
+  const int lane = simt::lane();
+  for (int i = 0; i < 4; ++i)
+    for (int n = 0; n < 8; ++n) {
+      const int column = n * 8 + lane % 4 * 2 + i % 2;
+      double sum = 0;
+      for (int k = 0; k < 16; ++k) {
+        std::uint32_t words[8];
+        std::memcpy(words, all[lane / 4 * 4 + k % 8 / 2].words, sizeof words);
+        const auto row = static_cast<std::uint16_t>(words[i / 2 + k / 8 * 2] >> (k % 2 * 16));
+        const int offset = kTransposed != 0 ? k * 128 + column * 2 : column * 128 + k * 2;
+        const std::uintptr_t at = (b << 4) + static_cast<std::uintptr_t>(offset);
+        std::uint16_t number;  // 16-byte pieces are swizzled
+        std::memcpy(&number, reinterpret_cast<const void*>(at ^ (at >> 7 & 7) << 4), 2);
+        sum += double{from_fp16(row)} * from_fp16(number);
+      }
+      c[n][i] = static_cast<float>(c[n][i] + kSign * sum);
+    }
 }
 
 }  // namespace append_instructions
