@@ -118,6 +118,21 @@ auto binary_search(const KeyEncoderView& keys) {
   return keys.binary.num_bytes <= 16 ? search_binary_codes<1> : search_binary_codes<2>;
 }
 
+/// What the searches and networks begin with.
+void load(const EncoderView& encoder, const AppendParams& params,
+          const AppendWorkspace& workspace) {
+  const int key_parts = params.keys != nullptr ? encoder.layout.norms_per_token : 0;
+  const int value_parts = params.values != nullptr ? encoder.values.num_blocks : 0;
+  if (key_parts + value_parts == 0) return;
+  const dim3 grid(blocks_for(params.num_tokens, kTokenThreads / 32),
+                  static_cast<unsigned>(key_parts + value_parts));
+  by_type(params.type, [&](auto type) {
+    load_tokens<type.value><<<grid, kTokenThreads, 0, params.stream>>>(
+        encoder, rows_of(encoder, params, true), rows_of(encoder, params, false), params.num_tokens,
+        key_parts, params.pages, params.slot_mapping, workspace);
+  });
+}
+
 using SearchKernel = void(EncoderView, Index, const float*, const std::uint16_t*, PagedCodes,
                           const std::int64_t*);
 
@@ -145,13 +160,6 @@ KeySearchLaunch warpgroup_search(const EncoderView& encoder) {
 void encode_keys(const EncoderView& encoder, const AppendParams& params,
                  const AppendWorkspace& workspace) {
   const Index tokens = params.num_tokens;
-  const dim3 loads(blocks_for(tokens, kTokenThreads / 32),
-                   static_cast<unsigned>(encoder.layout.norms_per_token));
-  by_type(params.type, [&](auto type) {
-    load_keys<type.value><<<loads, kTokenThreads, 0, params.stream>>>(
-        encoder, rows_of(encoder, params, true), tokens, params.pages, params.slot_mapping,
-        workspace.key_norms, workspace.unit_keys);
-  });
   if (encoder.keys.binary.num_bytes > 0) {
     const auto kernel = binary_search(encoder.keys);
     const dim3 grid(blocks_for(tokens, kBinarySearch.num_tokens),
@@ -217,11 +225,6 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
   const Index rows = tokens * values.num_blocks;
   const dim3 parts(blocks_for(tokens, kTokenThreads / 32),
                    static_cast<unsigned>(values.num_blocks));
-  by_type(params.type, [&](auto type) {
-    load_values<type.value><<<parts, kTokenThreads, 0, params.stream>>>(
-        encoder, rows_of(encoder, params, false), tokens, workspace.value_norms, workspace.inputs,
-        workspace.units);
-  });
   const auto multiply_hidden = [&](auto has_rest) {
     std::uint16_t* const rest = workspace.hidden + rows * values.output.num_inputs;
     multiply_by(encoder, values.hidden, workspace.inputs, tokens, terms,
@@ -370,6 +373,7 @@ Status append(const DeviceEncoder& encoder, const AppendParams& params) noexcept
     copy(view, params);
   } else {
     const AppendWorkspace workspace(view, params.num_tokens, params.workspace);
+    load(view, params, workspace);
     if (params.keys != nullptr) encode_keys(view, params, workspace);
     if (params.values != nullptr) encode_values(view, params, workspace);
   }

@@ -142,32 +142,30 @@ __global__ void __launch_bounds__(kTokenThreads)
   if (values.data != nullptr) copy_exactly<kType>(values, token, 0, values.num_channels);
 }
 
-/// What a warp works on: a token in the grid's x, a part of its channels in y.
+/// What a warp works on: a token in the grid's x, and a part of its channels.
 struct TokenPart {
   Index token;
   int part;
   Index row;  ///< part * num_tokens + token
   int first_channel, num_channels;
 
-  __device__ TokenPart(int channels_of_part, Index num_tokens)
+  __device__ TokenPart(int part_, int channels_of_part, Index num_tokens)
       : token(Index{blockIdx.x} * (kTokenThreads / 32) + static_cast<int>(threadIdx.x) / 32),
-        part(static_cast<int>(blockIdx.y)),
+        part(part_),
         row(part * num_tokens + token),
         first_channel(part * channels_of_part),
         num_channels(channels_of_part) {}
 };
 
-/// The channels of a norm, a warp each: exact copy, norm, weighted unit key in planar order.
-/// `norms` and `unit_keys` are those of the workspace; norms also go to the page.
+/// The channels of a norm: exact copy, norm, weighted unit key in planar order. `norms` and
+/// `unit_keys` are those of the workspace; norms also go to the page.
 template <FloatType kType>
-__global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
-    load_keys(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
-              PagedCodes pages, const std::int64_t* slot_mapping, std::uint16_t* norms,
-              float* unit_keys) {
+__device__ __forceinline__ void load_key(const EncoderView& encoder, const TokenRows& rows,
+                                         const TokenPart& at, const PagedCodes& pages,
+                                         const std::int64_t* slot_mapping, std::uint16_t* norms,
+                                         float* unit_keys) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const DevicePageLayout& layout = encoder.layout;
-  const TokenPart at(rows.num_channels / layout.norms_per_token, num_tokens);
-  if (at.token >= num_tokens) return;
   copy_exactly<kType>(rows, at.token, at.first_channel, at.num_channels);
   double sum = 0;
   const double norm = norm_of<kType>(rows, at.token, at.first_channel, at.num_channels, sum);
@@ -223,16 +221,14 @@ __device__ __forceinline__ void store_operands(std::uint16_t* hi, std::uint16_t*
   *reinterpret_cast<uint4*>(lo + column) = uint4{rests[0], rests[1], rests[2], rests[3]};
 }
 
-/// A block of values, a warp each: exact copy, norm, LayerNorm of the unit value as the network's
-/// scaled input, and for a polish (`units` not null) the unit value itself.
+/// A block of values: exact copy, norm, LayerNorm of the unit value as the network's scaled input,
+/// and for a polish (`units` not null) the unit value itself.
 template <FloatType kType>
-__global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
-    load_values(const __grid_constant__ EncoderView encoder, const TokenRows rows, Index num_tokens,
-                double* norms, std::uint16_t* inputs, std::uint16_t* units) {
+__device__ __forceinline__ void load_value(const EncoderView& encoder, const TokenRows& rows,
+                                           const TokenPart& at, Index num_tokens, double* norms,
+                                           std::uint16_t* inputs, std::uint16_t* units) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const ValueEncoderView& values = encoder.values;
-  const TokenPart at(values.num_channels, num_tokens);
-  if (at.token >= num_tokens) return;
   const int count = values.num_channels;
   copy_exactly<kType>(rows, at.token, at.first_channel, count);
   double sum = 0;
@@ -274,6 +270,27 @@ __global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
   }
 }
 
+/// Keys and values, a warp a part: grid (blocks of tokens, norms of a key, then blocks of a value).
+/// Without keys `key_parts` is 0.
+template <FloatType kType>
+__global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
+    load_tokens(const __grid_constant__ EncoderView encoder, const TokenRows keys,
+                const TokenRows values, Index num_tokens, int key_parts, PagedCodes pages,
+                const std::int64_t* slot_mapping, const AppendWorkspace workspace) {
+  const int part = static_cast<int>(blockIdx.y);
+  if (part < key_parts) {
+    const TokenPart at(part, keys.num_channels / encoder.layout.norms_per_token, num_tokens);
+    if (at.token < num_tokens)
+      load_key<kType>(encoder, keys, at, pages, slot_mapping, workspace.key_norms,
+                      workspace.unit_keys);
+  } else {
+    const TokenPart at(part - key_parts, encoder.values.num_channels, num_tokens);
+    if (at.token < num_tokens)
+      load_value<kType>(encoder, values, at, num_tokens, workspace.value_norms, workspace.inputs,
+                        workspace.units);
+  }
+}
+
 /// A block of values, a warp each: scale from the norm and the decoded length, and both scale and
 /// bits to the page. `bits` [rows][stride] fp16, `squares` [num_tiles][rows].
 __global__ void __launch_bounds__(kTokenThreads)
@@ -282,7 +299,7 @@ __global__ void __launch_bounds__(kTokenThreads)
                  const std::int64_t* slot_mapping) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const ValueEncoderView& values = encoder.values;
-  const TokenPart at(values.num_channels, num_tokens);
+  const TokenPart at(static_cast<int>(blockIdx.y), values.num_channels, num_tokens);
   if (at.token >= num_tokens || slot_mapping[at.token] < 0) return;
   const DevicePageLayout& layout = encoder.layout;
   const PagePlace place(layout, pages, slot_mapping[at.token]);

@@ -47,14 +47,19 @@ class HostAppend {
     const auto blocks = [&](Index per_block) {
       return static_cast<unsigned>((tokens + per_block - 1) / per_block);
     };
-    TokenRows rows{
+    TokenRows keys{
         tested.keys.data(),   FloatType::kFp32, nullptr, FloatType::kBf16, false, nullptr,
         view_.num_channels(), nullptr};
-    simt::launch({blocks(kTokenThreads / 32), static_cast<unsigned>(tested.layout.norms_per_token)},
-                 kTokenThreads, [&] {
-                   load_keys<FloatType::kFp32>(view_, rows, tokens, paged, places,
-                                               workspace.key_norms, workspace.unit_keys);
-                 });
+    TokenRows rows = keys;
+    rows.data = tested.values.data();
+    rows.channel_scales = view_.values.channel_scales;
+    const int key_parts = tested.layout.norms_per_token;
+    simt::launch(
+        {blocks(kTokenThreads / 32), static_cast<unsigned>(key_parts + view_.values.num_blocks)},
+        kTokenThreads, [&] {
+          load_tokens<FloatType::kFp32>(view_, keys, rows, tokens, key_parts, paged, places,
+                                        workspace);
+        });
     ASSERT_LE(KeySearchShared(view_.keys, kKeySearch.num_rows).bytes, Index{sizeof shared});
     if (view_.keys.binary.num_bytes > 0)
       search_binary_keys(tokens, workspace, paged, places);
@@ -65,15 +70,9 @@ class HostAppend {
     else
       search_keys<kKeySearch.num_rows>(tokens, workspace, paged, places);
 
-    rows.data = tested.values.data();
-    rows.channel_scales = view_.values.channel_scales;
     const ValueEncoderView& values = view_.values;
     const Index num_rows = tokens * values.num_blocks;
     const simt::Dim parts{blocks(kTokenThreads / 32), static_cast<unsigned>(values.num_blocks)};
-    simt::launch(parts, kTokenThreads, [&] {
-      load_values<FloatType::kFp32>(view_, rows, tokens, workspace.value_norms, workspace.inputs,
-                                    workspace.units);
-    });
     const int terms = values.num_terms();
     std::uint16_t* const rest = workspace.hidden + num_rows * values.output.num_inputs;
     if (terms > 1)
