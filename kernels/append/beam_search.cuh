@@ -80,10 +80,9 @@ struct BeamSearch {
 
   /// The extensions that a token keeps, sorted, in lanes 4 i + 1. `error` is that of the row's
   /// candidate, `least` the least sums of integers for each b.
-  __device__ SortKey extend(const SearchRows& terms, const std::uint32_t (&least)[8], int part,
-                            float error, float least_of_a) const {
-    std::uint32_t negated[8];
-    search.read_minus_terms(part, negated);
+  __device__ SortKey extend(const SearchRows& terms, const std::uint32_t (&negated)[8],
+                            const std::uint32_t (&least)[8], int part, float error,
+                            float least_of_a) const {
     const int candidate = search.lane / 4;
     const bool is_there = candidate < width;
     const float unit = search.unit(), per_unit = unit > 0 ? 1 / unit : 0;
@@ -217,14 +216,14 @@ __global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kWarpgroupSearch
           keys.cross_terms + (books + stage) * kSearchSize * kSearchSize, keys.search_factor, lane};
       SearchRows terms;
       search.compute_terms(rows, terms);
-      search.finish_terms_of_b(terms);
-      std::uint32_t least[2][8], choices[2];
+      std::uint32_t negated[2][8], least[2][8], choices[2];
       float least_of_a[2];
-      search.find_least_sums(terms, least_of_a, least);
+      search.prepare(terms, negated, least_of_a, least);
       const BeamSearch<kTied> beam{search, keys.beam_width, width};
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        const SortKey kept = beam.extend(terms, least[part], part, errors[part], least_of_a[part]);
+        const SortKey kept =
+            beam.extend(terms, negated[part], least[part], part, errors[part], least_of_a[part]);
         const SortKey choice = __shfl_sync(0xffffffffu, kept, lane / 4 * 4 + 1);
         errors[part] = error_of(choice);
         const auto code = static_cast<std::uint32_t>(choice);

@@ -164,10 +164,10 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&c)[8][4],
         "+f"(c[7][2]), "+f"(c[7][3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSign), "n"(kTransposed));
 }
-/// Waits until at most `kPending` of the groups committed are under way; `c` is of one that is not.
-template <int kPending, int kCount>
+/// Waits for all products, those of `c` among them.
+template <int kCount>
 __device__ __forceinline__ void finish_warpgroup_products(float (&c)[kCount][4]) {
-  wait_for_warpgroup_products<kPending>();
+  wait_for_warpgroup_products<0>();
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
     asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
@@ -183,7 +183,7 @@ inline constexpr bool kHasWarpgroups = false;
 __device__ __forceinline__ void begin_warpgroup_products() {}
 __device__ __forceinline__ void commit_warpgroup_products() {}
 __device__ __forceinline__ void publish_operands() {}
-template <int kPending, int kCount>
+template <int kCount>
 __device__ __forceinline__ void finish_warpgroup_products(float (&)[kCount][4]) {}
 template <int kSign, int kTransposed>
 __device__ __forceinline__ void warpgroup_multiply_add(float (&)[8][4], const std::uint32_t (&)[4],

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
       if (last_stage >= 0 && lane == 0) emptied(last_stage).arrive();
       last_stage = turn.stage;
     }
-    finish_warpgroup_products<0>(sums);
+    finish_warpgroup_products(sums);
     if (lane == 0) emptied(last_stage).arrive();
     finish_tile(product, epilogue, sums, block, first_row, col_tile);
   });

@@ -95,7 +95,7 @@ struct WarpgroupSearch {
     return terms_of_a + (part * 8 + lane / 4) * kSearchTermStride;
   }
 
-  /// Step 1: the terms of a; those of b see below.
+  /// Step 1.
   __device__ void compute_terms(const SearchRows& rows, SearchRows& terms) const {
     using namespace append_instructions;
     std::uint32_t hi[2][4][4], lo[2][4][4];
@@ -125,65 +125,47 @@ struct WarpgroupSearch {
     for (int step = 0; step < 4; ++step) {
       multiply(kPlus, terms.half[0], 0, 0, 0, step);
       multiply(kPlus, terms.half[0], 1, 0, 1, step);
-    }
-    commit_warpgroup_products();
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
       // <r, j z> = <im r, re z> - <re r, im z>
       multiply(kPlus, terms.half[1], kTied ? 1 : 0, kTied ? 0 : 1, 0, step);
       multiply(kMinusIfTied, terms.half[1], kTied ? 0 : 1, kTied ? 0 : 1, 1, step);
     }
     commit_warpgroup_products();
-    finish_warpgroup_products<1>(terms.half[0]);
-    add_norms(terms.half[0], 0);
-  }
-
-  /// Those of b, which until here the matrix unit still has.
-  __device__ void finish_terms_of_b(SearchRows& terms) const {
-    append_instructions::finish_warpgroup_products<0>(terms.half[1]);
-    add_norms(terms.half[1], kTied ? 0 : 1);  // |j z| = |z|
-  }
-
-  /// Products with a book to terms.
-  __device__ void add_norms(float (&sums)[8][4], int book) const {
-    const auto* const norms =
-        reinterpret_cast<const float2*>(stage + Stage::kNorms) + book * 32 + lane % 4;
+    finish_warpgroup_products(terms.half[0]);
+    finish_warpgroup_products(terms.half[1]);
+    const auto* const norms = reinterpret_cast<const float2*>(stage + Stage::kNorms);
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const float2 norm = norms[n * 4];
+    for (int n = 0; n < 8; ++n)
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        sums[n][k] = (k % 2 == 0 ? norm.x : norm.y) + sums[n][k] * product_factor;
-    }
+      for (int book = 0; book < 2; ++book) {
+        const float2 norm = norms[(kTied ? 0 : book) * 32 + n * 4 + lane % 4];  // |j z| = |z|
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          float& term = terms.half[book][n][k];
+          term = (k % 2 == 0 ? norm.x : norm.y) + term * product_factor;
+        }
+      }
   }
 
-  /// Writes a row's terms of a, less the least one, as integers. Returns the least.
-  __device__ float write_terms_of_a(const SearchRows& terms, int part, float per_unit) const {
+  /// Writes a row's terms of a, less the least one, as integers; `negated` receives minus the
+  /// lane's, two a word. Returns the least.
+  __device__ float write_terms_of_a(const SearchRows& terms, int part, float per_unit,
+                                    std::uint32_t (&negated)[8]) const {
     const auto term = [&](int i) { return terms.half[0][i / 2][2 * part + i % 2]; };
     float least = term(0);
 #pragma unroll
     for (int i = 1; i < 16; ++i) least = fminf(least, term(i));
     least = row_least(least);
-    const auto rounded = [&](int i) {
-      constexpr float kMost = 2 * kLargestCrossTerm + 2;
-      return __float2int_rn(fminf((term(i) - least) * per_unit, kMost)) * 0x10001u;
-    };
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-      *reinterpret_cast<uint2*>(row_of_terms(part) + n * 8 + lane % 4 * 2) =
-          uint2{rounded(2 * n), rounded(2 * n + 1)};
-    return least;
-  }
-  /// Minus the lane's integers of a row, two a word.
-  __device__ void read_minus_terms(int part, std::uint32_t (&negated)[8]) const {
-    using namespace append_instructions;
+    constexpr float kMost = 2 * kLargestCrossTerm + 2;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const uint2 twice =
-          *reinterpret_cast<const uint2*>(row_of_terms(part) + n * 8 + lane % 4 * 2);
-      const std::uint32_t pair = (twice.x & 0xffffu) | (twice.y & 0xffff0000u);
-      negated[n] = add_max_pairs(~pair, 0x10001u, kLeastPair);
+      const int first = __float2int_rn(fminf((term(2 * n) - least) * per_unit, kMost));
+      const int second = __float2int_rn(fminf((term(2 * n + 1) - least) * per_unit, kMost));
+      *reinterpret_cast<uint2*>(row_of_terms(part) + n * 8 + lane % 4 * 2) =
+          uint2{first * 0x10001u, second * 0x10001u};
+      negated[n] = (static_cast<std::uint32_t>(-first) & 0xffffu) |
+                   static_cast<std::uint32_t>(-second) << 16;
     }
+    return least;
   }
 
   /// Step 2: of both rows and the lane's b, two a word, the least sums over all a.
@@ -314,28 +296,25 @@ struct WarpgroupSearch {
     return static_cast<std::uint32_t>(best);
   }
 
-  /// Step 2 and what it needs, the terms of a.
-  __device__ void find_least_sums(const SearchRows& terms, float (&least_of_a)[2],
-                                  std::uint32_t (&least)[2][8]) const {
+  /// Step 2 and what it needs.
+  __device__ void prepare(const SearchRows& terms, std::uint32_t (&negated)[2][8],
+                          float (&least_of_a)[2], std::uint32_t (&least)[2][8]) const {
     const float per_unit = unit() > 0 ? 1 / unit() : 0;
-    least_of_a[0] = write_terms_of_a(terms, 0, per_unit);
-    least_of_a[1] = write_terms_of_a(terms, 1, per_unit);
+    least_of_a[0] = write_terms_of_a(terms, 0, per_unit, negated[0]);
+    least_of_a[1] = write_terms_of_a(terms, 1, per_unit, negated[1]);
     __syncwarp();
     least_sums(least);
   }
 
   /// Steps 2 and 3: the choices of both rows, as in a sort key. Where nothing compares (NaN), any.
-  /// Finishes the terms of b when it needs them.
-  __device__ void choose(SearchRows& terms, std::uint32_t (&choices)[2]) const {
+  __device__ void choose(const SearchRows& terms, std::uint32_t (&choices)[2]) const {
     std::uint32_t negated[2][8], least[2][8];
     float least_of_a[2];
-    find_least_sums(terms, least_of_a, least);
-    finish_terms_of_b(terms);
+    prepare(terms, negated, least_of_a, least);
     unsigned masks_b[2];
     bool is_clear = true;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      read_minus_terms(part, negated[part]);
       masks_b[part] = candidates_b(terms, least[part], part, least_of_a[part]);
       unsigned left = masks_b[part];
       const int b = take_column(left) % Stage::kSize;
@@ -382,8 +361,8 @@ struct WarpgroupSearch {
       }
     }
     commit_warpgroup_products();
-    finish_warpgroup_products<0>(rows.half[0]);
-    finish_warpgroup_products<0>(rows.half[1]);
+    finish_warpgroup_products(rows.half[0]);
+    finish_warpgroup_products(rows.half[1]);
   }
 };
 

@@ -399,7 +399,7 @@ inline constexpr bool kHasWarpgroups = true;
 inline void begin_warpgroup_products() {}
 inline void commit_warpgroup_products() {}
 inline void publish_operands() {}
-template <int kPending, int kCount>
+template <int kCount>
 void finish_warpgroup_products(float (&)[kCount][4]) {}
 
 inline std::uint64_t operand_descriptor(const void* at) {
