@@ -17,6 +17,7 @@
 #include "../../kernels/append/matrix_product.cuh"
 #include "../../kernels/append/polish_values.cuh"
 #include "../../kernels/append/search_stages.cpp"
+#include "../../kernels/append/write_values.cuh"
 // clang-format on
 
 namespace commvq::cuda {
