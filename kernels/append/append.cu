@@ -111,7 +111,7 @@ Status check(const EncoderView& encoder, const AppendParams& params) {
 
 }  // namespace
 
-int configure_append_kernels(EncoderView& encoder) noexcept {
+int configure_append_kernels(const EncoderView& encoder) noexcept {
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)

@@ -38,7 +38,7 @@ struct KeySearchLaunch {
 /// The search by warpgroups, where there is one for these codes.
 KeySearchLaunch warpgroup_search(const EncoderView& encoder) {
   const KeyEncoderView& keys = encoder.keys;
-  if (keys.search_stages == nullptr || encoder.warpgroup_processors == 0) return {};
+  if (keys.search_stages == nullptr) return {};
   if (keys.beam_width == 1 && keys.books_are_tied)
     return {search_greedy_codes, kWarpgroupSearch.num_rows,
             GreedySearchShared(encoder.layout.num_books).bytes};
@@ -86,8 +86,10 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
       encoder, tokens, workspace.unit_keys, workspace.key_norms, params.pages, params.slot_mapping);
 }
 
-cudaError_t configure_key_kernels(EncoderView& encoder, int shared_bytes) noexcept {
-  cudaError_t error = cudaSuccess;
+cudaError_t configure_key_kernels(const EncoderView& encoder, int shared_bytes) noexcept {
+  cudaError_t error = warpgroup_search(encoder).shared_bytes > shared_bytes
+                          ? cudaErrorInvalidConfiguration
+                          : cudaSuccess;
   const auto allow = [&](auto* kernel) {
     if (error == cudaSuccess) error = allow_shared_memory(kernel, shared_bytes);
   };
@@ -96,7 +98,6 @@ cudaError_t configure_key_kernels(EncoderView& encoder, int shared_bytes) noexce
     allow(key_search<kKeySearch.num_rows>(kind));
     allow(key_search<kKeySearch.num_rows_small>(kind));
   }
-  if (warpgroup_search(encoder).shared_bytes > shared_bytes) encoder.keys.search_stages = nullptr;
   allow(search_greedy_codes);
   allow(search_beam_codes<true>);
   allow(search_beam_codes<false>);

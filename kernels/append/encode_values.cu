@@ -129,16 +129,21 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
       values.decoder.num_padded_outputs / tile_cols, params.pages, params.slot_mapping);
 }
 
-cudaError_t configure_value_kernels(EncoderView& encoder, int shared_bytes) noexcept {
-  int device = 0, processors = 0;
+int find_warpgroup_processors(int& processors) noexcept {
+  int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaFuncAttributes attributes{};
   if (error == cudaSuccess)
     error = cudaFuncGetAttributes(&attributes, multiply_by_warpgroups<SquaresEpilogue>);
-  const bool has_warpgroups = attributes.sharedSizeBytes > 0 && has_tensor_maps();
-  encoder.warpgroup_processors = has_warpgroups ? processors : 0;
+  // Only code for warpgroups has shared memory of its own.
+  if (attributes.sharedSizeBytes == 0 || !has_tensor_maps()) processors = 0;
+  return static_cast<int>(error);
+}
+
+cudaError_t configure_value_kernels(const EncoderView& encoder, int shared_bytes) noexcept {
+  cudaError_t error = cudaSuccess;
   const auto allow = [&](auto* kernel, int bytes) {
     if (error == cudaSuccess) error = allow_shared_memory(kernel, bytes);
   };
@@ -147,7 +152,8 @@ cudaError_t configure_value_kernels(EncoderView& encoder, int shared_bytes) noex
     using Epilogue = decltype(epilogue);
     allow(multiply<true, Epilogue>, shared_bytes);
     allow(multiply<false, Epilogue>, shared_bytes);
-    if (has_warpgroups) allow(multiply_by_warpgroups<Epilogue>, kWarpgroupSharedBytes);
+    if (encoder.warpgroup_processors > 0)
+      allow(multiply_by_warpgroups<Epilogue>, kWarpgroupSharedBytes);
   };
   allow_products(HiddenEpilogue<false>{});
   allow_products(HiddenEpilogue<true>{});

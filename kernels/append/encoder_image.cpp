@@ -7,6 +7,7 @@
 #include "commvq/core/error.hpp"
 
 #include "binary_search_tables.hpp"
+#include "key_search_tables.hpp"
 #include "operands.hpp"
 #include "search_stage.hpp"
 #include "search_stages.hpp"
@@ -35,6 +36,11 @@ bool has_binary_search(const KeyCodecConfig& config, const DevicePageLayout& lay
   return config.codebook_size == 2 && config.num_groups() == 1 && layout.num_planes == 1 &&
          config.num_stages % 4 == 0 && config.num_stages <= kMaxBinaryStages &&
          config.beam_width <= kMaxBinaryBeam;
+}
+
+bool has_warpgroup_search(const KeyCodecConfig& config) {
+  return config.beam_width <= kMaxSearchBeam && config.codebook_size == SearchStage<true>::kSize &&
+         2 * config.group_pairs == SearchStage<true>::kWidth;
 }
 
 /// What the operands of the value networks can be at most.
@@ -79,7 +85,7 @@ std::vector<float> encoder_rows(const ValueCodec& codec) {
 }  // namespace
 
 EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layout,
-                           ValuePrecision precision) {
+                           ValuePrecision precision, bool by_warpgroups) {
   require(codec.keys != nullptr && codec.values != nullptr,
           "the device encoder needs a codec for both keys and values; the ",
           codec.keys == nullptr ? "keys" : "values", " have none");
@@ -110,7 +116,7 @@ EncoderImage::EncoderImage(const LayerCodec& codec, const DevicePageLayout& layo
   require(keys.codebook_size <= kMaxCodebookSize, "codebook_size is ", keys.codebook_size,
           "; the device supports up to ", kMaxCodebookSize);
   view_.layout = layout;
-  add_keys(*codec.keys);
+  add_keys(*codec.keys, by_warpgroups);
   add_values(*codec.values, precision);
 }
 
@@ -122,7 +128,7 @@ void EncoderImage::add(const T*& at, const std::vector<T>& values) {
   at = reinterpret_cast<const T*>(static_cast<std::uintptr_t>(offset));
 }
 
-void EncoderImage::add_keys(const KeyCodec& codec) {
+void EncoderImage::add_keys(const KeyCodec& codec, bool by_warpgroups) {
   const KeyCodecConfig& config = codec.config();
   KeyEncoderView& keys = view_.keys;
   keys.group_pairs = config.group_pairs;
@@ -172,70 +178,37 @@ void EncoderImage::add_keys(const KeyCodec& codec) {
     for (int pair = 0; pair < config.pairs.num_pairs(); ++pair)
       channels.push_back(static_cast<std::uint16_t>(part == 0 ? config.pairs.real_channel(pair)
                                                               : config.pairs.imag_channel(pair)));
-  const int size = keys.codebook_size, row_size = keys.row_size;
-  std::vector<float> rows, norms, cross_terms, cross_terms_by_b;
-  std::vector<std::uint32_t> operands, rounded_cross_terms;
-  std::vector<float> cross_units;
-  for (int head = 0; head < codec.num_kv_heads(); ++head)
-    for (int group = 0; group < config.num_groups(); ++group)
-      for (int stage = 0; stage < config.num_stages; ++stage) {
-        const float* const first =  // both books
-            codebooks[static_cast<std::size_t>(head)].book(group, stage, 0);
-        rows.insert(rows.end(), first, first + 2 * book);
-        const auto dot = [&](int n, int m) {
-          double sum = 0;
-          for (int i = 0; i < row_size; ++i)
-            sum += double{first[n * row_size + i]} * first[m * row_size + i];
-          return sum;
-        };
-        for (int n = 0; n < 2 * size; ++n) norms.push_back(static_cast<float>(dot(n, n)));
-        const std::size_t cross = cross_terms.size();
-        for (int a = 0; a < size; ++a)
-          for (int b = 0; b < size; ++b)
-            cross_terms.push_back(static_cast<float>(2 * dot(a, size + b)));
-        for (int b = 0; b < size; ++b)
-          for (int a = 0; a < keys.padded_size; ++a)
-            cross_terms_by_b.push_back(
-                a < size ? cross_terms[cross + static_cast<std::size_t>(a * size + b)] : 0.0f);
-        const double largest_cross = largest_of(
-            std::vector<float>(cross_terms.begin() + static_cast<Index>(cross), cross_terms.end()));
-        const double cross_unit = largest_cross / kLargestCrossTerm;
-        cross_units.push_back(static_cast<float>(cross_unit));
-        for (int b = 0; b < size && keys.screens(); b += 2)
-          for (int a = 0; a < keys.padded_size; ++a) {
-            std::uint32_t pair = 0;
-            for (int k = 0; k < 2 && a < size && cross_unit > 0; ++k) {
-              const double term = cross_terms[cross + static_cast<std::size_t>(a * size + b + k)];
-              const auto rounded = static_cast<std::int16_t>(std::nearbyint(term / cross_unit));
-              pair |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(rounded)) << (16 * k);
-            }
-            rounded_cross_terms.push_back(pair);
-          }
-        for (int tile = 0; tile < keys.padded_books / 8; ++tile)
-          for (int step = 0; step < keys.padded_row_size / 16; ++step)
-            for (int lane = 0; lane < 32; ++lane)
-              add_lane_operands(operands, lane, [&](int k, int column) {
-                const int n = tile * 8 + column, i = step * 16 + k;
-                return n >= 2 * size || i >= row_size ? 0.0
-                                                      : double{first[n * row_size + i]} * row_scale;
-              });
-      }
   add(keys.channels, channels);
   if (!key_weights.empty()) add(keys.weights, key_weights);
-  add(keys.rows, rows);
-  add(keys.operands, operands);
-  add(keys.squared_norms, norms);
-  add(keys.cross_terms, cross_terms);
-  add(keys.cross_terms_by_b, cross_terms_by_b);
-  add(keys.cross_units, cross_units);
-  if (keys.screens()) add(keys.rounded_cross_terms, rounded_cross_terms);
-  if (config.beam_width <= kMaxSearchBeam && size == SearchStage<true>::kSize &&
-      row_size == SearchStage<true>::kWidth) {
-    keys.books_are_tied = std::all_of(codebooks.begin(), codebooks.end(), are_books_tied);
-    add(keys.search_stages, search_stages(codebooks, keys.books_are_tied, residual_scale));
-    keys.search_factor = static_cast<float>(-2 / (residual_scale * residual_scale));
-  }
-  if (has_binary_search(config, view_.layout)) add_binary_search(codebooks, largest_weight);
+  if (has_binary_search(config, view_.layout))
+    add_binary_search(codebooks, largest_weight);
+  else if (by_warpgroups && has_warpgroup_search(config))
+    add_search_stages(codebooks, residual_scale);
+  else
+    add_key_search(codebooks, row_scale);
+}
+
+void EncoderImage::add_key_search(const std::vector<KeyCodebook<float>>& codebooks,
+                                  double row_scale) {
+  KeyEncoderView& keys = view_.keys;
+  const KeySearchTables tables(codebooks, keys, row_scale);
+  add(keys.rows, tables.rows);
+  add(keys.operands, tables.operands);
+  add(keys.squared_norms, tables.squared_norms);
+  add(keys.cross_terms, tables.cross_terms);
+  add(keys.cross_terms_by_b, tables.cross_terms_by_b);
+  add(keys.cross_units, tables.cross_units);
+  if (keys.screens()) add(keys.rounded_cross_terms, tables.rounded_cross_terms);
+}
+
+void EncoderImage::add_search_stages(const std::vector<KeyCodebook<float>>& codebooks,
+                                     double scale) {
+  KeyEncoderView& keys = view_.keys;
+  keys.books_are_tied = std::all_of(codebooks.begin(), codebooks.end(), are_books_tied);
+  keys.search_factor = static_cast<float>(-2 / (scale * scale));
+  const SearchStages stages(codebooks, keys.books_are_tied, scale);
+  add(keys.search_stages, stages.image);
+  add(keys.cross_terms, stages.cross_terms);
 }
 
 void EncoderImage::add_binary_search(const std::vector<KeyCodebook<float>>& codebooks,
@@ -340,38 +313,23 @@ void EncoderImage::add_polish(const ValueCodec& codec, const std::vector<float>&
 
 EncoderView EncoderImage::view_at(const void* base) const {
   EncoderView view = view_;
-  const auto place = [&](auto*& pointer) {
-    using Pointer = std::remove_reference_t<decltype(pointer)>;
-    pointer = reinterpret_cast<Pointer>(reinterpret_cast<std::uintptr_t>(base) +
-                                        reinterpret_cast<std::uintptr_t>(pointer));
+  const auto at = [&](auto* offset) {
+    return reinterpret_cast<decltype(offset)>(reinterpret_cast<std::uintptr_t>(base) +
+                                              reinterpret_cast<std::uintptr_t>(offset));
   };
-  place(view.keys.channels);
-  place(view.keys.rows);
-  place(view.keys.operands);
-  place(view.keys.squared_norms);
-  place(view.keys.cross_terms);
-  place(view.keys.cross_terms_by_b);
-  place(view.keys.cross_units);
-  if (view.keys.rounded_cross_terms != nullptr) place(view.keys.rounded_cross_terms);
-  if (view.keys.weights != nullptr) place(view.keys.weights);
-  if (view.keys.search_stages != nullptr) place(view.keys.search_stages);
-  if (view.keys.binary.num_bytes > 0) {
-    place(view.keys.binary.directions);
-    place(view.keys.binary.offsets);
-    place(view.keys.binary.grams);
-    place(view.keys.binary.steps);
-  }
-  if (view.values.channel_scales != nullptr) place(view.values.channel_scales);
-  place(view.values.norm_gain);
-  place(view.values.norm_bias);
-  if (view.values.gram_rows != nullptr) place(view.values.gram_rows);
-  for (Weights* weights : {&view.values.hidden, &view.values.output, &view.values.decoder,
-                           &view.values.rows, &view.values.gram}) {
-    if (weights->num_outputs == 0) continue;  // without polish
-    place(weights->hi);
-    if (weights->lo != nullptr) place(weights->lo);
-    if (weights->bias != nullptr) place(weights->bias);
-  }
+  const auto place = [&](auto*&... pointers) {
+    ((pointers = pointers == nullptr ? nullptr : at(pointers)), ...);
+  };
+  KeyEncoderView& keys = view.keys;
+  keys.channels = at(keys.channels);  // the first array: its offset is 0
+  place(keys.weights, keys.rows, keys.operands, keys.squared_norms, keys.cross_terms,
+        keys.cross_terms_by_b, keys.cross_units, keys.rounded_cross_terms, keys.search_stages,
+        keys.binary.directions, keys.binary.offsets, keys.binary.grams, keys.binary.steps);
+  ValueEncoderView& values = view.values;
+  place(values.channel_scales, values.norm_gain, values.norm_bias, values.gram_rows);
+  for (Weights* weights :
+       {&values.hidden, &values.output, &values.decoder, &values.rows, &values.gram})
+    place(weights->hi, weights->lo, weights->bias);
   return view;
 }
 

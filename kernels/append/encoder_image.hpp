@@ -13,7 +13,9 @@ namespace commvq::cuda {
 class EncoderImage {
  public:
   /// Throws `Error` for what `prepare_encoder` refuses, except for lack of shared memory.
-  EncoderImage(const LayerCodec& codec, const DevicePageLayout& layout, ValuePrecision precision);
+  /// `by_warpgroups`: the device searches for key codes by warpgroups where it can.
+  EncoderImage(const LayerCodec& codec, const DevicePageLayout& layout, ValuePrecision precision,
+               bool by_warpgroups);
 
   const std::vector<std::uint8_t>& bytes() const { return bytes_; }
   /// The view whose pointers are offsets into `bytes`.
@@ -24,7 +26,9 @@ class EncoderImage {
  private:
   template <class T>
   void add(const T*& at, const std::vector<T>& values);
-  void add_keys(const KeyCodec& codec);
+  void add_keys(const KeyCodec& codec, bool by_warpgroups);
+  void add_key_search(const std::vector<KeyCodebook<float>>& codebooks, double row_scale);
+  void add_search_stages(const std::vector<KeyCodebook<float>>& codebooks, double scale);
   void add_binary_search(const std::vector<KeyCodebook<float>>& codebooks, double largest_key);
   void add_values(const ValueCodec& codec, ValuePrecision precision);
   void add_polish(const ValueCodec& codec, const std::vector<float>& rows);

@@ -89,8 +89,9 @@ struct KeyEncoderView {
   /// What 1 of these integers stands for, [heads][groups][stages].
   const float* cross_units = nullptr;
   BinarySearchView binary;
-  /// SearchStage<books_are_tied> [heads][groups][stages]; null: no books of 64 centroids over 64
-  /// pairs, or a beam wider than 8. Operands have the scale of residuals.
+  /// SearchStage<books_are_tied> [heads][groups][stages], for the search by warpgroups: of books of
+  /// 64 centroids over 64 pairs with beams of up to 8, where the device has it. Then of the above
+  /// there are only cross_terms, and with `binary` none. Operands have the scale of residuals.
   const std::uint8_t* search_stages = nullptr;
   bool books_are_tied = false;
   float search_factor = 1;  ///< scaled product -> -2 <r, Z>
@@ -253,8 +254,9 @@ struct BinarySearchShared {
   }
 };
 
-/// Lets the kernels of `append` use all the shared memory that the current device has, and sets
-/// `warpgroup_processors`. Returns a cudaError_t.
-int configure_append_kernels(EncoderView& encoder) noexcept;
+/// What `warpgroup_processors` is on the current device. Returns a cudaError_t.
+int find_warpgroup_processors(int& processors) noexcept;
+/// Lets the kernels of `append` use all the shared memory that the current device has. Likewise.
+int configure_append_kernels(const EncoderView& encoder) noexcept;
 
 }  // namespace commvq::cuda

@@ -17,9 +17,9 @@ void encode_values(const EncoderView& encoder, const AppendParams& params,
                    const AppendWorkspace& workspace) noexcept;
 
 /// Let the kernels use all the shared memory that a block of the current device may have,
-/// `shared_bytes`, and choose what of the view depends on it. Values first.
-cudaError_t configure_value_kernels(EncoderView& encoder, int shared_bytes) noexcept;
-cudaError_t configure_key_kernels(EncoderView& encoder, int shared_bytes) noexcept;
+/// `shared_bytes`.
+cudaError_t configure_value_kernels(const EncoderView& encoder, int shared_bytes) noexcept;
+cudaError_t configure_key_kernels(const EncoderView& encoder, int shared_bytes) noexcept;
 
 template <class Kernel>
 cudaError_t allow_shared_memory(Kernel* kernel, int bytes) {

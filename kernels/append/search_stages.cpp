@@ -26,8 +26,9 @@ void put(std::uint8_t* to, T value) {
   std::memcpy(to, &value, sizeof value);
 }
 
+/// Returns the cross terms.
 template <bool kTied>
-void write_stage(const Books& books, double scale, std::uint8_t* to) {
+std::vector<double> write_stage(const Books& books, double scale, std::uint8_t* to) {
   using Stage = SearchStage<kTied>;
   constexpr int kSize = Stage::kSize, kWidth = Stage::kWidth;
   for (int n = 0; n < Stage::kNumBooks * kSize; ++n) {
@@ -51,27 +52,26 @@ void write_stage(const Books& books, double scale, std::uint8_t* to) {
       put(to + Stage::kMinusByB + Stage::cross_term(b, a), static_cast<std::int16_t>(-rounded));
       put(to + Stage::kCrossTerms + Stage::cross_term(a, b), rounded);
     }
+  return cross;
 }
 
 }  // namespace
 
-std::vector<std::uint8_t> search_stages(const std::vector<KeyCodebook<float>>& codebooks, bool tied,
-                                        double scale) {
+SearchStages::SearchStages(const std::vector<KeyCodebook<float>>& codebooks, bool tied,
+                           double scale) {
   const KeyCodecConfig& config = codebooks[0].config;
   const int bytes = tied ? SearchStage<true>::kBytes : SearchStage<false>::kBytes;
   const auto stages = static_cast<std::size_t>(config.num_groups() * config.num_stages);
-  std::vector<std::uint8_t> image(codebooks.size() * stages * static_cast<std::size_t>(bytes));
+  image.resize(codebooks.size() * stages * static_cast<std::size_t>(bytes));
   std::uint8_t* at = image.data();
   for (const KeyCodebook<float>& codebook : codebooks)
     for (int group = 0; group < config.num_groups(); ++group)
       for (int stage = 0; stage < config.num_stages; ++stage, at += bytes) {
         const Books books{codebook.book(group, stage, 0)};
-        if (tied)
-          write_stage<true>(books, scale, at);
-        else
-          write_stage<false>(books, scale, at);
+        const std::vector<double> cross =
+            tied ? write_stage<true>(books, scale, at) : write_stage<false>(books, scale, at);
+        for (const double term : cross) cross_terms.push_back(static_cast<float>(term));
       }
-  return image;
 }
 
 }  // namespace commvq::cuda

@@ -13,6 +13,7 @@
 #include "../../kernels/append/encoder_image.cpp"
 #include "../../kernels/append/greedy_search.cuh"
 #include "../../kernels/append/key_search.cuh"
+#include "../../kernels/append/key_search_tables.cpp"
 #include "../../kernels/append/load_tokens.cuh"
 #include "../../kernels/append/matrix_product.cuh"
 #include "../../kernels/append/polish_values.cuh"
@@ -31,10 +32,10 @@ using testing_support::Rng;
 class HostAppend {
  public:
   HostAppend(const AppendCase& tested, ValuePrecision precision, bool small, bool by_warpgroups)
-      : image_(tested.codec, tested.layout, precision),
+      : image_(tested.codec, tested.layout, precision, by_warpgroups),
         view_(image_.view_at(image_.bytes().data())),
         small_(small),
-        by_warpgroups_(by_warpgroups && view_.keys.search_stages != nullptr) {}
+        by_warpgroups_(view_.keys.search_stages != nullptr) {}
 
   bool by_warpgroups() const { return by_warpgroups_; }
 
