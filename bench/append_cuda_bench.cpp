@@ -127,7 +127,7 @@ LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
   for (int head = 0; head < kHeads; ++head) {
     KeyCodebook<float>& codebook = heads.emplace_back(config);
     // Half of a key's length, of the channels that share its norm.
-    double size = 0.5 / std::sqrt(double{config.norm_per_head ? kHeadDim : kChannels});
+    double size = 0.5 / std::sqrt(static_cast<double>(config.norm_per_head ? kHeadDim : kChannels));
     const double shrink = std::pow(0.17, 1.0 / config.num_stages);
     for (int stage = 0; stage < config.num_stages; ++stage, size *= shrink) {
       for (int which = 0; which < 2; ++which) {
