@@ -70,11 +70,6 @@ void multiply_by(const EncoderView& encoder, const Weights& weights, const std::
   }
 }
 
-auto value_polish(int num_bits) {
-  return num_bits == 128 ? polish_values<128>
-                         : (num_bits == 256 ? polish_values<256> : polish_values<0>);
-}
-
 /// Replaces the network's bits by better ones.
 void polish(const EncoderView& encoder, const AppendParams& params,
             const AppendWorkspace& workspace) {

@@ -37,7 +37,6 @@ __global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kWarpgroupSearch
                         [[maybe_unused]] PagedCodes pages,
                         [[maybe_unused]] const std::int64_t* slot_mapping) {
   if constexpr (append_instructions::kHasWarpgroups) {
-    using namespace append_instructions;
     extern __shared__ __align__(1024) unsigned char shared[];
     const KeyEncoderView& keys = encoder.keys;
     const DevicePageLayout& layout = encoder.layout;

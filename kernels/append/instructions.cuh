@@ -172,17 +172,12 @@ __device__ __forceinline__ void finish_warpgroup_products(float (&c)[kCount][4])
   for (int i = 0; i < kCount; ++i)
     asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
 }
-/// Makes this thread's finished copies to shared memory visible to the matrix unit after a barrier.
-__device__ __forceinline__ void publish_operands() {
-  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-}
 inline constexpr bool kHasWarpgroups = true;
 #else
 // Never called: for code that is only parsed.
 inline constexpr bool kHasWarpgroups = false;
 __device__ __forceinline__ void begin_warpgroup_products() {}
 __device__ __forceinline__ void commit_warpgroup_products() {}
-__device__ __forceinline__ void publish_operands() {}
 template <int kCount>
 __device__ __forceinline__ void finish_warpgroup_products(float (&)[kCount][4]) {}
 template <int kSign, int kTransposed>

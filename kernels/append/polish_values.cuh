@@ -38,4 +38,10 @@ __global__ void __launch_bounds__(32)
       [&](int i, float bit) { code[i] = bit > 0 ? kOne : 0; });
 }
 
+/// The kernel for blocks of so many bits.
+inline auto value_polish(int num_bits) {
+  return num_bits == 128 ? polish_values<128>
+                         : (num_bits == 256 ? polish_values<256> : polish_values<0>);
+}
+
 }  // namespace commvq::cuda

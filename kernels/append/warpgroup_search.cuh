@@ -4,7 +4,6 @@
 #include "instructions.cuh"
 #include "load_tokens.cuh"
 #include "search_stage.hpp"
-#include "write_keys.cuh"
 
 namespace commvq::cuda {
 

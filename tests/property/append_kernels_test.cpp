@@ -7,12 +7,9 @@
 // clang-format off
 #include "simt/simt.hpp"
 
-#include "../../kernels/append/beam_search.cuh"
-#include "../../kernels/append/binary_search.cuh"
 #include "../../kernels/append/binary_search_tables.cpp"
 #include "../../kernels/append/encoder_image.cpp"
-#include "../../kernels/append/greedy_search.cuh"
-#include "../../kernels/append/key_search.cuh"
+#include "../../kernels/append/key_searches.cuh"
 #include "../../kernels/append/key_search_tables.cpp"
 #include "../../kernels/append/load_tokens.cuh"
 #include "../../kernels/append/matrix_product.cuh"
@@ -105,16 +102,7 @@ class HostAppend {
     const simt::Dim grid{static_cast<unsigned>((tokens + per_block - 1) / per_block),
                          static_cast<unsigned>(view_.layout.num_kv_heads),
                          static_cast<unsigned>(view_.layout.num_groups)};
-    const auto kernel = [&] {
-      switch (search_kind(view_.keys)) {
-        case KeySearchKind::kBeam:
-          return search_key_codes<KeySearchKind::kBeam, kNumRows>;
-        case KeySearchKind::kGreedy:
-          return search_key_codes<KeySearchKind::kGreedy, kNumRows>;
-        default:
-          return search_key_codes<KeySearchKind::kScreenedGreedy, kNumRows>;
-      }
-    }();
+    const auto kernel = key_search<kNumRows>(search_kind(view_.keys));
     simt::launch(grid, kKeySearch.num_threads, [&] {
       kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
     });
@@ -122,32 +110,22 @@ class HostAppend {
 
   void search_by_warpgroups(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
                             const std::int64_t* places) {
-    const auto launch = [&](auto* kernel, Index per_block, int bytes) {
-      ASSERT_LE(bytes, static_cast<int>(sizeof shared));
-      simt::launch({static_cast<unsigned>((tokens + per_block - 1) / per_block),
-                    static_cast<unsigned>(view_.layout.num_kv_heads),
-                    static_cast<unsigned>(view_.layout.num_groups)},
-                   kWarpgroupSearch.num_threads, [&] {
-                     kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged, places);
-                   });
-    };
-    if (view_.keys.beam_width == 1 && view_.keys.books_are_tied)
-      launch(search_greedy_codes, kWarpgroupSearch.num_rows,
-             GreedySearchShared(view_.layout.num_books).bytes);
-    else if (view_.keys.books_are_tied)
-      launch(search_beam_codes<true>, BeamSearchShared<true>::kNumTokens,
-             BeamSearchShared<true>(view_.keys.num_stages).bytes);
-    else
-      launch(search_beam_codes<false>, BeamSearchShared<false>::kNumTokens,
-             BeamSearchShared<false>(view_.keys.num_stages).bytes);
+    const KeySearchLaunch search = warpgroup_search(view_);
+    ASSERT_LE(search.shared_bytes, static_cast<int>(sizeof shared));
+    simt::launch({static_cast<unsigned>((tokens + search.num_tokens - 1) / search.num_tokens),
+                  static_cast<unsigned>(view_.layout.num_kv_heads),
+                  static_cast<unsigned>(view_.layout.num_groups)},
+                 kWarpgroupSearch.num_threads, [&] {
+                   search.kernel(view_, tokens, workspace.unit_keys, workspace.key_norms, paged,
+                                 places);
+                 });
   }
 
   void search_binary_keys(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
                           const std::int64_t* places) {
     constexpr Index kPerBlock = kBinarySearch.num_tokens;
     ASSERT_LE(BinarySearchShared(view_.keys).bytes, Index{sizeof shared});
-    const auto kernel =
-        view_.keys.binary.num_bytes <= 16 ? search_binary_codes<1> : search_binary_codes<2>;
+    const auto kernel = binary_search(view_.keys);
     simt::launch({static_cast<unsigned>((tokens + kPerBlock - 1) / kPerBlock),
                   static_cast<unsigned>(view_.layout.num_kv_heads)},
                  kBinarySearch.num_threads, [&] {
@@ -165,9 +143,7 @@ class HostAppend {
         values.gram, workspace.bits, tokens, 2,
         ProductEpilogue{values.gram.product_factor, workspace.sum_products, values.num_code_bits});
     simt::launch({static_cast<unsigned>(num_rows)}, 32, [&] {
-      const auto kernel = values.num_code_bits == 128   ? polish_values<128>
-                          : values.num_code_bits == 256 ? polish_values<256>
-                                                        : polish_values<0>;
+      const auto kernel = value_polish(values.num_code_bits);
       kernel(view_, tokens, workspace.value_products, workspace.sum_products, workspace.bits);
     });
   }

@@ -398,7 +398,6 @@ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32
 inline constexpr bool kHasWarpgroups = true;
 inline void begin_warpgroup_products() {}
 inline void commit_warpgroup_products() {}
-inline void publish_operands() {}
 template <int kCount>
 void finish_warpgroup_products(float (&)[kCount][4]) {}
 
