@@ -18,7 +18,7 @@ template <bool kTied>
 struct BeamSearchShared {
   static constexpr int kNumTokens = kWarpgroupSearch.num_rows / kMaxSearchBeam;
   int stage;    ///< SearchStage
-  int barrier;  ///< CopyBarrier of the stage
+  int barrier;  ///< Barrier of the stage
   int terms;    ///< uint32 [rows][kSearchTermStride]: terms of a, twice each
   int history;  ///< uint32 [stages][rows]: parent << 28 | a << 14 | b
   int codes;    ///< uint16 [tokens][codes_stride]
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kWarpgroupSearch
     const int head = static_cast<int>(blockIdx.y), group = static_cast<int>(blockIdx.z);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const Index books = (Index{head} * layout.num_groups + group) * keys.num_stages;
-    const CopyBarrier copied(reinterpret_cast<std::uint64_t*>(shared + at.barrier));
+    const Barrier copied(reinterpret_cast<std::uint64_t*>(shared + at.barrier));
     const auto start_stage = [&](int stage) {
       if (thread != 0 || stage >= keys.num_stages) return;
       copied.arrive_and_expect(Stage::kBytes);

@@ -13,7 +13,7 @@ struct GreedySearchShared {
   /// Stages begin on 1024 bytes, where swizzles do.
   static constexpr int kStageBytes = (SearchStage<true>::kBytes + 1023) / 1024 * 1024;
   int stages;    ///< SearchStage [2], one of which is being copied
-  int barriers;  ///< CopyBarrier of either stage
+  int barriers;  ///< Barrier of either stage
   int terms;     ///< uint32 [rows][kSearchTermStride]: terms of a, twice each
   int codes;     ///< uint16 [rows][codes_stride]
   int codes_stride;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kWarpgroupSearch
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const Index books = (Index{head} * layout.num_groups + group) * keys.num_stages;
     const auto copied = [&](int stage) {
-      return CopyBarrier(reinterpret_cast<std::uint64_t*>(shared + at.barriers) + stage % 2);
+      return Barrier(reinterpret_cast<std::uint64_t*>(shared + at.barriers) + stage % 2);
     };
     const auto stage_at = [&](int stage) {
       return shared + at.stages + stage % 2 * GreedySearchShared::kStageBytes;

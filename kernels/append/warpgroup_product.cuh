@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kWarpgroupThreads, 1)
   __shared__ std::uint64_t barriers[2 * kTile.depth];
   // The beginning of dynamic shared memory is not on 1024 bytes where there is static memory.
   unsigned char* const steps = shared + (1024 - __cvta_generic_to_shared(shared) % 1024) % 1024;
-  const auto filled = [&](int stage) { return CopyBarrier(barriers + stage); };
-  const auto emptied = [&](int stage) { return CopyBarrier(barriers + kTile.depth + stage); };
+  const auto filled = [&](int stage) { return Barrier(barriers + stage); };
+  const auto emptied = [&](int stage) { return Barrier(barriers + kTile.depth + stage); };
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kTile.depth; ++stage) {

@@ -4,22 +4,37 @@
 
 namespace commvq::cuda {
 
-/// A barrier in shared memory on which some warps arrive and others wait (mbarrier of the PTX ISA).
-/// Its phases are counted from 0; a wait names the phase's parity.
-class WarpBarrier {
+/// A barrier in shared memory on which some threads arrive and others wait, and which may count the
+/// bytes of copies (mbarrier of the PTX ISA). Its phases are counted from 0; a wait names the
+/// phase's parity.
+class Barrier {
  public:
-  explicit __device__ WarpBarrier(std::uint64_t* memory)
+  explicit __device__ Barrier(std::uint64_t* memory)
       : address_(static_cast<std::uint32_t>(__cvta_generic_to_shared(memory))) {}
 
-  /// By one thread, before any other use.
-  __device__ void init(int warps) const {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(address_), "r"(warps * 32)
-                 : "memory");
+  std::uint32_t __device__ address() const { return address_; }
+
+  /// By one thread, before any other use: so many threads arrive in a phase. For bulk copies
+  /// `publish_barriers` follows; then a barrier of the block.
+  __device__ void init(int arrivals) const {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(address_), "r"(arrivals) : "memory");
   }
-  /// By all lanes of a warp: what they wrote and read before is done for those who waited.
+  /// What this thread wrote and read before is done for those who waited.
   __device__ void arrive() const {
     asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}\n" ::"r"(address_)
                  : "memory");
+  }
+  /// Arrives once what this thread copied asynchronously by `copy_async_16` so far is there.
+  __device__ void arrive_after_copies() const {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(address_) : "memory");
+  }
+  /// Arrives; the phase also ends no sooner than `bytes` have been copied.
+  __device__ void arrive_and_expect(int bytes) const {
+    asm volatile(
+        "{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}\n" ::"r"(
+            address_),
+        "r"(bytes)
+        : "memory");
   }
   /// Until the phase of this parity is complete.
   __device__ void wait(int parity) const {

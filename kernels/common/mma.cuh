@@ -19,6 +19,16 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], std::uint32_t a0, std
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/// The same with c in pairs of fp16, of columns 2q and 2q + 1: row g, then row g + 8.
+__device__ __forceinline__ void mma_16x8x16(std::uint32_t (&c)[2], std::uint32_t a0,
+                                            std::uint32_t a1, std::uint32_t a2, std::uint32_t a3,
+                                            std::uint32_t b0, std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, "
+      "{%0,%1};\n"
+      : "+r"(c[0]), "+r"(c[1])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 /// Four matrices of 8 rows x 16 bytes from shared memory: lane 8 i + j names the address of row j
 /// of matrix i, and lane 4 g + q gets word q of row g of every one.
 __device__ __forceinline__ uint4 load_matrices(std::uint32_t row_address) {

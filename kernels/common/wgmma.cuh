@@ -1,15 +1,17 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 /// Products of a warp group, four warps whose first one's number is a multiple of four, in code for
 /// sm_90a (wgmma of the PTX ISA). c += a b with a [64][16] fp16 in registers, sixteen rows a warp
-/// as in `mma_16x8x16`; b [16][columns] fp16 in shared memory, column-major; c fp32 in registers,
-/// eight columns after the other as in `mma_16x8x16`. The products run asynchronously:
+/// as in `mma_16x8x16`; b [16][columns] fp16 in shared memory, column-major; c in registers, fp32
+/// or fp16, eight columns after the other as in `mma_16x8x16`. The products run asynchronously:
 ///
 ///     wgmma_begin();
 ///     wgmma(c, a, b, false); wgmma(c, a, b, true); ...
-///     wgmma_end(c);
+///     wgmma_commit();
+///     wgmma_wait<0>(c);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define COMMVQ_WGMMA 1
 #else
@@ -47,40 +49,92 @@ __device__ __forceinline__ void wgmma_begin() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }
 
-/// Waits for all products; `c` may be read then.
-template <int kEights>
-__device__ __forceinline__ void wgmma_end(float (&c)[kEights][4]) {
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::: "memory");
+/// Ends a group of products that `wgmma_wait` counts.
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+/// Waits for all groups but the newest `kGroups`, to which `c` does not belong: it may be read
+/// then.
+template <int kGroups, class T, int kEights, int kNumbers>
+__device__ __forceinline__ void wgmma_wait(T (&c)[kEights][kNumbers]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kGroups) : "memory");
 #pragma unroll
-  for (int i = 0; i < kEights; ++i)
-    asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+  for (auto& eight : c)
+#pragma unroll
+    for (T& number : eight) {
+      if constexpr (std::is_same_v<T, float>) {
+        asm volatile("" : "+f"(number)::"memory");
+      } else {
+        asm volatile("" : "+r"(number)::"memory");
+      }
+    }
 }
 
 #define COMMVQ_EIGHT(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define COMMVQ_HALF_EIGHT(i) "+r"(c[i][0]), "+r"(c[i][1])
 
 /// Unless it adds, c is overwritten and need not be set.
+__device__ __forceinline__ void wgmma(float (&c)[2][4], const std::uint32_t (&a)[4],
+                                      std::uint64_t b, bool adds) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;\n}\n"
+      : COMMVQ_EIGHT(0), COMMVQ_EIGHT(1)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
+}
 __device__ __forceinline__ void wgmma(float (&c)[8][4], const std::uint32_t (&a)[4],
                                       std::uint64_t b, bool adds) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
-      "%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}\n"
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%"
+      "25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}\n"
       : COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2), COMMVQ_EIGHT(3), COMMVQ_EIGHT(4),
         COMMVQ_EIGHT(5), COMMVQ_EIGHT(6), COMMVQ_EIGHT(7)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
 }
-__device__ __forceinline__ void wgmma(float (&c)[4][4], const std::uint32_t (&a)[4],
+
+__device__ __forceinline__ void wgmma(float (&c)[16][4], const std::uint32_t (&a)[4],
                                       std::uint64_t b, bool adds) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, "
-      "0;\n}\n"
-      : COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2), COMMVQ_EIGHT(3)
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%"
+      "25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%"
+      "48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, p, "
+      "1, 1, 0;\n}\n"
+      : COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2), COMMVQ_EIGHT(3), COMMVQ_EIGHT(4),
+        COMMVQ_EIGHT(5), COMMVQ_EIGHT(6), COMMVQ_EIGHT(7), COMMVQ_EIGHT(8), COMMVQ_EIGHT(9),
+        COMMVQ_EIGHT(10), COMMVQ_EIGHT(11), COMMVQ_EIGHT(12), COMMVQ_EIGHT(13), COMMVQ_EIGHT(14),
+        COMMVQ_EIGHT(15)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
 }
 
+/// With c in pairs of fp16, of columns 2q and 2q + 1: row g, then row g + 8.
+__device__ __forceinline__ void wgmma(std::uint32_t (&c)[6][2], const std::uint32_t (&a)[4],
+                                      std::uint64_t b, bool adds) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %17, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n48k16.f16.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11}, {%12,%13,%14,%15}, %16, p, 1, 1, 0;\n}\n"
+      : COMMVQ_HALF_EIGHT(0), COMMVQ_HALF_EIGHT(1), COMMVQ_HALF_EIGHT(2), COMMVQ_HALF_EIGHT(3),
+        COMMVQ_HALF_EIGHT(4), COMMVQ_HALF_EIGHT(5)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
+}
+__device__ __forceinline__ void wgmma(std::uint32_t (&c)[10][2], const std::uint32_t (&a)[4],
+                                      std::uint64_t b, bool adds) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %25, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n80k16.f16.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19}, {%20,%21,%22,%23}, "
+      "%24, p, 1, 1, 0;\n}\n"
+      : COMMVQ_HALF_EIGHT(0), COMMVQ_HALF_EIGHT(1), COMMVQ_HALF_EIGHT(2), COMMVQ_HALF_EIGHT(3),
+        COMMVQ_HALF_EIGHT(4), COMMVQ_HALF_EIGHT(5), COMMVQ_HALF_EIGHT(6), COMMVQ_HALF_EIGHT(7),
+        COMMVQ_HALF_EIGHT(8), COMMVQ_HALF_EIGHT(9)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
+}
+#undef COMMVQ_HALF_EIGHT
 #undef COMMVQ_EIGHT
 
 #endif

@@ -451,11 +451,11 @@ __device__ __forceinline__ void turn_if_due(const Arguments& a, Shared<kWidth>& 
   constexpr int kTeams = Config::kWarps / Config::kTurningWarps;
   if (static_cast<int>(threadIdx.x) / (32 * Config::kTurningWarps) != number % kTeams) return;
   const int buffer = number % Config::kBuffers, round = number / Config::kBuffers;
-  if (round > 0) WarpBarrier(&shared.empty[buffer]).wait((round - 1) % 2);
+  if (round > 0) Barrier(&shared.empty[buffer]).wait((round - 1) % 2);
   turn_queries<kWidth>(a, shared, shared.queries[buffer],
                        segment.last_position - segment.first_token - step * Config::kStepTokens,
                        segment.place.rows, threadIdx.x % (Config::kTurningWarps * 32));
-  WarpBarrier(&shared.full[buffer]).arrive();
+  Barrier(&shared.full[buffer]).arrive();
 }
 
 /// Scores the blocks of `shared.segment`, step by step.
@@ -486,7 +486,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
 
     const int number = segment.steps_before + step;
     const int buffer = number % Config::kBuffers;
-    const WarpBarrier full(&shared.full[buffer]), empty(&shared.empty[buffer]);
+    const Barrier full(&shared.full[buffer]), empty(&shared.empty[buffer]);
     if (step * Config::kStepBlocks + warp >= segment.count) {
       full.wait(number / Config::kBuffers % 2);
       empty.arrive();
@@ -564,8 +564,8 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
             : make_float2(1, 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kBuffers; ++i) {
-      WarpBarrier(&shared.full[i]).init(Config::kTurningWarps);
-      WarpBarrier(&shared.empty[i]).init(Config::kWarps);
+      Barrier(&shared.full[i]).init(32 * Config::kTurningWarps);
+      Barrier(&shared.empty[i]).init(32 * Config::kWarps);
     }
     const int first_row = static_cast<int>(blockIdx.y) * Config::kMaxRows;
     shared.num_steps = 0;

@@ -222,7 +222,7 @@ __device__ inline void store(const Problem& p, Index slot, int first_bit, int fi
 __device__ __forceinline__ void add_segment(const Problem& p, const Cursor& cursor, int count,
                                             int first_bit, int first_row,
                                             const float (&maxima)[kRowTiles], Stage* stages,
-                                            const WarpBarrier& barrier, int& turns_done,
+                                            const Barrier& barrier, int& turns_done,
                                             float (&sums)[kTiles][kRowTiles][4]) {
   const int warp = threadIdx.x / 32;
   const int bit = first_bit + warp % Config::kBitGroups * Config::kWarpBits;
@@ -262,9 +262,9 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
   const int total = total_blocks(p);
   Cursor cursor = part_cursor(p, total, static_cast<int>(blockIdx.x), value_parts(p, total));
   if (cursor.done()) return;
-  const WarpBarrier barrier(&barriers[warp / Config::kBitGroups]);
+  const Barrier barrier(&barriers[warp / Config::kBitGroups]);
   if (threadIdx.x < Config::kTokenGroups)
-    WarpBarrier(&barriers[threadIdx.x]).init(Config::kBitGroups);
+    Barrier(&barriers[threadIdx.x]).init(32 * Config::kBitGroups);
   __syncthreads();
   int turns_done = 0;
 #pragma unroll 1

@@ -14,6 +14,8 @@ constexpr int kPairs = BinaryKeys::kPairs, kTileTokens = BinaryKeys::kTileTokens
 constexpr int kNodes = BinaryKeys::kNodes;
 /// Of Chebyshev's four points of a tile, whole tokens.
 constexpr std::array<int, kNodes> kNodePlaces = {9, 78, 177, 246};
+static_assert(kNodePlaces[2] - kNodePlaces[0] == kNodePlaces[3] - kNodePlaces[1],
+              "the kernel turns queries from the first two to the others");
 /// Largest error allowed of a pair's turn, interpolated.
 constexpr double kInterpolationError = 5e-3;
 
@@ -144,14 +146,12 @@ class HeadWriter {
               append(image_.high_entries, factor, place_of(eight, place), pair, imag);
   }
   void write_low(double factor) {
-    for (int codes = 0; codes < num_eights(); codes += 2)
-      for (int pairs = image_.keys.high_eights; pairs < kPairs / 8; ++pairs)
-        for (int lane = 0; lane < 32; ++lane)
-          for (int odd_codes = 0; odd_codes < 2; ++odd_codes)
-            for (const bool imag : {false, true})
-              for (int odd_pair = 0; odd_pair < 2; ++odd_pair)
-                append(image_.low_entries, factor, place_of(codes + odd_codes, lane / 4),
-                       8 * pairs + 2 * (lane % 4) + odd_pair, imag);
+    for (int pairs = image_.keys.high_eights; pairs < kPairs / 8; ++pairs)
+      for (const bool imag : {false, true})
+        for (int eight = 0; eight < num_eights(); ++eight)
+          for (int place = 0; place < 8; ++place)
+            for (int pair = 8 * pairs; pair < 8 * pairs + 8; ++pair)
+              append(image_.low_entries, factor, place_of(eight, place), pair, imag);
   }
 
   BinaryKeyImage& image_;

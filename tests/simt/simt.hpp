@@ -287,9 +287,9 @@ T atomicXor(T* at, T value) {
 namespace commvq::cuda {
 
 /// A barrier on which one thread arrives, and which counts one copy, done at once.
-class CopyBarrier {
+class Barrier {
  public:
-  explicit CopyBarrier(std::uint64_t* memory) : phases_(memory) {}
+  explicit Barrier(std::uint64_t* memory) : phases_(memory) {}
   void init(int) const { *phases_ = 0; }
   void arrive_and_expect(int) const {}
   void wait(int parity) const {
@@ -301,7 +301,7 @@ class CopyBarrier {
   std::uint64_t* phases_;
 };
 inline void publish_barriers() {}
-inline void copy_bytes(void* to, const void* from, int bytes, const CopyBarrier& barrier) {
+inline void copy_bytes(void* to, const void* from, int bytes, const Barrier& barrier) {
   std::memcpy(to, from, static_cast<std::size_t>(bytes));
   barrier.copied();
 }

@@ -53,8 +53,8 @@ struct BinaryKeys {
   /// lane_words; code c of eight i is number i % 4, of 1, 2, 2 and 3 bits, of byte i / 4 % 2 + 2 (c
   /// % 2) of word 4 (i / 8) + c / 2, its bits in the opposite order
   const std::uint32_t* high_entries = nullptr;
-  /// device, fp16: [num_kv_heads][8 or 4 lane_words][8 - high_eights][32 lanes] of 16 bytes: lane
-  /// 4g + q has pairs 2q, 2q + 1 of code g, real parts and imaginary ones, of two eights of codes
+  /// device, fp16: [num_kv_heads][8 - high_eights][real, imaginary parts][16 or 8 lane_words][8
+  /// codes][8 pairs]
   const std::uint32_t* low_entries = nullptr;
   /// device, pairs of fp16, [kTurnTokens / 32][high_eights][2][32 lanes] of 16 bytes: RoPE by 0 to
   /// kTurnTokens - 1 tokens

@@ -25,18 +25,17 @@
 ///      values are gathered.
 namespace commvq::cuda::binary_attention {
 
-/// Gathers one block, number `tile_block` of its tile, which lies in `stage`. Called by all warps
-/// of the tile together, with blocks beyond the segment too.
+/// Gathers block `block` of the segment, number `tile_block` of its tile, which lies in `stage`.
+/// Called by all warps of the tile together, with blocks beyond the segment too.
 template <class Shape>
 __device__ __forceinline__ void gather_block(const Problem& p, const Shared<Shape>& shared,
                                              const Half<Shape>* stage, CodePlace code_place,
-                                             int step, int tile, int tile_block,
+                                             int step, int tile, int tile_block, int block,
                                              Gathered<Shape>& gathered) {
   const Segment& segment = shared.segment;
   const int lane = forgotten<32>(static_cast<int>(threadIdx.x) % 32);
   float scores[4], scales[4];
   score_keys(shared, stage, code_place, step, tile, tile_block, lane, scores);
-  const int block = step * Shape::kStepBlocks + tile * kTileBlocks + tile_block;
   if (block >= segment.count) return;
   if (p.soft_cap > 0)
 #pragma unroll
@@ -51,48 +50,52 @@ __device__ __forceinline__ void gather_block(const Problem& p, const Shared<Shap
   add_values(stage, weights, lane, gathered);
 }
 
-/// Gathers the blocks of the segment, step by step: two blocks a warp and step.
+/// Turns the queries of a tile for the group of steps that begins with round `round`, and finds
+/// where the tokens lie that are copied meanwhile.
+template <class Shape>
+__device__ __forceinline__ void prepare_group(const Arguments& a, Shared<Shape>& shared, int tile,
+                                              int round) {
+  constexpr int kSources = sizeof(shared.sources[0]) / sizeof(Source);
+  static_assert(kSources <= 32 * kTileWarps);
+  const int thread = static_cast<int>(threadIdx.x) % (32 * kTileWarps);
+  Source source{};
+  if (thread < kSources)
+    source = source_of(a.problem, shared.segment, tile, round + 1 + thread / (2 * kTileWarps),
+                       thread % (2 * kTileWarps));
+  wait_for_tile(tile);  // nobody needs the former group's any more
+  if constexpr (Shape::kLowEights > 0) multiply_queries(a.keys, shared, round / kRounds, tile);
+  turn_high_queries(shared, round / kRounds, tile);
+  if (thread < kSources) (&shared.sources[tile][0][0])[thread] = source;
+  show_to_async_units();
+  wait_for_tile(tile);
+}
+
+/// Gathers the blocks of the segment, round by round of the warp's tile: a block a warp and round.
 template <class Shape>
 __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& shared,
                                             Gathered<Shape>& gathered) {
-  const Problem& p = a.problem;
   const Segment& segment = shared.segment;
   // The same for all lanes, and known to be.
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
-  const int tile = warp / kTileWarps;
+  const int tile = warp / kTileWarps, tile_warp = warp % kTileWarps;
   const CodePlace code_place = CodePlace::of_lane<Shape>();
-  // Block number `round` of the warp, round kRounds * step being the first of a step.
-  const auto tile_block_of = [&](int round) {
-    return round % kRounds * kTileWarps + warp % kTileWarps;
-  };
-  const auto block_of = [&](int round) {
-    return round / kRounds * Shape::kStepBlocks + tile * kTileBlocks + tile_block_of(round);
-  };
-  BlockCopy<Shape> copy(shared.places, segment);
+  const BlockCopy<Shape> copy(shared.places);
+  const int sixteen = 2 * tile_warp + copy.half();
 
-  copy.find(p, block_of(0));
-  copy.start(p, shared.places, shared.stages[warp][0]);
-  copy.find(p, block_of(1));
-  turn_queries(a, shared, 0, tile);
+  copy.start(source_of(a.problem, segment, tile, 0, sixteen), shared.places,
+             shared.stages[warp][0]);
 #pragma unroll 1
-  for (int step = 0; step < segment.num_steps(); ++step) {
-    wait_for_tile(tile);  // nobody needs the former step's products any more
-    multiply_queries(shared, tile);
-    show_to_async_units();
-    wait_for_tile(tile);
-    turn_queries(a, shared, step + 1, tile);
-#pragma unroll 1
-    for (int round = step * kRounds; round < (step + 1) * kRounds; ++round) {
-      __syncwarp();  // nobody reads the block before any more
-      copy.start(p, shared.places, shared.stages[warp][(round + 1) % 2]);
-      copy.find(p, block_of(round + 2));
-      wait_for_copies_but<1>();
-      __syncwarp();
-      // All warps of the tile or none: their products with key codes are made together.
-      if (block_of(round) - warp % kTileWarps < segment.count)
-        gather_block(p, shared, shared.stages[warp][round % 2], code_place, step, tile,
-                     tile_block_of(round), gathered);
-    }
+  for (int round = 0; segment.round_begin(tile, round) < segment.count; ++round) {
+    const int group_round = round % Shape::kGroupRounds;
+    if (group_round == 0) prepare_group(a, shared, tile, round);
+    __syncwarp();  // nobody reads the block before any more
+    const Source source = shared.sources[tile][group_round][sixteen];
+    copy.start(source, shared.places, shared.stages[warp][(round + 1) % 2]);
+    wait_for_copies_but<1>();
+    __syncwarp();
+    gather_block(a.problem, shared, shared.stages[warp][round % 2], code_place,
+                 group_round / kRounds, tile, round % kRounds * kTileWarps + tile_warp,
+                 segment.round_begin(tile, round) + tile_warp, gathered);
   }
   wait_for_copies();
 }
@@ -107,10 +110,7 @@ __device__ __forceinline__ void load_entries(const Arguments& a, Shared<Shape>& 
     for (int i = threadIdx.x; i < kVectors; i += Shape::kThreads)
       copy_async_16(shared_address(reinterpret_cast<uint4*>(&target) + i), source + i);
   };
-  for (CodeOperand<Shape>& operand : shared.operands)
-    copy(*reinterpret_cast<std::uint32_t(*)[2 * Shape::kHighEights][Shape::kCodeEights][32]>(
-             operand[Shape::kLowColumns]),
-         a.keys.high_entries, head);
+  copy(shared.high_entries, a.keys.high_entries, head);
   if constexpr (Shape::kLowEights > 0) {
     copy(shared.low_entries, a.keys.low_entries, head);
     copy(shared.node_weights, a.keys.node_weights, 0);
@@ -131,10 +131,11 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   const int rows = min(kRows, p.rows_per_head - first_row);
   load_entries(a, shared, head);
   find_places<Shape>(p, a.codes, head, shared.places);
-  if (threadIdx.x < BinaryKeys::kPairs) shared.pair_turns[threadIdx.x] = p.turns[threadIdx.x];
-  // Columns of turned queries that nothing is written to are zeros.
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.turned) / 16); i += Shape::kThreads)
-    reinterpret_cast<uint4*>(shared.turned)[i] = make_uint4(0, 0, 0, 0);
+  if (threadIdx.x < BinaryKeys::kPairs) {
+    const std::uint64_t turns = p.turns[threadIdx.x];
+    shared.pair_turns[threadIdx.x] = turns;
+    shared.node_turns[threadIdx.x] = rotation_of(a.keys.nodes[0] - a.keys.nodes[2], turns);
+  }
   wait_for_previous_kernel();
   if (threadIdx.x < 32) {
     const int total = total_blocks(p);

@@ -28,7 +28,18 @@ __device__ __forceinline__ void find_places(const Problem& p, const KeyCodes& co
   places[vector] = place;
 }
 
-/// Copies blocks of a segment to shared memory: the lower lanes the first half, the upper ones the
+/// Where sixteen tokens of a round lie. Beyond the last token there may be no page: the last
+/// sixteen stand for what follows, whose weights will be zero.
+__device__ __forceinline__ Source source_of(const Problem& p, const Segment& segment, int tile,
+                                            int round, int sixteen) {
+  const int token =
+      min(segment.first_token + segment.round_begin(tile, round) * kBlockTokens + 16 * sixteen,
+          segment.last_half);
+  return {p.pages + segment.table[token >> p.page.shift] * p.page_stride,
+          token & (p.page.size - 1)};
+}
+
+/// Copies a warp's blocks to shared memory: the lower lanes the first half, the upper ones the
 /// second.
 template <class Shape>
 class BlockCopy {
@@ -39,34 +50,27 @@ class BlockCopy {
   static constexpr bool kKeepsPlaces = COMMVQ_WGMMA && Shape::kHighEights == 3;
 
  public:
-  __device__ __forceinline__ BlockCopy(const VectorPlace (&places)[kVectors],
-                                       const Segment& segment)
-      : table_(segment.table),
-        first_token_(segment.first_token + static_cast<int>(threadIdx.x) % 32 / kLanes * 16),
-        last_half_(segment.last_half) {
+  explicit __device__ __forceinline__ BlockCopy(const VectorPlace (&places)[kVectors]) {
     if constexpr (kKeepsPlaces)
 #pragma unroll
       for (int i = 0; i < kTimes; ++i) places_[i] = place_of(places, i);
   }
-  /// Reads where a half of a block lies. Beyond the last token there may be no page: the last half
-  /// stands for what follows, whose weights will be zero.
-  __device__ __forceinline__ void find(const Problem& p, int block) {
-    const int token = min(first_token_ + block * kBlockTokens, last_half_);
-    page_ = table_[token >> p.page.shift];
-    slot_ = token & (p.page.size - 1);
+  /// Which half of a block this lane copies.
+  static __device__ __forceinline__ int half() {
+    return threadIdx.x % 32 / kLanes;
   }
-  /// Starts copying the block that was found last.
-  __device__ __forceinline__ void start(const Problem& p, const VectorPlace (&places)[kVectors],
+  /// Starts copying a block whose half lies at `source`.
+  __device__ __forceinline__ void start(Source source, const VectorPlace (&places)[kVectors],
                                         Half<Shape>* stage) const {
-    const std::uint8_t* const page = p.pages + page_ * p.page_stride;
     const int lane = threadIdx.x % kLanes;
-    const std::uint32_t target = shared_address(stage + threadIdx.x % 32 / kLanes) + lane * 16;
+    const std::uint32_t target = shared_address(stage + half()) + lane * 16;
 #pragma unroll
     for (int i = 0; i < kTimes; ++i) {
       if (i * kLanes + kLanes > kVectors && i * kLanes + lane >= kVectors) break;
       const VectorPlace place = kKeepsPlaces ? places_[i] : place_of(places, i);
-      copy_async_16(target + i * kLanes * 16,
-                    page + static_cast<std::uint32_t>(place.base + slot_ * place.per_slot));
+      copy_async_16(
+          target + i * kLanes * 16,
+          source.page + static_cast<std::uint32_t>(place.base + source.slot * place.per_slot));
     }
     commit_copies();
   }
@@ -77,10 +81,7 @@ class BlockCopy {
     return places[min(i * kLanes + static_cast<int>(threadIdx.x) % kLanes, kVectors - 1)];
   }
 
-  const std::int32_t* table_;
-  int first_token_, last_half_;
   VectorPlace places_[kKeepsPlaces ? kTimes : 1];
-  int page_, slot_;
 };
 
 /// Where a lane finds the key codes of its four tokens in a stage: bytes to the first one's and

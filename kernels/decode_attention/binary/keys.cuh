@@ -24,84 +24,106 @@ __device__ __forceinline__ void codes_of(std::uint32_t first, std::uint32_t seco
   codes[3] = second >> shift & next;
 }
 
-/// Products of the codes of sixteen tokens, 2 `half` and 2 `half` + 1 of every lane, with columns
-/// `[8 kFirst, 8 (kFirst + kCount))`.
-template <class Shape, int kFirst, int kCount>
-__device__ __forceinline__ void multiply_codes(const CodeOperand<Shape>& operand,
+/// Products of the codes of sixteen tokens, 2 `half` and 2 `half` + 1 of every lane: with e^T q,
+/// and with the entries of pairs that are decoded, summed up in fp16 unless these are all pairs.
+template <class Shape>
+struct Products {
+  static constexpr bool kHasLow = Shape::kLowEights > 0;
+  using High = std::conditional_t<kHasLow, std::uint32_t[2], float[4]>;
+  float low[2][4];
+  High high[2 * Shape::kHighEights];
+};
+
+/// Two neighbouring columns of row g, or g + 8, of an eight of products.
+__device__ __forceinline__ __half2 columns_of(const std::uint32_t (&eight)[2], int row) {
+  return as_half2(eight[row]);
+}
+__device__ __forceinline__ __half2 columns_of(const float (&eight)[4], int row) {
+  return __floats2half2_rn(eight[2 * row], eight[2 * row + 1]);
+}
+
+/// Multiplies the codes of sixteen tokens.
+template <class Shape>
+__device__ __forceinline__ void multiply_codes(const Shared<Shape>& shared,
+                                               const CodeOperand<Shape, 2>& low,
                                                const LaneCodes<Shape>& codes, int half,
-                                               float (&products)[kCount][4]) {
-  const auto word = [&](int token, int w) {
-    return half == 0 ? codes.words[token][w] : codes.words[2 + token][w];
-  };
+                                               Products<Shape>& products) {
+  const auto word = [&](int token, int w) { return codes.words[2 * half + token][w]; };
   constexpr int kSteps = Shape::kWordEights / 2;  // of a word
+  constexpr int kStepBytes = 2 * static_cast<int>(sizeof(low[0][0]));
 #if COMMVQ_WGMMA
-  const WgmmaOperand columns(shared_address(operand[kFirst]), sizeof(operand[0][0]),
-                             sizeof(operand[0]));
-  // A word's products at once: operands of more would take more registers than there are.
+  constexpr int kColumnBytes = static_cast<int>(sizeof(low[0]));
+  const WgmmaOperand low_columns(shared_address(low), kStepBytes / 2, kColumnBytes);
+  const WgmmaOperand high_columns(shared_address(shared.high_entries), kStepBytes / 2,
+                                  kColumnBytes);
+  // Some products at once: operands of more would take more registers than there are.
+  constexpr int kAtOnce = 4;
 #pragma unroll
-  for (int w = 0; w < Shape::kLaneWords; ++w) {
-    std::uint32_t bits[kSteps][4];
+  for (int first = 0; first < kSteps * Shape::kLaneWords; first += kAtOnce) {
+    std::uint32_t bits[kAtOnce][4];
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      codes_of<Shape::kGraded>(word(0, w), word(1, w), k, bits[k]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int w = (first + i) / kSteps;
+      codes_of<Shape::kGraded>(word(0, w), word(1, w), (first + i) % kSteps, bits[i]);
       // Not later than here.
-      asm volatile("" : "+r"(bits[k][0]), "+r"(bits[k][1]), "+r"(bits[k][2]), "+r"(bits[k][3]));
+      asm volatile("" : "+r"(bits[i][0]), "+r"(bits[i][1]), "+r"(bits[i][2]), "+r"(bits[i][3]));
     }
     wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-      wgmma(products, bits[k],
-            columns.at((kSteps * w + k) * 2 * static_cast<int>(sizeof(operand[0][0]))), w + k > 0);
-    wgmma_end(products);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int offset = (first + i) * kStepBytes;
+      if constexpr (Products<Shape>::kHasLow)
+        wgmma(products.low, bits[i], low_columns.at(offset), first + i > 0);
+      wgmma(products.high, bits[i], high_columns.at(offset), first + i > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>(products.high);
+    if constexpr (Products<Shape>::kHasLow) wgmma_wait<0>(products.low);
   }
 #else
   const int lane = threadIdx.x % 32;
   // Lane 8 i + j reads column j of matrix i: of two eights of codes of two eights of columns.
-  const std::uint32_t column =
-      shared_address(&operand[kFirst + lane / 16][lane / 8 % 2][lane % 8 * 4]);
+  const auto place_of = [&](const auto& operand) {
+    return shared_address(&operand[lane / 16][lane / 8 % 2][lane % 8 * 4]);
+  };
+  const std::uint32_t low_place = place_of(low), high_place = place_of(shared.high_entries);
+  products = {};
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
+  for (int step = 0; step < kSteps * Shape::kLaneWords; ++step) {
+    std::uint32_t bits[4];
+    codes_of<Shape::kGraded>(word(0, step / kSteps), word(1, step / kSteps), step % kSteps, bits);
+    const auto multiply = [&](auto& two, std::uint32_t place, int i) {
+      const uint4 e = load_matrices(place + i * sizeof(low[0]) + step * kStepBytes);
+      mma_16x8x16(two[i], bits[0], bits[1], bits[2], bits[3], e.x, e.y);
+      mma_16x8x16(two[i + 1], bits[0], bits[1], bits[2], bits[3], e.z, e.w);
+    };
+    if constexpr (Products<Shape>::kHasLow) multiply(products.low, low_place, 0);
 #pragma unroll
-    for (float& product : products[i]) product = 0;
-#pragma unroll
-  for (int w = 0; w < Shape::kLaneWords; ++w) {
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      std::uint32_t bits[4];
-      codes_of<Shape::kGraded>(word(0, w), word(1, w), k, bits);
-#pragma unroll
-      for (int i = 0; i < kCount; i += 2) {
-        const uint4 e = load_matrices(column + i * sizeof(operand[0]) +
-                                      (kSteps * w + k) * 2 * sizeof(operand[0][0]));
-        mma_16x8x16(products[i], bits[0], bits[1], bits[2], bits[3], e.x, e.y);
-        mma_16x8x16(products[i + 1], bits[0], bits[1], bits[2], bits[3], e.z, e.w);
-      }
-    }
+    for (int i = 0; i < 2 * Shape::kHighEights; i += 2) multiply(products.high, high_place, i);
   }
 #endif
 }
 
-/// The score of two tokens' products at the nodes: the polynomial through them, at the tokens'
+/// The scores of two tokens' products at the nodes: the polynomials through them, at the tokens'
 /// places in their tile.
-__device__ __forceinline__ void add_low(const float4* weights, const float (&first)[4],
-                                        const float (&second)[4], float factor,
-                                        float (&scores)[2]) {
+__device__ __forceinline__ void add_low(const float4* weights, const float (&products)[2][4],
+                                        float factor, float (&scores)[2]) {
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
     const float4 weight = weights[t];
-    scores[t] += factor * (weight.x * first[2 * t] + weight.y * first[2 * t + 1] +
-                           weight.z * second[2 * t] + weight.w * second[2 * t + 1]);
+    scores[t] += factor * (weight.x * products[0][2 * t] + weight.y * products[0][2 * t + 1] +
+                           weight.z * products[1][2 * t] + weight.w * products[1][2 * t + 1]);
   }
 }
 
 /// Turns an eight of decoded pairs by the tokens' places and adds its products with the queries.
-__device__ __forceinline__ void add_high(uint4 turn, uint2 query, const float (&real_parts)[4],
-                                         const float (&imag_parts)[4], float (&scores)[4]) {
+template <class Eight>
+__device__ __forceinline__ void add_high(uint4 turn, uint2 query, const Eight& real_parts,
+                                         const Eight& imag_parts, float (&scores)[4]) {
   std::uint32_t operand[4];
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
-    const __half2 real = __floats2half2_rn(real_parts[2 * t], real_parts[2 * t + 1]);
-    const __half2 imag = __floats2half2_rn(imag_parts[2 * t], imag_parts[2 * t + 1]);
+    const __half2 real = columns_of(real_parts, t), imag = columns_of(imag_parts, t);
     // Cosines and sines of two pairs.
     const __half2 c = as_half2(t == 0 ? turn.x : turn.z), s = as_half2(t == 0 ? turn.y : turn.w);
     operand[t] = as_bits(__hfma2(real, c, __hneg2(__hmul2(imag, s))));
@@ -110,53 +132,33 @@ __device__ __forceinline__ void add_high(uint4 turn, uint2 query, const float (&
   mma_16x8x16(scores, operand[0], operand[1], operand[2], operand[3], query.x, query.y);
 }
 
-/// Adds what columns from 8 kFirst on give: some at once.
-template <class Shape, int kFirst>
-__device__ __forceinline__ void score_from(const Shared<Shape>& shared,
-                                           const LaneCodes<Shape>& codes, int step, int tile,
-                                           int block, int half, int lane, float (&high)[4],
-                                           float (&low)[2]) {
-  constexpr int kLeft = Shape::kColumns - kFirst;
-  constexpr int kCount = kLeft < Shape::kColumnsAtOnce ? kLeft : Shape::kColumnsAtOnce;
-  constexpr int kLow = kFirst == 0 ? Shape::kLowColumns : 0;
-  constexpr int kFirstEight = (kFirst + kLow - Shape::kLowColumns) / 2;
-  float products[kCount][4];
-  multiply_codes<Shape, kFirst>(shared.operand(tile), codes, half, products);
-  if constexpr (kLow > 0)
-    add_low(&shared.node_weights[block * kBlockTokens + lane_token(lane) + 2 * half], products[0],
-            products[1], shared.low_factors[lane % 4], low);
-#pragma unroll
-  for (int i = 0; i < (kCount - kLow) / 2; ++i)
-    add_high(shared.turns[block % kTileWarps][kFirstEight + i][half][lane],
-             shared.turned[tile].high[step % 2][block / kTileWarps][kFirstEight + i][lane],
-             products[kLow + 2 * i], products[kLow + 2 * i + 1], high);
-  if constexpr (kLeft > kCount)
-    score_from<Shape, kFirst + kCount>(shared, codes, step, tile, block, half, lane, high, low);
-}
-
-/// Scores of a lane's four tokens of a block of the tile, in powers of two, for row q. `stage`
-/// holds the block. Called by all warps of the tile together.
+/// Scores of a lane's four tokens of a block of a tile, in powers of two, for row q. `stage` holds
+/// the block; the tile is that of step `step` of a group. Called by all warps of the tile together.
 template <class Shape>
 __device__ __forceinline__ void score_keys(const Shared<Shape>& shared, const Half<Shape>* stage,
                                            CodePlace code_place, int step, int tile, int block,
                                            int lane, float (&scores)[4]) {
   const LaneCodes<Shape> codes(stage, code_place, lane);
+  const TurnedQueries<Shape>& turned = shared.turned[tile];
   float norms[4];
   widen(stage[lane_token(lane) / 16].norms + lane_token(lane) % 16, norms);
-  const float high_factor = shared.high_factors[lane % 4];
-#pragma unroll Shape::kHalvesAtOnce
-  for (int half = 0; half < 2; ++half) {
-    float low[2] = {}, high[4] = {};
-    score_from<Shape, 0>(shared, codes, step, tile, block, half, lane, high, low);
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const float score = high[2 * t] * high_factor + low[t];
-      if (half == 0) {
-        scores[t] = score * norms[t];
-      } else {
-        scores[2 + t] = score * norms[2 + t];
-      }
-    }
+  for (int half = 0; half < 2; ++half) {
+    Products<Shape> products;
+    multiply_codes(shared, turned.low[Products<Shape>::kHasLow ? step : 0], codes, half, products);
+    float low[2] = {}, high[4] = {};
+    if constexpr (Products<Shape>::kHasLow)
+      add_low(&shared.node_weights[block * kBlockTokens + lane_token(lane) + 2 * half],
+              products.low, shared.low_factors[lane % 4], low);
+#pragma unroll
+    for (int i = 0; i < Shape::kHighEights; ++i)
+      add_high(shared.turns[block % kTileWarps][i][half][lane],
+               turned.high[step][block / kTileWarps][i][lane / 8 * 4 + lane % 4],
+               products.high[2 * i], products.high[2 * i + 1], high);
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+      scores[2 * half + t] =
+          (high[2 * t] * shared.high_factors[lane % 4] + low[t]) * norms[2 * half + t];
   }
 }
 

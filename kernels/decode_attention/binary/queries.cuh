@@ -3,6 +3,7 @@
 #include "common/memory.cuh"
 #include "common/mma.cuh"
 #include "common/rope.cuh"
+#include "common/wgmma.cuh"
 #include "decode_attention/binary/shape.cuh"
 
 namespace commvq::cuda::binary_attention {
@@ -54,73 +55,121 @@ __device__ __forceinline__ uint2 turned(float4 query, float2 first, float2 secon
                                               query.z * second.y + query.w * second.x)));
 }
 
-/// Turns the queries of a tile for step `step` of the segment.
+__device__ __forceinline__ float2 product_of(float2 a, float2 b) {
+  return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x);
+}
+
+/// Products of sixteen turned queries a warp with the pairs that are not decoded of eight eights of
+/// codes, from `codes` on.
 template <class Shape>
-__device__ __forceinline__ void turn_queries(const Arguments& a, Shared<Shape>& shared, int step,
-                                             int tile) {
-  // A thread turns two pairs to one place.
-  constexpr int kHighItems = 4 * Shape::kHighEights * kRounds;
-  constexpr int kItems = kHighItems + Shape::kLowEights * 4 * kNodes;
-  static_assert(kItems <= kTileWarps * 32, "one item a thread");
-  const int item = forgotten<kTileWarps * 32>(static_cast<int>(threadIdx.x) % (kTileWarps * 32));
-  if (item >= kItems) return;
-  TurnedQueries<Shape>& queries = shared.turned[tile];
-  const bool is_high = item < kHighItems;
-  const int round = item % kRounds, node = (item - kHighItems) % kNodes;
-  const int pair =
-      2 * (is_high ? item / kRounds : 4 * Shape::kHighEights + (item - kHighItems) / kNodes);
-  const int place = (step * Shape::kTiles + tile) * Config::kTileTokens +
-                    (is_high ? round * kRoundTokens : a.keys.nodes[node]);
-  const Index distance = shared.segment.last_position - shared.segment.first_token - place;
-  // High: lane 4g + q of an operand holds column g, pairs 2q and 2q + 1 of eight; rows take the
-  // even columns. Low: row g of an operand is row g / 2 at node g % 2, row 8 + g at node 2 + g % 2.
-  std::uint32_t* const target =
-      is_high
-          ? &queries.high[step % 2][round][pair / 8][pair % 8 / 2].x
-          : &queries.low[pair / 8 - Shape::kHighEights][node % 2 * 4 + pair % 8 / 2].x + node / 2;
-  const int row_stride = is_high ? 8 * 2 : 8 * 4, imag = is_high ? 1 : 2;
-  float2 first = make_float2(1, 0), second = first;
-  int lag = -1;
+__device__ __forceinline__ void multiply(const Shared<Shape>& shared, int codes,
+                                         const std::uint32_t (&queries)[Shape::kLowEights][4],
+                                         float (&products)[8][4]) {
+  constexpr int kEightBytes = 128, kPartBytes = Shape::kCodeEights * kEightBytes;
+#if COMMVQ_WGMMA
+  const WgmmaOperand e(shared_address(shared.low_entries), kPartBytes, kEightBytes);
+  wgmma_begin();
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    if (shared.lags[row] != lag) {
-      lag = shared.lags[row];
-      first = rotation_of(distance - lag, shared.pair_turns[pair]);
-      second = rotation_of(distance - lag, shared.pair_turns[pair + 1]);
+  for (int k = 0; k < Shape::kLowEights; ++k)
+    wgmma(products, queries[k], e.at(2 * k * kPartBytes + codes * kEightBytes), k > 0);
+  wgmma_commit();
+  wgmma_wait<0>(products);
+#else
+  const int lane = threadIdx.x % 32;
+  // Lane 8 i + j reads code j of matrix i: real and imaginary parts of two eights of codes.
+  const std::uint32_t place =
+      shared_address(&shared.low_entries[0][lane / 8 % 2][codes + lane / 16][lane % 8 * 4]);
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd)
+#pragma unroll
+      for (float& product : products[i + odd]) product = 0;
+#pragma unroll
+    for (int k = 0; k < Shape::kLowEights; ++k) {
+      const std::uint32_t(&q)[4] = queries[k];
+      const uint4 e = load_matrices(place + 2 * k * kPartBytes + i * kEightBytes);
+      mma_16x8x16(products[i], q[0], q[1], q[2], q[3], e.x, e.y);
+      mma_16x8x16(products[i + 1], q[0], q[1], q[2], q[3], e.z, e.w);
     }
-    const uint2 parts =
-        turned(*reinterpret_cast<const float4*>(&shared.queries[row][pair]), first, second);
-    target[row * row_stride] = parts.x;
-    target[row * row_stride + imag] = parts.y;
+  }
+#endif
+}
+
+/// Turns the queries of a group of steps of a tile, from `step` on, to the rounds' first tokens.
+template <class Shape>
+__device__ __forceinline__ void turn_high_queries(Shared<Shape>& shared, int step, int tile) {
+  // A thread turns two pairs to one place.
+  constexpr int kGroupRounds = Shape::kGroupSteps * kRounds;
+  constexpr int kItems = 4 * Shape::kHighEights * kGroupRounds;
+  auto& queries = shared.turned[tile].high;
+  const Index first = Index{shared.segment.last_position} - shared.segment.first_token -
+                      (step * Shape::kTiles + tile) * Config::kTileTokens;
+#pragma unroll 1
+  for (int item = threadIdx.x % (32 * kTileWarps); item < kItems; item += 32 * kTileWarps) {
+    const int round = item % kGroupRounds, pair = item / kGroupRounds * 2;
+    const int place =
+        round / kRounds * (Shape::kTiles * Config::kTileTokens) + round % kRounds * kRoundTokens;
+    float2 turn[2];
+    int lag = -1;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (shared.lags[row] != lag) {
+        lag = shared.lags[row];
+        for (int i = 0; i < 2; ++i)
+          turn[i] = rotation_of(first - place - lag, shared.pair_turns[pair + i]);
+      }
+      // Lane 4g + q of an operand holds column g, pairs 2q and 2q + 1 of eight; columns 2r and
+      // 2r + 1 are row r.
+      queries[round / kRounds][round % kRounds][pair / 8][row * 4 + pair % 8 / 2] =
+          turned(*reinterpret_cast<const float4*>(&shared.queries[row][pair]), turn[0], turn[1]);
+    }
   }
 }
 
-/// e^T q at the nodes: the tile's own columns of what key codes are multiplied with. A warp takes
-/// some pairs of eights of codes.
+/// e^T q at the nodes of the tiles of a group of steps, from `step` on: a warp takes one step.
+/// Column g is row g / 2 at node g % 2, column 8 + g the same row at node 2 + g % 2.
 template <class Shape>
-__device__ __forceinline__ void multiply_queries(Shared<Shape>& shared, int tile) {
-  if constexpr (Shape::kLowEights > 0) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kTileWarps;
-    uint4 queries[Shape::kLowEights];
+__device__ __forceinline__ void multiply_queries(const BinaryKeys& keys, Shared<Shape>& shared,
+                                                 int step, int tile) {
+  constexpr int kEights = Shape::kLowEights, kSteps = Shape::kGroupSteps;
+  const int lane = threadIdx.x % 32, row = lane / 8, node = lane / 4 % 2;
+  const int warp = threadIdx.x / 32 % kTileWarps;
+  const int place = ((step + warp) * Shape::kTiles + tile) * Config::kTileTokens +
+                    (node == 0 ? keys.nodes[0] : keys.nodes[1]);
+  const Index distance =
+      Index{shared.segment.last_position} - shared.segment.first_token - place - shared.lags[row];
+  std::uint32_t queries[kEights][4];
 #pragma unroll
-    for (int k = 0; k < Shape::kLowEights; ++k) queries[k] = shared.turned[tile].low[k][lane];
+  for (int i = 0; i < kEights; ++i) {
+    const int pair = 8 * (Shape::kHighEights + i) + 2 * (lane % 4);
+    const float4 query = *reinterpret_cast<const float4*>(&shared.queries[row][pair]);
+    float2 first = rotation_of(distance, shared.pair_turns[pair]),
+           second = rotation_of(distance, shared.pair_turns[pair + 1]);
+    const uint2 at_first = turned(query, first, second);
+    const float4 further = *reinterpret_cast<const float4*>(&shared.node_turns[pair]);
+    first = product_of(first, make_float2(further.x, further.y));
+    second = product_of(second, make_float2(further.z, further.w));
+    const uint2 at_second = turned(query, first, second);
+    queries[i][0] = at_first.x, queries[i][1] = at_second.x;
+    queries[i][2] = at_first.y, queries[i][3] = at_second.y;
+    // Not later than here.
+    asm volatile(""
+                 : "+r"(queries[i][0]), "+r"(queries[i][1]), "+r"(queries[i][2]),
+                   "+r"(queries[i][3]));
+  }
 #pragma unroll
-    for (int i = 0; i < Shape::kCodeEights / 2 / kTileWarps; ++i) {
-      const int eights = 2 * (i * kTileWarps + warp);
-      float products[2][4] = {};
+  for (int codes = 0; codes < Shape::kCodeEights; codes += 8) {
+    float products[8][4];
+    multiply<Shape>(shared, codes, queries, products);
+    if (warp >= kSteps) continue;
+    auto& columns = shared.turned[tile].low[warp];
 #pragma unroll
-      for (int k = 0; k < Shape::kLowEights; ++k) {
-        const uint4 query = queries[k], e = shared.low_entries[eights / 2][k][lane];
-        mma_16x8x16(products[0], query.x, query.y, query.z, query.w, e.x, e.y);
-        mma_16x8x16(products[1], query.x, query.y, query.z, query.w, e.z, e.w);
-      }
+    for (int i = 0; i < 8; ++i)
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd)
-#pragma unroll
-        for (int column = 0; column < 2; ++column)
-          shared.operand(tile)[column][eights + odd][lane] =
-              as_bits(__floats2half2_rn(products[odd][2 * column], products[odd][2 * column + 1]));
-    }
+      for (int eight = 0; eight < 2; ++eight)
+        columns[eight][codes + i][lane] =
+            as_bits(__floats2half2_rn(products[i][2 * eight], products[i][2 * eight + 1]));
   }
 }
 

@@ -32,22 +32,17 @@ struct Shape {
   static constexpr int kHighEights = kHighEights_;
   static constexpr int kLowEights = BinaryKeys::kPairs / 8 - kHighEights;
   static constexpr int kCodeEights = kWordEights * kLaneWords;
-  /// Eights of columns that key codes are multiplied with: four nodes of four rows, where pairs are
-  /// not decoded, then real and imaginary parts of those that are.
-  static constexpr int kLowColumns = kLowEights > 0 ? 2 : 0;
-  static constexpr int kColumns = kLowColumns + 2 * kHighEights;
-  /// As many as there are registers for; of the halves of a block, whose products may overlap,
-  /// likewise.
-  static constexpr int kColumnsAtOnce = 8;
-  static constexpr int kHalvesAtOnce = kHighEights == 3 && kLaneWords == 1 ? 2 : 1;
   static constexpr int kValueBits = 128 * kLaneWords;  ///< of a head
   /// Sums take registers, of which fewer warps have more.
-  static constexpr int kWarps = kHighEights == 3   ? (kLaneWords == 1 ? 16 : 12)
+  static constexpr int kWarps = kHighEights == 3   ? (kLaneWords == 1 || kGraded ? 16 : 12)
                                 : kHighEights == 5 ? (kLaneWords == 1 ? 12 : 8)
                                                    : 8;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTiles = kWarps / kTileWarps;  ///< of a step
   static constexpr int kStepBlocks = kTiles * kTileBlocks;
+  /// Steps for which queries are turned at once.
+  static constexpr int kGroupSteps = kGraded ? 4 : 2;
+  static constexpr int kGroupRounds = kGroupSteps * kRounds;
 };
 
 /// Some blocks of one sequence, and what its queries see. Kept in shared memory, since registers
@@ -74,7 +69,10 @@ struct Segment {
     seen_end = sequence.coded_end(p, sequence.position(p, 0));
     table = p.block_table + Index{seq} * p.max_blocks;
   }
-  __device__ int num_steps() const { return (count + step_blocks - 1) / step_blocks; }
+  /// First block of round `round` of a tile.
+  __device__ int round_begin(int tile, int round) const {
+    return round / kRounds * step_blocks + tile * kTileBlocks + round % kRounds * kTileWarps;
+  }
 };
 
 /// What a warp reads of sixteen tokens, as it lies in shared memory. All parts are copied in
@@ -99,34 +97,46 @@ struct VectorPlace {
   int per_slot;
 };
 
+/// Where sixteen tokens lie.
+struct Source {
+  const std::uint8_t* page;
+  int slot;  ///< of the first one
+};
+
 /// What key codes are multiplied with: matrices of 8 columns x 8 codes, a column after the other.
 /// For the places of codes see `BinaryKeys`.
-template <class Shape>
-using CodeOperand = std::uint32_t[Shape::kColumns][Shape::kCodeEights][32];
+template <class Shape, int kColumnEights>
+using CodeOperand = std::uint32_t[kColumnEights][Shape::kCodeEights][32];
 
-/// Turned queries of a tile, as operands.
+/// Turned queries of a group of steps of a tile.
 template <class Shape>
 struct TurnedQueries {
-  uint4 low[Shape::kLowEights > 0 ? Shape::kLowEights : 1][32];  ///< at the nodes
-  uint2 high[2][kRounds][Shape::kHighEights]
-            [32];  ///< of even and odd steps, to the round's first token
+  static constexpr int kSteps = Shape::kGroupSteps;
+  /// e^T q at four nodes of each step's tile, for four rows.
+  alignas(128) CodeOperand<Shape, 2> low[Shape::kLowEights > 0 ? kSteps : 1];
+  /// To a round's first token: operands, of a row after the other.
+  uint2 high[kSteps][kRounds][Shape::kHighEights][4 * kRows];
 };
 
 template <class Shape>
 struct Shared {
-  /// A tile has its own columns e^T q, and the other columns beside them.
-  static constexpr int kOperands = Shape::kLowEights > 0 ? Shape::kTiles : 1;
+  static constexpr int kLowEights = Shape::kLowEights > 0 ? Shape::kLowEights : 1;
 
-  alignas(128) CodeOperand<Shape> operands[kOperands];
-  uint4 low_entries[Shape::kCodeEights / 2][Shape::kLowEights > 0 ? Shape::kLowEights : 1][32];
+  /// Real and imaginary parts of eights of pairs.
+  alignas(128) CodeOperand<Shape, 2 * Shape::kHighEights> high_entries;
+  /// Matrices of 8 codes x 8 pairs, real parts and imaginary ones, a code after the other.
+  alignas(128) std::uint32_t low_entries[kLowEights][2][Shape::kCodeEights][32];
+  TurnedQueries<Shape> turned[Shape::kTiles];
   uint4 turns[kTileWarps][Shape::kHighEights][2][32];
   float4 node_weights[Config::kTileTokens];
-  TurnedQueries<Shape> turned[Shape::kTiles];
   alignas(16) float2 queries[kRows][BinaryKeys::kPairs];  ///< brought to about 1
   std::uint64_t pair_turns[BinaryKeys::kPairs];
-  float low_factors[kRows];   ///< from products at the nodes to scores
-  float high_factors[kRows];  ///< from products with decoded keys
+  alignas(16) float2 node_turns[BinaryKeys::kPairs];  ///< from the first two nodes to the others
+  float low_factors[kRows];                           ///< from products at the nodes to scores
+  float high_factors[kRows];                          ///< from products with decoded keys
   VectorPlace places[Half<Shape>::kVectors];
+  /// Of the rounds after those of a group, one round later, and the round's sixteens.
+  Source sources[Shape::kTiles][Shape::kGroupRounds][2 * kTileWarps];
   Cursor cursor;  ///< at the segment's first block
   Segment segment;
   int lags[kRows];  ///< how far a row's position is from the last one
@@ -135,11 +145,6 @@ struct Shared {
     alignas(16) Half<Shape> stages[Shape::kWarps][2][2];  ///< [two blocks][two halves]
     alignas(16) float outputs[Shape::kWarps][kRows][Shape::kValueBits];
   };
-
-  __device__ CodeOperand<Shape>& operand(int tile) { return operands[tile % kOperands]; }
-  __device__ const CodeOperand<Shape>& operand(int tile) const {
-    return operands[tile % kOperands];
-  }
 };
 
 /// A lane's four tokens of a block follow each other: 4 (g / 2) + 16 (g % 2) and on, so that the
