@@ -155,6 +155,7 @@ Digest digest_of(const ValueCodecConfig& config, const ValueCodecWeights& weight
        {config.num_channels, config.bits, config.hidden_size, config.polish_sweeps})
     hasher.add(Index{number});
   if (config.num_blocks > 1) hasher.add(Index{config.num_blocks});
+  if (config.graded) hasher.add("graded");
   ValueCodecWeights::for_each([&](auto weight) {
     if (!(weights.*weight).empty()) hasher.add(std::span<const float>(weights.*weight));
   });

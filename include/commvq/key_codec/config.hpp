@@ -3,28 +3,10 @@
 #include <algorithm>
 
 #include "commvq/core/bit_packing.hpp"
+#include "commvq/core/graded_bits.hpp"
 #include "commvq/rope/pair_layout.hpp"
 
 namespace commvq {
-
-/// Where one book's bit stands in a graded code (see `KeyCodecConfig::graded`).
-struct GradedBit {
-  int number;  ///< of the group's numbers, four for every eight books
-  int weight;  ///< what the bit adds to that number: 4, 2 or 1
-};
-
-/// Of book `2 * stage + which` of a group.
-constexpr GradedBit graded_bit(int book) {
-  constexpr GradedBit kOfByte[8] = {{0, 4}, {0, 2}, {0, 1}, {1, 2}, {1, 1}, {2, 2}, {2, 1}, {3, 1}};
-  return {book / 8 * 4 + kOfByte[book % 8].number, kOfByte[book % 8].weight};
-}
-
-/// Bits of number `number` of a group: 3, 2, 2 and 1 of a byte.
-constexpr int graded_bits(int number) {
-  int bits = 0;
-  for (int book = 0; book < 8; ++book) bits += graded_bit(book).number == number % 4 ? 1 : 0;
-  return bits;
-}
 
 /// Shape of the complex additive codebook of one key head (CommVQ, section 3; see `KeyCodebook`).
 struct KeyCodecConfig {

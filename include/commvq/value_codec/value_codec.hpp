@@ -21,6 +21,11 @@ struct COMMVQ_API ValueCodecConfig {
   int hidden_size = 2048;   ///< H of each block's encoder network
   int polish_sweeps = 0;    ///< passes of bit flips after the network, in [0, 64]; 0: the paper's
   int num_blocks = 1;       ///< B, at least 1; 1: the paper's, all channels together
+  /// Eight consecutive bits of a block's code are numbers of 3, 2, 2 and 1 bits (`graded_bit`),
+  /// each of which multiplies one vector: the decoder's row of a bit is its weight times the row of
+  /// the number's last bit. Attention then computes with half as many vectors as there are bits.
+  /// Only the rows are constrained: encoding, decoding and storing are those of any codec.
+  bool graded = false;
 
   bool operator==(const ValueCodecConfig&) const = default;
 
