@@ -148,6 +148,7 @@ LayerCodec random_codec(std::mt19937& rng, const Case& timed) {
   weights.norm_bias.assign(kChannels, 0.0f);
   weights.hidden_bias.assign(static_cast<std::size_t>(H) * values.num_blocks, 0.0f);
   set_codec(rng, values, weights);
+  if (values.graded) weights.derive_graded_rows(values.block().num_channels);
   return {std::make_shared<const KeyCodec>(std::move(heads)),
           std::make_shared<const ValueCodec>(values, std::move(weights))};
 }

@@ -84,6 +84,7 @@ LayerCodec random_codec(Rng& rng, const Preset& preset) {
   values.bits = preset.value_bits;
   values.hidden_size = 1;
   values.num_blocks = preset.value_blocks ? kNumKvHeads : 1;
+  values.graded = preset.graded;
   ValueCodecWeights weights;
   weights.norm_gain.assign(kChannels, 1.0f);
   weights.norm_bias.assign(kChannels, 0.0f);
@@ -93,6 +94,7 @@ LayerCodec random_codec(Rng& rng, const Preset& preset) {
   weights.output_bias.assign(static_cast<std::size_t>(values.num_logits()), 0.0f);
   weights.decoder = normal_floats(
       rng, static_cast<std::size_t>(values.num_code_bits() * kChannels / values.num_blocks), 1.0f);
+  if (values.graded) weights.derive_graded_rows(kHeadDim);
   return {std::make_shared<KeyCodec>(std::move(heads)),
           std::make_shared<ValueCodec>(values, std::move(weights))};
 }

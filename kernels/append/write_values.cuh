@@ -5,6 +5,21 @@
 
 namespace commvq::cuda {
 
+/// Writes a block's code bits, 0 or 1 in fp16, sixteen of them to a word of the token's own.
+__device__ __forceinline__ void write_graded_code(const DevicePageLayout& layout,
+                                                  const PagePlace& place, int block, int num_bits,
+                                                  const std::uint16_t* bits, bool zero) {
+  for (int i = threadIdx.x % 32; i < num_bits / 16; i += 32) {
+    std::uint32_t word = 0;
+#pragma unroll
+    for (int bit = 0; bit < 16; ++bit)
+      word |= static_cast<std::uint32_t>(bits[16 * i + bit] != 0) << (15 - bit);
+    const Index target = layout.value_bit(block * num_bits + 16 * i + 15, place.slot) / 8;
+    *reinterpret_cast<std::uint16_t*>(place.page + target) =
+        static_cast<std::uint16_t>(zero ? 0 : word);
+  }
+}
+
 /// A block of values, a warp each: scale from the norm and the decoded length, and both scale and
 /// bits to the page. `bits` [rows][stride] fp16, `squares` [num_tiles][rows].
 __global__ void __launch_bounds__(kTokenThreads)
@@ -32,6 +47,12 @@ __global__ void __launch_bounds__(kTokenThreads)
     *reinterpret_cast<std::uint16_t*>(place.page + layout.value_scale(at.part, place.slot)) =
         scale_bits;
 
+  const bool zero = !finite || norm == 0;
+  if (layout.graded) {
+    write_graded_code(layout, place, at.part, values.num_code_bits,
+                      bits + at.row * values.decoder.num_inputs, zero);
+    return;
+  }
   // A 64-bit word holds bit `slot` of four codes. Only this warp changes those bits, others change
   // others: exclusive-or with what differs sets them without touching the rest.
   auto* const words =
@@ -40,7 +61,6 @@ __global__ void __launch_bounds__(kTokenThreads)
   const auto* const code =
       reinterpret_cast<const uint2*>(bits + at.row * values.decoder.num_inputs);
   const int shift = place.slot % 16;
-  const bool zero = !finite || norm == 0;
   for (int i = lane; i < values.num_code_bits / 4; i += 32) {
     const uint2 four = code[i];
     unsigned long long wanted = 0;

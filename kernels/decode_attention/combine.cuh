@@ -7,18 +7,14 @@
 #include "decode_attention/value_sums.cuh"
 
 /// Merges what the parts gathered over the tokens, applies the value decoder and adds the exact
-/// tokens. A thread block takes some chunks of code bits for some rows of one sequence and KV head;
+/// tokens. A thread block takes some chunks of sums for some rows of one sequence and KV head;
 /// the last one to finish adds up what the blocks of these rows found.
 namespace commvq::cuda::combine {
 
-/// Rows of a thread block: few where that puts a head's code bits in one chunk or two.
-__host__ __device__ inline int block_rows(const Problem& p) {
-  return p.rows_per_head <= kCombineFewRows && p.bits_stride > 0 ? kCombineFewRows : kCombineRows;
-}
-/// Chunks of a head's code bits.
+/// Chunks of a head's sums.
 template <class Config>
-__host__ __device__ inline int num_chunks(const Problem& p) {
-  return (p.head_code_bits + Config::kChunkBits - 1) / Config::kChunkBits;
+__device__ inline int num_chunks(const Problem& p) {
+  return (p.head_sums + Config::kChunk - 1) / Config::kChunk;
 }
 
 /// Parts whose blocks are some of a sequence's: `[first, last]`.
@@ -42,7 +38,7 @@ __device__ __forceinline__ PartRange parts_of(const Problem& p, int total, int s
 
 template <class Config>
 struct Shared {
-  alignas(16) float sums[Config::kChunkBits][Config::kRows];
+  alignas(16) float sums[Config::kChunk][Config::kRows];
   float shares[Config::kRows][Config::kThreads];
   float exact_weights[Config::kRows][kMaxExactPieces];
   RowSum totals[Config::kRows];
@@ -85,8 +81,8 @@ __device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, i
   }
 }
 
-/// Sums of one code bit of one row over all parts, some parts at once. The first are read before
-/// their factors are known.
+/// Sums of one bit or number of one row over all parts, some parts at once. The first are read
+/// before their factors are known.
 template <class Config>
 struct PartSums {
   static constexpr int kAtOnce = Config::kPartsAtOnce;
@@ -95,9 +91,8 @@ struct PartSums {
   __device__ __forceinline__ void load(const Problem& p, PartRange parts, int seq, int row, int bit,
                                        int first) {
     const float* const source =
-        p.value_sums +
-        ((Index{parts.first} + first + seq) * p.row_stride + row) * p.page.num_code_bits + bit;
-    const Index stride = Index{p.row_stride} * p.page.num_code_bits;
+        p.value_sums + ((Index{parts.first} + first + seq) * p.row_stride + row) * p.num_sums + bit;
+    const Index stride = Index{p.row_stride} * p.num_sums;
     const int left = parts.last - parts.first + 1 - first;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) some[j] = j < left ? source[j * stride] : 0;
@@ -115,7 +110,7 @@ struct PartSums {
 /// chunk are shared out among the threads of a channel, and read some at a time.
 template <class Config>
 struct DecoderColumn {
-  static constexpr int kAtOnce = Config::kChunkBits / 4;
+  static constexpr int kAtOnce = Config::kChunk / 4;
   const float* column;  ///< of the thread's first bit
   Index stride;         ///< to its next bit
   int row_size;         ///< channels of the decoder's rows
@@ -124,18 +119,17 @@ struct DecoderColumn {
 
   __device__ DecoderColumn(const Problem& p, const float* decoder, int head, int first_bit)
       : lanes(Config::kThreads / p.head_dim), lane(threadIdx.x / p.head_dim) {
-    row_size = p.bits_stride > 0 ? p.head_dim : p.num_kv_heads * p.head_dim;
-    const int first_channel = p.bits_stride > 0 ? 0 : head * p.head_dim;
-    column = decoder + Index{head * p.bits_stride + first_bit + lane} * row_size + first_channel +
+    row_size = p.sums_stride > 0 ? p.head_dim : p.num_kv_heads * p.head_dim;
+    const int first_channel = p.sums_stride > 0 ? 0 : head * p.head_dim;
+    column = decoder + Index{head * p.sums_stride + first_bit + lane} * row_size + first_channel +
              threadIdx.x % p.head_dim;
     stride = Index{lanes} * row_size;
   }
-  __device__ void next_chunk() { column += Index{Config::kChunkBits} * row_size; }
+  __device__ void next_chunk() { column += Index{Config::kChunk} * row_size; }
   __device__ void load(int first, float (&entries)[kAtOnce]) const {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
-      entries[i] =
-          lane + (first + i) * lanes < Config::kChunkBits ? column[(first + i) * stride] : 0;
+      entries[i] = lane + (first + i) * lanes < Config::kChunk ? column[(first + i) * stride] : 0;
   }
 };
 
@@ -147,12 +141,12 @@ __device__ __forceinline__ void decode_chunk(const DecoderColumn<Config>& decode
                                              const Shared<Config>& shared,
                                              float (&outputs)[Config::kRows]) {
 #pragma unroll 1
-  for (int first = 0; decoder.lane + first * decoder.lanes < Config::kChunkBits;
+  for (int first = 0; decoder.lane + first * decoder.lanes < Config::kChunk;
        first += DecoderColumn<Config>::kAtOnce) {
     if (first > 0) decoder.load(first, entries);
 #pragma unroll
     for (int i = 0; i < DecoderColumn<Config>::kAtOnce; ++i) {
-      const int bit = min(decoder.lane + (first + i) * decoder.lanes, Config::kChunkBits - 1);
+      const int bit = min(decoder.lane + (first + i) * decoder.lanes, Config::kChunk - 1);
 #pragma unroll
       for (int row = 0; row < Config::kRows; ++row)
         outputs[row] += shared.sums[bit][row] * entries[i];
@@ -211,13 +205,13 @@ __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts,
   const int chunks = num_chunks<Config>(p), num_parts = parts.last - parts.first + 1;
   const int first_chunk = part_begin(chunks, blockIdx.x, gridDim.x);
   const int end_chunk = part_begin(chunks, blockIdx.x + 1, gridDim.x);
-  const int bit = threadIdx.x % Config::kChunkBits, row = threadIdx.x / Config::kChunkBits;
-  for (int i = threadIdx.x; i < Config::kRows * Config::kChunkBits; i += Config::kThreads)
+  const int bit = threadIdx.x % Config::kChunk, row = threadIdx.x / Config::kChunk;
+  for (int i = threadIdx.x; i < Config::kRows * Config::kChunk; i += Config::kThreads)
     shared.sums[i / Config::kRows][i % Config::kRows] = 0;
   float outputs[Config::kRows] = {};
 #pragma unroll 1
   for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
-    const int chunk_bit = head * p.bits_stride + chunk * Config::kChunkBits + bit;
+    const int chunk_bit = head * p.sums_stride + chunk * Config::kChunk + bit;
     PartSums<Config> some;
     if (row < rows) some.load(p, parts, seq, first_row + row, chunk_bit, 0);
     if (chunk == first_chunk) {
@@ -262,9 +256,9 @@ __device__ __forceinline__ bool hand_over(const Problem& p, int seq, int head, i
   return true;
 }
 
-template <int kRows>
+template <class Config>
 __device__ __forceinline__ void run(const Problem& p, const float* decoder, float* factors) {
-  using Config = CombineConfig<kRows>;
+  constexpr int kRows = Config::kRows;
   __shared__ Shared<Config> shared;
   const int head = blockIdx.y;
   const int row_blocks = (p.rows_per_head + kRows - 1) / kRows;
@@ -274,8 +268,7 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder, floa
   const int first_row = head * p.rows_per_head + first_head_row;
   const int num_blocks = static_cast<int>(gridDim.x);
   DecoderColumn<Config> column(
-      p, decoder, head,
-      part_begin(num_chunks<Config>(p), blockIdx.x, num_blocks) * Config::kChunkBits);
+      p, decoder, head, part_begin(num_chunks<Config>(p), blockIdx.x, num_blocks) * Config::kChunk);
   float entries[DecoderColumn<Config>::kAtOnce];
   column.load(0, entries);  // while the previous kernel ends
   wait_for_previous_kernel();

@@ -43,17 +43,15 @@ struct BinaryAttentionConfig {
 };
 
 /// Tuning values of the kernel that merges parts and applies the value decoder: a thread for each
-/// row and code bit of a chunk.
-template <int kRows_>
+/// row and sum of a chunk.
+template <int kRows_, int kChunk_>
 struct CombineConfig {
-  static constexpr int kThreads = 512;
   static constexpr int kRows = kRows_;
-  static constexpr int kChunkBits = kThreads / kRows;
+  static constexpr int kChunk = kChunk_;
+  static constexpr int kThreads = kRows * kChunk;
   /// Parts of which a thread reads sums at once: as many as there are registers for.
   static constexpr int kPartsAtOnce = kRows == 4 ? 18 : 34;
 };
-/// Rows that a thread block takes, see `combine::block_rows`.
-constexpr int kCombineFewRows = 4, kCombineRows = 8;
 
 /// Into how many pieces one query's exact tokens are cut at most, where thread blocks are idle.
 constexpr int kMaxExactPieces = 8;

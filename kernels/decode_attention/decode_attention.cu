@@ -25,24 +25,25 @@ __global__ void __launch_bounds__(ValueSumsConfig::kThreads, 1)
   value_sums::run(problem, memory);
 }
 
-template <int kRows>
-__global__ void __launch_bounds__(CombineConfig<kRows>::kThreads)
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads)
     combine_kernel(const __grid_constant__ Problem problem, const float* decoder) {
   extern __shared__ float factors[];
   let_next_kernel_start();
-  combine::run<kRows>(problem, decoder, factors);
+  combine::run<Config>(problem, decoder, factors);
 }
 
 int divide_up(int value, int unit) {
   return (value + unit - 1) / unit;
 }
 
-/// Calls `visit` with the rows of a thread block of the combination, a constant.
+/// Calls `visit` with the configuration of the combination: few rows where that puts a head's sums
+/// in one chunk or two.
 template <class Visit>
-auto with_combine_rows(const Problem& p, Visit visit) {
-  if (combine::block_rows(p) == kCombineFewRows)
-    return visit(std::integral_constant<int, kCombineFewRows>{});
-  return visit(std::integral_constant<int, kCombineRows>{});
+auto with_combine_config(const Problem& p, Visit visit) {
+  if (p.rows_per_head > 4 || p.sums_stride == 0) return visit(CombineConfig<8, 64>{});
+  if (p.head_sums <= 64) return visit(CombineConfig<4, 64>{});
+  return visit(CombineConfig<4, 128>{});
 }
 
 /// Cuts the exact tokens of a query so that all thread blocks have some.
@@ -100,19 +101,20 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   } else {
     cut_exact_for_blocks(view, p);
   }
-  p.head_code_bits = p.page.num_code_bits / layout.value_blocks;
-  p.bits_stride = layout.value_blocks > 1 ? p.head_code_bits : 0;
+  p.num_sums = layout.num_value_sums();
+  p.head_sums = p.num_sums / layout.value_blocks;
+  p.sums_stride = layout.value_blocks > 1 ? p.head_sums : 0;
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
   if (binary) p.num_value_parts = p.num_key_parts;
-  // A block for each chunk where there are few rows; with many, as many as run at once.
-  const int row_groups =
-      p.batch * p.num_kv_heads * divide_up(p.rows_per_head, combine::block_rows(p));
-  const int chunks_of_head = with_combine_rows(
-      p, [&](auto rows) { return combine::num_chunks<CombineConfig<decltype(rows)::value>>(p); });
-  p.num_combine_blocks = std::clamp(view.num_multiprocessors / row_groups, 1, chunks_of_head);
-  p.num_counters = row_groups;
+  with_combine_config(p, [&](auto config) {
+    using Config = decltype(config);
+    // A block for each chunk where there are few rows; with many, as many as run at once.
+    p.num_counters = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, Config::kRows);
+    p.num_combine_blocks = std::clamp(view.num_multiprocessors / p.num_counters, 1,
+                                      divide_up(p.head_sums, Config::kChunk));
+  });
   return p;
 }
 
@@ -144,7 +146,7 @@ std::size_t place(Problem& p, const CodebooksView& view, void* memory) {
   p.block_sums = workspace.take<RowSum>(blocks * p.row_stride);
   p.raw_scores =
       workspace.take<float>(view.num_slices > 1 ? blocks * p.row_stride * kBlockTokens : 0);
-  p.value_sums = workspace.take<float>(parts * p.row_stride * p.page.num_code_bits);
+  p.value_sums = workspace.take<float>(parts * p.row_stride * p.num_sums);
   p.part_sums = workspace.take<RowSum>(parts * p.row_stride);
   p.exact_outputs = workspace.take<float>(batch_rows * p.num_exact_pieces * p.head_dim);
   p.exact_sums = workspace.take<RowSum>(batch_rows * p.num_exact_pieces);
@@ -174,7 +176,7 @@ Status check_limits(const CodebooksView& view, const DecodeLimits& limits) {
   if (limits.total_tokens < 1 || limits.total_tokens > (Index{1} << 35))
     return invalid("total_tokens", limits.total_tokens, "it must be in [1, 2^35]");
   const int rows = limits.num_q_heads * limits.num_query_tokens;
-  const int row_blocks = divide_up(rows / heads, kCombineRows);
+  const int row_blocks = divide_up(rows / heads, CombineConfig<8, 64>::kRows);
   if (Index{limits.batch} * row_blocks > 65535)
     return {StatusCode::kUnsupported,
             "batch %d with %d query tokens and %d query heads a KV head: batch times rows / 8 must "
@@ -323,13 +325,14 @@ cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
 }
 
 cudaError_t combine_parts(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
-  return with_combine_rows(p, [&](auto rows) {
-    constexpr int kRows = decltype(rows)::value;
+  return with_combine_config(p, [&](auto config) {
+    using Config = decltype(config);
+    constexpr int kRows = Config::kRows;
     const dim3 grid(p.num_combine_blocks, p.num_kv_heads,
                     p.batch * divide_up(p.rows_per_head, kRows));
     const int shared_bytes = static_cast<int>(sizeof(float)) * kRows * p.num_value_parts;
-    return launch_early(combine_kernel<kRows>, grid, CombineConfig<kRows>::kThreads, shared_bytes,
-                        stream, p, view.decoder);
+    return launch_early(combine_kernel<Config>, grid, Config::kThreads, shared_bytes, stream, p,
+                        view.decoder);
   });
 }
 

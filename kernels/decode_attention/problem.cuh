@@ -66,15 +66,16 @@ struct Problem {
   int exact_cost;          ///< coded tokens that are scored in the time that one exact token takes
   int num_exact_blocks;    ///< thread blocks of the first key kernel that do exact tokens alone
   int num_value_parts;     ///< likewise for adding up values
-  int head_code_bits;      ///< bits of values that a head's output depends on
-  int bits_stride;         ///< from one head's to the next one's: 0 where all heads share them
-  int num_combine_blocks;  ///< among which the combination of some rows shares out the code bits
+  int num_sums;            ///< of a row: of value bits or, graded, numbers
+  int head_sums;           ///< of these, those that a head's output depends on
+  int sums_stride;         ///< from one head's to the next one's: 0 where all heads share them
+  int num_combine_blocks;  ///< among which the combination of some rows shares out the sums
 
   // Workspace.
   std::uint32_t* weights;   ///< [blocks][row_stride][16] pairs of fp16: tokens s and s + 16
   RowSum* block_sums;       ///< [blocks][row_stride]
   float* raw_scores;        ///< [blocks][row_stride][32]; null with a single key slice
-  float* value_sums;        ///< [num_value_parts + batch][row_stride][num_code_bits]
+  float* value_sums;        ///< [num_value_parts + batch][row_stride][num_sums]
   RowSum* part_sums;        ///< [num_value_parts + batch][row_stride]
   float* exact_outputs;     ///< [batch][num_rows][num_exact_pieces][head_dim]
   RowSum* exact_sums;       ///< [batch][num_rows][num_exact_pieces]

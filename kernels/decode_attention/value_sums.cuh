@@ -210,7 +210,7 @@ __device__ inline void store(const Problem& p, Index slot, int first_bit, int fi
       const int row = 8 * t + 2 * q + e;
       if (row >= rows) continue;
       float* const target =
-          p.value_sums + (slot * p.row_stride + first_row + row) * p.page.num_code_bits + bit;
+          p.value_sums + (slot * p.row_stride + first_row + row) * p.num_sums + bit;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
         *reinterpret_cast<float2*>(target + 2 * tile) =

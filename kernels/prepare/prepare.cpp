@@ -163,6 +163,16 @@ std::vector<std::uint64_t> turns_of(const Rope& rope) {
   return turns;
 }
 
+/// Rows of the values' decoder that sums are multiplied with.
+std::vector<float> decoder_of(const ValueCodec& values, const DevicePageLayout& layout) {
+  const MatrixView<const float> rows = values.decoder();
+  std::vector<float> decoder;
+  for (int bit = 0; bit < layout.num_code_bits; ++bit)
+    if (!layout.graded || graded_bit(bit).weight == 1)
+      decoder.insert(decoder.end(), rows.row(bit), rows.row(bit) + rows.cols);
+  return decoder;
+}
+
 std::vector<std::uint16_t> channels_of(const PairLayout& pairs) {
   std::vector<std::uint16_t> channels;
   for (int pair = 0; pair < pairs.num_pairs(); ++pair)
@@ -207,7 +217,7 @@ DeviceCodebooks prepare(const LayerCodec& codec, const RopeConfig& rope, int pag
   }
   const Index turns = image.add(turns_of(Rope(rope)));
   const Index channels = image.add(channels_of(rope.pairs));
-  const Index decoder = image.add(codec.values->weights().decoder);
+  const Index decoder = image.add(decoder_of(*codec.values, view.layout));
 
   result.memory_ = copy_to_device(image.bytes(), "codebooks");
   const auto* const base = static_cast<const std::uint8_t*>(result.memory_.get());

@@ -114,6 +114,10 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
       value_blocks == 1 || is_binary(), "the value codec has num_blocks ", value_blocks,
       "; with these key codes the device supports 1, and a block a head with those of speed_1bit ",
       "and speed_2bit at head_dim 128");
+  require(!is_binary() || keys.graded == values.graded, "graded is ",
+          keys.graded ? "true" : "false", " for the keys and ", values.graded ? "true" : "false",
+          " for the values; the device supports binary codes of both or of neither");
+  graded = is_binary() && keys.graded;
   value_scales_offset = at;
   page_bytes = align(at + Index{value_blocks} * page_size * 2);
 }
@@ -133,9 +137,8 @@ void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
     }
   for (int i = 0; i < layout.norms_per_token; ++i)
     put_bits(page, Index{8} * layout.key_norm(i, slot), 16, key_norms[i]);
-  for (Index bit = 0; bit < layout.num_code_bits; ++bit)
-    put_bits(page, (layout.value_codes(slot) + 2 * bit) * 8 + slot % 16, 1,
-             get_bits(value_code, bit, 1));
+  for (int bit = 0; bit < layout.num_code_bits; ++bit)
+    put_bits(page, layout.value_bit(bit, slot), 1, get_bits(value_code, bit, 1));
   for (int i = 0; i < layout.value_blocks; ++i)
     put_bits(page, Index{8} * layout.value_scale(i, slot), 16, value_scales[i]);
 }
@@ -157,9 +160,8 @@ void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slo
   for (int i = 0; i < layout.norms_per_token; ++i)
     key_norms[i] =
         static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.key_norm(i, slot), 16));
-  for (Index bit = 0; bit < layout.num_code_bits; ++bit)
-    put_bits(value_code, bit, 1,
-             get_bits(page, (layout.value_codes(slot) + 2 * bit) * 8 + slot % 16, 1));
+  for (int bit = 0; bit < layout.num_code_bits; ++bit)
+    put_bits(value_code, bit, 1, get_bits(page, layout.value_bit(bit, slot), 1));
   for (int i = 0; i < layout.value_blocks; ++i)
     value_scales[i] =
         static_cast<std::uint16_t>(get_bits(page, Index{8} * layout.value_scale(i, slot), 16));

@@ -8,6 +8,7 @@
 
 #include "commvq/core/error.hpp"
 #include "commvq/core/float16.hpp"
+#include "commvq/core/graded_bits.hpp"
 #include "commvq/core/parallel_errors.hpp"
 
 #include <omp.h>
@@ -200,6 +201,18 @@ ValueCodecConfig ValueCodecConfig::paper(int num_channels, int bits) {
   config.validate();
   config.hidden_size = std::min(4096, 2 * num_channels * bits);
   return config;
+}
+
+void ValueCodecWeights::derive_graded_rows(Index channels) {
+  const Index num_bits = static_cast<Index>(decoder.size()) / channels;
+  for (Index bit = 0; bit < num_bits; ++bit) {
+    Index last = bit;
+    while (graded_bit(static_cast<int>(last)).weight > 1) ++last;
+    const auto weight = static_cast<float>(graded_bit(static_cast<int>(bit)).weight);
+    for (Index c = 0; c < channels; ++c)
+      decoder[static_cast<std::size_t>(bit * channels + c)] =
+          weight * decoder[static_cast<std::size_t>(last * channels + c)];
+  }
 }
 
 ValueCodec::ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights)

@@ -185,6 +185,10 @@ TEST_F(AppendTest, CodesOfTheSpeedPresets) {
   shape.norm_per_head = shape.weighted = true;
   shape.polish_sweeps = 8;
   EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
+  shape.graded = true;
+  EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
+  shape.polish_sweeps = 3;
+  EXPECT_EQ(verdict(AppendCase::exact(rng_, shape)), "");
   shape.num_tokens = 150;
   shape.num_stages = 124;
   shape.bits = 2;

@@ -177,7 +177,8 @@ class DecodeSetup {
   LayerCodec random_codec() {
     return {commvq::testing_support::random_key_codec(rng_, case_.keys, case_.num_kv_heads),
             commvq::testing_support::random_value_codec(rng_, static_cast<int>(num_channels()),
-                                                        case_.value_bits, 4, case_.value_blocks)};
+                                                        case_.value_bits, 4, case_.value_blocks,
+                                                        case_.keys.graded)};
   }
 
   std::vector<float> rounded(std::vector<float> values) const {

@@ -320,6 +320,9 @@ TEST(AppendKernelsTest, ValuesInBlocksAndWithChannelScales) {
                                      .polish_sweeps = 3,
                                      .value_blocks = 2};
   expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
+  shape.graded = true;
+  expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
+  shape.graded = false;
   shape.polish_sweeps = 0;
   expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp16, false);
   shape.scaled_values = true;

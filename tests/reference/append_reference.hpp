@@ -37,6 +37,7 @@ struct AppendShape {
   int polish_sweeps = 0;           ///< of value codes
   int value_blocks = 1;
   bool scaled_values = false;  ///< channel scales, powers of two
+  bool graded = false;         ///< keys and values
 };
 
 /// A token as a page holds it.
@@ -84,6 +85,7 @@ struct AppendCase {
     config.tied = shape.tied;
     config.beam_width = shape.beam_width;
     config.norm_per_head = shape.norm_per_head;
+    config.graded = shape.graded;
     if (is_exact) {
       int exponent = 0;
       while ((1 << 2 * exponent) < num_channels()) ++exponent;
@@ -94,6 +96,7 @@ struct AppendCase {
         std::uniform_int_distribution<int> number(-3, 3);
         for (float& value : codebook.rows) value = static_cast<float>(number(rng) * unit / 4);
         if (config.tied) codebook.derive_tied_books();
+        if (config.graded) codebook.derive_graded_rows();
         if (shape.weighted)
           for (int pair = 0; pair < pairs.num_pairs(); ++pair)
             codebook.pair_weights.push_back(std::ldexp(1.0f, static_cast<int>(rng() % 3) - 1));
@@ -108,13 +111,14 @@ struct AppendCase {
       values = normal_floats(rng, num_tokens * num_channels(), 0.5);
     }
     codec.values = random_value_codec(rng, num_channels(), shape.bits, shape.hidden_size,
-                                      shape.value_blocks);
+                                      shape.value_blocks, shape.graded);
     ValueCodecConfig value_config = codec.values->config();
     value_config.polish_sweeps = shape.polish_sweeps;
     ValueCodecWeights weights = codec.values->weights();
     std::uniform_int_distribution<int> number(-2, 2);
     if (is_exact)
       for (float& value : weights.decoder) value = static_cast<float>(number(rng));
+    if (shape.graded) weights.derive_graded_rows(value_config.block().num_channels);
     if (shape.scaled_values)
       for (int c = 0; c < num_channels(); ++c)
         weights.channel_scales.push_back(std::ldexp(1.0f, static_cast<int>(rng() % 3) - 1));
@@ -307,7 +311,8 @@ struct AppendCase {
     return codebook;
   }
 
-  double key_error(Index token, const std::vector<std::uint16_t>& norms, const std::vector<std::uint16_t>& codes) const {
+  double key_error(Index token, const std::vector<std::uint16_t>& norms,
+                   const std::vector<std::uint16_t>& codes) const {
     double error = 0;
     const std::uint16_t* code = codes.data();
     for (int head = 0; head < shape.num_kv_heads; ++head) {
@@ -316,8 +321,9 @@ struct AppendCase {
         std::vector<double> left = unit_group(token, norms, head, group);
         for (int b = 0; b < layout.num_books; ++b, ++code)
           for (std::size_t i = 0; i < left.size(); ++i)
-            left[i] -= codebook.book(group, b / 2,
-                                     b % 2)[*code * static_cast<Index>(left.size()) + static_cast<Index>(i)];
+            left[i] -= codebook.book(
+                group, b / 2,
+                b % 2)[*code * static_cast<Index>(left.size()) + static_cast<Index>(i)];
         for (const double x : left) error += x * x;
       }
     }
@@ -444,9 +450,9 @@ struct AppendCase {
         const double* const four = logits.data() + first;
         const auto best = std::max_element(four, four + 4) - four;
         const int i = static_cast<int>(first) / 2;
-        const auto pattern =
-            std::find(std::begin(kValuePatterns), std::end(kValuePatterns), bit(i) | bit(i + 1) << 1) -
-            kValuePatterns;
+        const auto pattern = std::find(std::begin(kValuePatterns), std::end(kValuePatterns),
+                                       bit(i) | bit(i + 1) << 1) -
+                             kValuePatterns;
         if (pattern == best) continue;
         ++mismatches;
         if (!(four[best] - four[pattern] <= tolerance))

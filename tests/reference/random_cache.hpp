@@ -43,12 +43,14 @@ inline std::shared_ptr<const KeyCodec> random_key_codec(Rng& rng, const KeyCodec
 }
 
 inline std::shared_ptr<const ValueCodec> random_value_codec(Rng& rng, int num_channels, int bits,
-                                                            int hidden_size, int num_blocks = 1) {
+                                                            int hidden_size, int num_blocks = 1,
+                                                            bool graded = false) {
   ValueCodecConfig config;
   config.num_channels = num_channels;
   config.bits = bits;
   config.hidden_size = hidden_size;
   config.num_blocks = num_blocks;
+  config.graded = graded;
   const int of_block = num_channels / num_blocks;
   ValueCodecWeights weights;
   weights.norm_gain.assign(static_cast<std::size_t>(num_channels), 1.0f);
@@ -60,6 +62,7 @@ inline std::shared_ptr<const ValueCodec> random_value_codec(Rng& rng, int num_ch
                                         1 / std::sqrt(double(hidden_size)));
   weights.output_bias = normal_floats(rng, config.num_logits(), 0.1);
   weights.decoder = normal_floats(rng, Index{config.num_code_bits()} * of_block);
+  if (graded) weights.derive_graded_rows(of_block);
   return std::make_shared<const ValueCodec>(config, std::move(weights));
 }
 

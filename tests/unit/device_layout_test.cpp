@@ -313,16 +313,30 @@ TEST(DeviceLayoutRefusals, NameBlocksOfValues) {
           testing::HasSubstr("num_blocks 8; with these key codes the device supports 1")));
 }
 
+TEST(DeviceLayoutRefusals, NameGradedCodesOfOneSide) {
+  const PairLayout pairs{128, 128, RopeLayout::kHalfSplit};
+  KeyCodecConfig keys = KeyCodecConfig::speed_1bit(pairs);
+  ValueCodecConfig values = ValueCodecConfig::speed_1bit(384, 3);
+  keys.graded = true;
+  values.graded = false;
+  EXPECT_THAT([&] { DevicePageLayout(keys, 3, values, 32, key_plane_bytes(90)); },
+              testing::ThrowsMessage<Error>(testing::HasSubstr(
+                  "graded is true for the keys and false for the values; the device supports")));
+}
+
 TEST(DeviceLayout, KeepsBinaryTokens) {
   const PairLayout pairs{128, 128, RopeLayout::kHalfSplit};
   std::mt19937_64 rng(3);
-  for (const bool two : {false, true}) {
-    const KeyCodecConfig keys =
+  for (int i = 0; i < 4; ++i) {
+    const bool two = i / 2 == 1;
+    KeyCodecConfig keys =
         two ? KeyCodecConfig::speed_2bit(pairs) : KeyCodecConfig::speed_1bit(pairs);
-    const ValueCodecConfig values =
+    ValueCodecConfig values =
         two ? ValueCodecConfig::speed_2bit(384, 3) : ValueCodecConfig::speed_1bit(384, 3);
+    keys.graded = values.graded = i % 2 == 1;
     const DevicePageLayout layout(keys, 3, values, 32, key_plane_bytes(90));
     ASSERT_TRUE(layout.is_binary());
+    EXPECT_EQ(layout.graded, keys.graded);
     EXPECT_EQ(layout.bytes_per_token(), two ? 3 * (31 + 2 + 32 + 2) : 3 * (15 + 2 + 16 + 2));
     struct Token {
       std::vector<std::uint16_t> codes, norms, scales;

@@ -75,7 +75,7 @@ struct CodebooksView {
   BinaryKeys binary;                        ///< instead of slices, where layout.is_binary()
   const std::uint64_t* turns = nullptr;     ///< device, [num_pairs]: RoPE, in 2^-64 turns a token
   const std::uint16_t* channels = nullptr;  ///< device, [2 * num_pairs]: channel of planar index
-  /// device, [num_code_bits][num_kv_heads * head_dim / value_blocks]
+  /// device, [layout.num_value_sums()][num_kv_heads * head_dim / value_blocks]
   const float* decoder = nullptr;
   int num_multiprocessors = 0;  ///< of the device that holds them
 };

@@ -35,7 +35,9 @@ struct KeyPlane {
 /// How the codes of `page_size` tokens of one layer lie in a page in device memory.
 ///
 ///     key words     per plane [num_kv_heads][page_size][num_words] 32-bit words
-///     value codes   [page_size / 16][num_code_bits] 16-bit words; bit j is token j of the 16
+///     value codes   [page_size / 16][num_code_bits] 16-bit words; bit j is token j of the 16.
+///     Graded:
+///                   [page_size / 16][num_code_bits / 16][16 tokens], the first code bit highest
 ///     key tails     per plane [num_kv_heads] bit streams [page_size][tail_bits]
 ///     key norms     [norms_per_token][page_size] bf16
 ///     value scales  [value_blocks][page_size] bf16
@@ -59,6 +61,7 @@ struct COMMVQ_API DevicePageLayout {
   int num_books = 0;        ///< of one group: 2 * num_stages
   int num_code_bits = 0;    ///< of one token's values
   int value_blocks = 1;     ///< of the value codec: each has its own bits, in order, and scale
+  bool graded = false;      ///< binary codes, and bits of keys and values are numbers
   int norms_per_token = 1;  ///< 1: over all heads; num_kv_heads: one a head
   Index plane_bytes = 0;    ///< shared memory that the 8-bit rows of one plane may take
   /// Bits of the entries of key rows: 4 for books of 64 centroids over groups of more than 32
@@ -99,9 +102,18 @@ struct COMMVQ_API DevicePageLayout {
   COMMVQ_HOST_DEVICE int key_tail_bit(const KeyPlane& plane, int head, int slot) const {
     return plane.tails_offset * 8 + (head * page_size + slot) * plane.tail_bits;
   }
+  /// Sums over tokens that the decoder of the values is multiplied with: of bits, or numbers.
+  int num_value_sums() const { return graded ? num_code_bits / 2 : num_code_bits; }
+
   /// Bytes from the page's start to the 16-bit words of 16 tokens, of which `slot` is one.
   COMMVQ_HOST_DEVICE int value_codes(int slot) const {
     return value_codes_offset + slot / 16 * num_code_bits * 2;
+  }
+  /// Bits from the page's start to bit `bit` of a token's value code.
+  COMMVQ_HOST_DEVICE Index value_bit(int bit, int slot) const {
+    const Index first = Index{8} * value_codes(slot);
+    if (graded) return first + 16 * (bit / 16 * 16 + slot % 16) + 15 - bit % 16;
+    return first + 16 * bit + slot % 16;
   }
   COMMVQ_HOST_DEVICE int key_norm(int head, int slot) const {
     return key_norms_offset + 2 * ((norms_per_token == 1 ? 0 : head) * page_size + slot);

@@ -90,7 +90,7 @@ struct COMMVQ_API ValueCodecConfig {
 /// long as that lowers |v - s u|^2 with the best scale s = <v, u> / |u|^2. The norm is restored all
 /// the same: s is smaller, and attention averages the errors of values away but not their
 /// shrinking.
-struct ValueCodecWeights {
+struct COMMVQ_API ValueCodecWeights {
   std::vector<float> norm_gain;            ///< [B][C]
   std::vector<float> norm_bias;            ///< [B][C]
   std::vector<float> hidden_weight;        ///< [B][H][C]
@@ -99,6 +99,10 @@ struct ValueCodecWeights {
   std::vector<float> output_bias;          ///< [B][L]
   std::vector<float> decoder;              ///< [B][code bits of a block][C], E of the paper
   std::vector<float> channel_scales = {};  ///< [B][C], positive, or empty for all ones
+
+  /// Makes the decoder what `ValueCodecConfig::graded` asks for: the rows of the last bits of all
+  /// numbers decide. `channels` are those of a block, a multiple of 8 as the blocks' bits are.
+  void derive_graded_rows(Index channels);
 
   /// Calls `use` with a pointer to each member.
   template <class Use>

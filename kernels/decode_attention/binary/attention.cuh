@@ -47,7 +47,11 @@ __device__ __forceinline__ void gather_block(const Problem& p, const Shared<Shap
                    scales);
   std::uint32_t weights[4];
   weigh(scores, scales, lane, gathered, weights);
-  add_values(stage, weights, lane, gathered);
+  if constexpr (Shape::kGraded) {
+    add_numbers(stage, weights, lane, gathered);
+  } else {
+    add_bits(stage, weights, lane, gathered);
+  }
 }
 
 /// Turns the queries of a tile for the group of steps that begins with round `round`, and finds

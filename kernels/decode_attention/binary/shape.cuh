@@ -22,8 +22,8 @@ struct Arguments {
 };
 
 /// Sizes that follow from the pairs that are decoded, in eights, the words of key codes that a lane
-/// holds of a token, and whether a byte of these is four numbers of 3, 2, 2 and 1 bits, or eight
-/// bits.
+/// holds of a token, and whether a byte of keys and values is four numbers of 3, 2, 2 and 1 bits,
+/// or eight bits.
 template <int kHighEights_, int kLaneWords_, bool kGraded_>
 struct Shape {
   static constexpr bool kGraded = kGraded_;
@@ -33,6 +33,7 @@ struct Shape {
   static constexpr int kLowEights = BinaryKeys::kPairs / 8 - kHighEights;
   static constexpr int kCodeEights = kWordEights * kLaneWords;
   static constexpr int kValueBits = 128 * kLaneWords;  ///< of a head
+  static constexpr int kValueSums = kGraded ? kValueBits / 2 : kValueBits;
   /// Sums take registers, of which fewer warps have more.
   static constexpr int kWarps = kHighEights == 3   ? (kLaneWords == 1 || kGraded ? 16 : 12)
                                 : kHighEights == 5 ? (kLaneWords == 1 ? 12 : 8)
@@ -85,7 +86,8 @@ struct Half {
   std::uint32_t tails[12];  ///< 24 bits a token
   std::uint16_t norms[16];
   std::uint16_t scales[16];
-  std::uint16_t values[Shape::kValueBits];  ///< bit j is token j
+  /// Bit j of a word is token j; graded, sixteen bits of a token after the other's.
+  std::uint16_t values[Shape::kValueBits];
 
   static constexpr int kVectors = (16 * kWords * 4 + 48 + 32 + 32 + 2 * Shape::kValueBits) / 16;
 };
@@ -143,7 +145,7 @@ struct Shared {
   RowSum sums[Shape::kWarps][kRows];
   union {
     alignas(16) Half<Shape> stages[Shape::kWarps][2][2];  ///< [two blocks][two halves]
-    alignas(16) float outputs[Shape::kWarps][kRows][Shape::kValueBits];
+    alignas(16) float outputs[Shape::kWarps][kRows][Shape::kValueSums];
   };
 };
 
