@@ -29,13 +29,13 @@ namespace commvq::cuda::binary_attention {
 /// Called by all warps of the tile together, with blocks beyond the segment too.
 template <class Shape>
 __device__ __forceinline__ void gather_block(const Problem& p, const Shared<Shape>& shared,
-                                             const Half<Shape>* stage, CodePlace code_place,
+                                             const Half<Shape>* stage, const LaneCodes<Shape>& codes,
                                              int step, int tile, int tile_block, int block,
                                              Gathered<Shape>& gathered) {
   const Segment& segment = shared.segment;
   const int lane = forgotten<32>(static_cast<int>(threadIdx.x) % 32);
   float scores[4], scales[4];
-  score_keys(shared, stage, code_place, step, tile, tile_block, lane, scores);
+  score_keys(shared, stage, codes, step, tile, tile_block, lane, scores);
   if (block >= segment.count) return;
   if (p.soft_cap > 0)
 #pragma unroll
@@ -92,13 +92,14 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<Shape>& s
   for (int round = 0; segment.round_begin(tile, round) < segment.count; ++round) {
     const int group_round = round % Shape::kGroupRounds;
     if (group_round == 0) prepare_group(a, shared, tile, round);
-    __syncwarp();  // nobody reads the block before any more
+    const Half<Shape>* const stage = shared.stages[warp][round % 2];
+    wait_for_copies();
+    __syncwarp();  // the block is there, and nobody reads the one before any more
+    const LaneCodes<Shape> codes(stage, code_place, forgotten<32>(threadIdx.x % 32));
     const Source source = shared.sources[tile][group_round][sixteen];
     copy.start(source, shared.places, shared.stages[warp][(round + 1) % 2]);
-    wait_for_copies_but<1>();
-    __syncwarp();
-    gather_block(a.problem, shared, shared.stages[warp][round % 2], code_place,
-                 group_round / kRounds, tile, round % kRounds * kTileWarps + tile_warp,
+    gather_block(a.problem, shared, stage, codes, group_round / kRounds, tile,
+                 round % kRounds * kTileWarps + tile_warp,
                  segment.round_begin(tile, round) + tile_warp, gathered);
   }
   wait_for_copies();

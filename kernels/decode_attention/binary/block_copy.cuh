@@ -124,24 +124,21 @@ struct LaneCodes {
 #pragma unroll
     for (int t = 0; t < 3; ++t) words[t][kLast] = word(first + t * place.stride);
     words[3][kLast] = word(first + (is_tail ? 2 : 3) * place.stride);
-    if (is_tail) spread_tails();
+    // Tails are 24 bits: they are shifted to their places, other words by none; and the bit after
+    // them is the code of what all keys have in common.
+    const std::uint32_t tail_bits = is_tail ? 0xffffffu : ~0u, one = is_tail ? 1u << 24 : 0u;
+    const int shift = is_tail ? 24 : 48;
+    words[3][kLast] = __funnelshift_rc(words[2][kLast], words[3][kLast], shift - 16);
+    words[2][kLast] = __funnelshift_rc(words[1][kLast], words[2][kLast], shift - 8);
+    words[1][kLast] = __funnelshift_rc(words[0][kLast], words[1][kLast], shift);
+#pragma unroll
+    for (int t = 0; t < 4; ++t) words[t][kLast] = (words[t][kLast] & tail_bits) | one;
     // The bit that comes first counts most.
     if constexpr (Shape::kGraded)
 #pragma unroll
       for (auto& token_words : words)
 #pragma unroll
         for (std::uint32_t& token_word : token_words) token_word = __brev(token_word);
-  }
-
- private:
-  __device__ __forceinline__ void spread_tails() {
-    constexpr int w = Shape::kLaneWords - 1;
-    constexpr std::uint32_t kOne = 1u << 24;  // the code bit of what all keys have in common
-    const std::uint32_t a = words[0][w], b = words[1][w], c = words[2][w];
-    words[0][w] = (a & 0xffffffu) | kOne;
-    words[1][w] = (__funnelshift_r(a, b, 24) & 0xffffffu) | kOne;
-    words[2][w] = (__funnelshift_r(b, c, 16) & 0xffffffu) | kOne;
-    words[3][w] = c >> 8 | kOne;
   }
 };
 

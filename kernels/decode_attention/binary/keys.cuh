@@ -136,9 +136,8 @@ __device__ __forceinline__ void add_high(uint4 turn, uint2 query, const Eight& r
 /// the block; the tile is that of step `step` of a group. Called by all warps of the tile together.
 template <class Shape>
 __device__ __forceinline__ void score_keys(const Shared<Shape>& shared, const Half<Shape>* stage,
-                                           CodePlace code_place, int step, int tile, int block,
-                                           int lane, float (&scores)[4]) {
-  const LaneCodes<Shape> codes(stage, code_place, lane);
+                                           const LaneCodes<Shape>& codes, int step, int tile,
+                                           int block, int lane, float (&scores)[4]) {
   const TurnedQueries<Shape>& turned = shared.turned[tile];
   float norms[4];
   widen(stage[lane_token(lane) / 16].norms + lane_token(lane) % 16, norms);
