@@ -11,32 +11,13 @@
 /// the last one to finish adds up what the blocks of these rows found.
 namespace commvq::cuda::combine {
 
-/// Chunks of a head's sums.
-template <class Config>
+using Config = CombineConfig;
+
+/// Chunks of the sums.
 __device__ inline int num_chunks(const Problem& p) {
-  return (p.head_sums + Config::kChunk - 1) / Config::kChunk;
+  return (p.num_sums + Config::kChunk - 1) / Config::kChunk;
 }
 
-/// Parts whose blocks are some of a sequence's: `[first, last]`.
-struct PartRange {
-  int first = 0;
-  int last = -1;
-};
-
-__device__ __forceinline__ PartRange parts_of(const Problem& p, int total, int seq) {
-  PartRange range;
-  const int count = BlockRange(p, seq).count;
-  if (count == 0) return range;
-  int before = 0;
-  for (int other = threadIdx.x % 32; other < seq; other += 32) before += BlockRange(p, other).count;
-  for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(~0u, before, step);
-  const int parts = value_parts(p, total);
-  range.first = part_of(total, before, parts);
-  range.last = part_of(total, before + count - 1, parts);
-  return range;
-}
-
-template <class Config>
 struct Shared {
   alignas(16) float sums[Config::kChunk][Config::kRows];
   float shares[Config::kRows][Config::kThreads];
@@ -47,12 +28,11 @@ struct Shared {
 
 /// Factors that bring every part's sums to the row's maximum: `[kRows][parts]`, and the row's
 /// total.
-template <class Config>
 __device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, int seq,
                                             int first_row, int rows, float* factors,
-                                            Shared<Config>& shared) {
+                                            Shared& shared) {
   const int lane = threadIdx.x % 32;
-  const int num_parts = parts.last - parts.first + 1;
+  const int num_parts = parts.count();
   for (int row = threadIdx.x / 32; row < rows; row += Config::kThreads / 32) {
     const RowSum* const exact =
         p.exact_sums + (Index{seq} * p.num_rows + first_row + row) * p.num_exact_pieces;
@@ -83,7 +63,6 @@ __device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, i
 
 /// Sums of one bit or number of one row over all parts, some parts at once. The first are read
 /// before their factors are known.
-template <class Config>
 struct PartSums {
   static constexpr int kAtOnce = Config::kPartsAtOnce;
   float some[kAtOnce];
@@ -93,7 +72,7 @@ struct PartSums {
     const float* const source =
         p.value_sums + ((Index{parts.first} + first + seq) * p.row_stride + row) * p.num_sums + bit;
     const Index stride = Index{p.row_stride} * p.num_sums;
-    const int left = parts.last - parts.first + 1 - first;
+    const int left = parts.count() - first;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) some[j] = j < left ? source[j * stride] : 0;
   }
@@ -108,7 +87,6 @@ struct PartSums {
 
 /// A thread's share of the value decoder: channel threadIdx.x % dim of the head; the bits of the
 /// chunk are shared out among the threads of a channel, and read some at a time.
-template <class Config>
 struct DecoderColumn {
   static constexpr int kAtOnce = Config::kChunk / 4;
   const float* column;  ///< of the thread's first bit
@@ -119,10 +97,9 @@ struct DecoderColumn {
 
   __device__ DecoderColumn(const Problem& p, const float* decoder, int head, int first_bit)
       : lanes(Config::kThreads / p.head_dim), lane(threadIdx.x / p.head_dim) {
-    row_size = p.sums_stride > 0 ? p.head_dim : p.num_kv_heads * p.head_dim;
-    const int first_channel = p.sums_stride > 0 ? 0 : head * p.head_dim;
-    column = decoder + Index{head * p.sums_stride + first_bit + lane} * row_size + first_channel +
-             threadIdx.x % p.head_dim;
+    row_size = p.num_kv_heads * p.head_dim;
+    column =
+        decoder + Index{first_bit + lane} * row_size + head * p.head_dim + threadIdx.x % p.head_dim;
     stride = Index{lanes} * row_size;
   }
   __device__ void next_chunk() { column += Index{Config::kChunk} * row_size; }
@@ -135,17 +112,16 @@ struct DecoderColumn {
 
 /// Adds a chunk's share of the output, its sums times its rows of the decoder, of which `entries`
 /// are the first, to the thread's channel of all rows.
-template <class Config>
-__device__ __forceinline__ void decode_chunk(const DecoderColumn<Config>& decoder,
-                                             float (&entries)[DecoderColumn<Config>::kAtOnce],
-                                             const Shared<Config>& shared,
+__device__ __forceinline__ void decode_chunk(const DecoderColumn& decoder,
+                                             float (&entries)[DecoderColumn::kAtOnce],
+                                             const Shared& shared,
                                              float (&outputs)[Config::kRows]) {
 #pragma unroll 1
   for (int first = 0; decoder.lane + first * decoder.lanes < Config::kChunk;
-       first += DecoderColumn<Config>::kAtOnce) {
+       first += DecoderColumn::kAtOnce) {
     if (first > 0) decoder.load(first, entries);
 #pragma unroll
-    for (int i = 0; i < DecoderColumn<Config>::kAtOnce; ++i) {
+    for (int i = 0; i < DecoderColumn::kAtOnce; ++i) {
       const int bit = min(decoder.lane + (first + i) * decoder.lanes, Config::kChunk - 1);
 #pragma unroll
       for (int row = 0; row < Config::kRows; ++row)
@@ -155,9 +131,7 @@ __device__ __forceinline__ void decode_chunk(const DecoderColumn<Config>& decode
 }
 
 /// What the threads of channel `d` have of a row.
-template <class Config>
-__device__ __forceinline__ float output_of(const Problem& p, const Shared<Config>& shared, int row,
-                                           int d) {
+__device__ __forceinline__ float output_of(const Problem& p, const Shared& shared, int row, int d) {
   float sum = 0;
 #pragma unroll 4
   for (int i = d; i < Config::kThreads; i += p.head_dim) sum += shared.shares[row][i];
@@ -166,10 +140,9 @@ __device__ __forceinline__ float output_of(const Problem& p, const Shared<Config
 
 /// Adds up the blocks' outputs, or this only block's, and the exact tokens, divides, and writes the
 /// rows.
-template <class Config>
 __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, int head,
                                        int first_head_row, int rows, int num_blocks,
-                                       const Shared<Config>& shared) {
+                                       const Shared& shared) {
   const int dim = p.head_dim;
   const int num_q_heads = p.num_kv_heads * p.group;
   for (int item = threadIdx.x; item < rows * dim; item += Config::kThreads) {
@@ -196,13 +169,11 @@ __device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, in
 
 /// The share of the chunks of this thread block in the output of its rows. `entries` are the first
 /// of the first chunk, to which `decoder` points.
-template <class Config>
 __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts, int seq, int head,
-                                              int first_row, int rows,
-                                              DecoderColumn<Config>& decoder,
-                                              float (&entries)[DecoderColumn<Config>::kAtOnce],
-                                              float* factors, Shared<Config>& shared) {
-  const int chunks = num_chunks<Config>(p), num_parts = parts.last - parts.first + 1;
+                                              int first_row, int rows, DecoderColumn& decoder,
+                                              float (&entries)[DecoderColumn::kAtOnce],
+                                              float* factors, Shared& shared) {
+  const int chunks = num_chunks(p), num_parts = parts.count();
   const int first_chunk = part_begin(chunks, blockIdx.x, gridDim.x);
   const int end_chunk = part_begin(chunks, blockIdx.x + 1, gridDim.x);
   const int bit = threadIdx.x % Config::kChunk, row = threadIdx.x / Config::kChunk;
@@ -211,8 +182,8 @@ __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts,
   float outputs[Config::kRows] = {};
 #pragma unroll 1
   for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
-    const int chunk_bit = head * p.sums_stride + chunk * Config::kChunk + bit;
-    PartSums<Config> some;
+    const int chunk_bit = chunk * Config::kChunk + bit;
+    PartSums some;
     if (row < rows) some.load(p, parts, seq, first_row + row, chunk_bit, 0);
     if (chunk == first_chunk) {
       weigh_parts(p, parts, seq, first_row, rows, factors, shared);
@@ -239,9 +210,8 @@ __device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts,
 }
 
 /// Writes this block's outputs for the one that finishes, and counts it. True for the last one.
-template <class Config>
 __device__ __forceinline__ bool hand_over(const Problem& p, int seq, int head, int first_row,
-                                          int rows, Shared<Config>& shared) {
+                                          int rows, Shared& shared) {
   const int dim = p.head_dim;
   for (int item = threadIdx.x; item < rows * dim; item += Config::kThreads)
     p.block_outputs[((Index{seq} * p.num_rows + first_row + item / dim) * gridDim.x + blockIdx.x) *
@@ -256,10 +226,9 @@ __device__ __forceinline__ bool hand_over(const Problem& p, int seq, int head, i
   return true;
 }
 
-template <class Config>
 __device__ __forceinline__ void run(const Problem& p, const float* decoder, float* factors) {
   constexpr int kRows = Config::kRows;
-  __shared__ Shared<Config> shared;
+  __shared__ Shared shared;
   const int head = blockIdx.y;
   const int row_blocks = (p.rows_per_head + kRows - 1) / kRows;
   const int seq = blockIdx.z / row_blocks;
@@ -267,9 +236,9 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder, floa
   const int rows = min(kRows, p.rows_per_head - first_head_row);
   const int first_row = head * p.rows_per_head + first_head_row;
   const int num_blocks = static_cast<int>(gridDim.x);
-  DecoderColumn<Config> column(
-      p, decoder, head, part_begin(num_chunks<Config>(p), blockIdx.x, num_blocks) * Config::kChunk);
-  float entries[DecoderColumn<Config>::kAtOnce];
+  DecoderColumn column(p, decoder, head,
+                       part_begin(num_chunks(p), blockIdx.x, num_blocks) * Config::kChunk);
+  float entries[DecoderColumn::kAtOnce];
   column.load(0, entries);  // while the previous kernel ends
   wait_for_previous_kernel();
   const int total = total_blocks(p);

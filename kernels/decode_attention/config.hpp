@@ -40,17 +40,18 @@ struct BinaryAttentionConfig {
   static constexpr int kTileTokens = 256;  ///< that share queries at the nodes
   static constexpr int kTileWarps = 4;     ///< that share a tile: some blocks of it each
   static constexpr int kRows = 4;          ///< query heads at once
+  static constexpr int kCombineThreads = 512;
+  static constexpr int kPartsAtOnce = 16;  ///< of which a thread of the combination reads sums
 };
 
 /// Tuning values of the kernel that merges parts and applies the value decoder: a thread for each
 /// row and sum of a chunk.
-template <int kRows_, int kChunk_>
 struct CombineConfig {
-  static constexpr int kRows = kRows_;
-  static constexpr int kChunk = kChunk_;
+  static constexpr int kRows = 8;
+  static constexpr int kChunk = 64;
   static constexpr int kThreads = kRows * kChunk;
   /// Parts of which a thread reads sums at once: as many as there are registers for.
-  static constexpr int kPartsAtOnce = kRows == 4 ? 18 : 34;
+  static constexpr int kPartsAtOnce = 34;
 };
 
 /// Into how many pieces one query's exact tokens are cut at most, where thread blocks are idle.

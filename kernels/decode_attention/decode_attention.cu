@@ -25,25 +25,15 @@ __global__ void __launch_bounds__(ValueSumsConfig::kThreads, 1)
   value_sums::run(problem, memory);
 }
 
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(CombineConfig::kThreads)
     combine_kernel(const __grid_constant__ Problem problem, const float* decoder) {
   extern __shared__ float factors[];
   let_next_kernel_start();
-  combine::run<Config>(problem, decoder, factors);
+  combine::run(problem, decoder, factors);
 }
 
 int divide_up(int value, int unit) {
   return (value + unit - 1) / unit;
-}
-
-/// Calls `visit` with the configuration of the combination: few rows where that puts a head's sums
-/// in one chunk or two.
-template <class Visit>
-auto with_combine_config(const Problem& p, Visit visit) {
-  if (p.rows_per_head > 4 || p.sums_stride == 0) return visit(CombineConfig<8, 64>{});
-  if (p.head_sums <= 64) return visit(CombineConfig<4, 64>{});
-  return visit(CombineConfig<4, 128>{});
 }
 
 /// Cuts the exact tokens of a query so that all thread blocks have some.
@@ -102,19 +92,17 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
     cut_exact_for_blocks(view, p);
   }
   p.num_sums = layout.num_value_sums();
-  p.head_sums = p.num_sums / layout.value_blocks;
-  p.sums_stride = layout.value_blocks > 1 ? p.head_sums : 0;
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
-  if (binary) p.num_value_parts = p.num_key_parts;
-  with_combine_config(p, [&](auto config) {
-    using Config = decltype(config);
-    // A block for each chunk where there are few rows; with many, as many as run at once.
-    p.num_counters = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, Config::kRows);
-    p.num_combine_blocks = std::clamp(view.num_multiprocessors / p.num_counters, 1,
-                                      divide_up(p.head_sums, Config::kChunk));
-  });
+  if (binary) {
+    p.num_value_parts = p.num_key_parts;
+    return p;
+  }
+  // A block for each chunk where there are few rows; with many, as many as run at once.
+  p.num_counters = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
+  p.num_combine_blocks = std::clamp(view.num_multiprocessors / p.num_counters, 1,
+                                    divide_up(p.num_sums, CombineConfig::kChunk));
   return p;
 }
 
@@ -176,7 +164,7 @@ Status check_limits(const CodebooksView& view, const DecodeLimits& limits) {
   if (limits.total_tokens < 1 || limits.total_tokens > (Index{1} << 35))
     return invalid("total_tokens", limits.total_tokens, "it must be in [1, 2^35]");
   const int rows = limits.num_q_heads * limits.num_query_tokens;
-  const int row_blocks = divide_up(rows / heads, CombineConfig<8, 64>::kRows);
+  const int row_blocks = divide_up(rows / heads, CombineConfig::kRows);
   if (Index{limits.batch} * row_blocks > 65535)
     return {StatusCode::kUnsupported,
             "batch %d with %d query tokens and %d query heads a KV head: batch times rows / 8 must "
@@ -308,10 +296,8 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
 }
 
 cudaError_t attend_binary(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
-  const dim3 grid(p.num_kv_heads * p.num_key_parts + p.num_exact_blocks,
-                  divide_up(p.rows_per_head, BinaryAttentionConfig::kRows));
   return launch_binary_attention({p, view.binary, codes_of(view.layout, view.layout.planes[0])},
-                                 grid, stream);
+                                 view.decoder, stream);
 }
 
 cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
@@ -325,15 +311,12 @@ cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
 }
 
 cudaError_t combine_parts(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
-  return with_combine_config(p, [&](auto config) {
-    using Config = decltype(config);
-    constexpr int kRows = Config::kRows;
-    const dim3 grid(p.num_combine_blocks, p.num_kv_heads,
-                    p.batch * divide_up(p.rows_per_head, kRows));
-    const int shared_bytes = static_cast<int>(sizeof(float)) * kRows * p.num_value_parts;
-    return launch_early(combine_kernel<Config>, grid, Config::kThreads, shared_bytes, stream, p,
-                        view.decoder);
-  });
+  constexpr int kRows = CombineConfig::kRows;
+  const dim3 grid(p.num_combine_blocks, p.num_kv_heads,
+                  p.batch * divide_up(p.rows_per_head, kRows));
+  const int shared_bytes = static_cast<int>(sizeof(float)) * kRows * p.num_value_parts;
+  return launch_early(combine_kernel, grid, CombineConfig::kThreads, shared_bytes, stream, p,
+                      view.decoder);
 }
 
 }  // namespace
@@ -354,8 +337,8 @@ Status decode_attention(const DeviceCodebooks& codebooks, const DecodeAttention&
   } else {
     error = score_keys(view, p, call.stream);
     if (error == cudaSuccess) error = sum_values(p, call.stream);
+    if (error == cudaSuccess) error = combine_parts(view, p, call.stream);
   }
-  if (error == cudaSuccess) error = combine_parts(view, p, call.stream);
   if (error != cudaSuccess)
     return {StatusCode::kCudaError, "launching decode attention: %s", cudaGetErrorString(error)};
   return {};

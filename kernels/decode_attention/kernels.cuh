@@ -19,8 +19,9 @@ KeyScoresLauncher byte_rows_launcher(int width);
 KeyScoresLauncher one_plane_launcher(int num_books);
 KeyScoresLauncher two_planes_launcher(int num_books);
 
-/// Launches attention over binary codes, and beside it over the exact tokens.
-cudaError_t launch_binary_attention(const binary_attention::Arguments& arguments, dim3 grid,
-                                    cudaStream_t stream);
+/// Launches attention over binary codes, beside it over the exact tokens, and the combination of
+/// both with the values' decoder, `[num_kv_heads][sums of a head][128]`.
+cudaError_t launch_binary_attention(const binary_attention::Arguments& arguments,
+                                    const float* decoder, cudaStream_t stream);
 
 }  // namespace commvq::cuda

@@ -67,8 +67,6 @@ struct Problem {
   int num_exact_blocks;    ///< thread blocks of the first key kernel that do exact tokens alone
   int num_value_parts;     ///< likewise for adding up values
   int num_sums;            ///< of a row: of value bits or, graded, numbers
-  int head_sums;           ///< of these, those that a head's output depends on
-  int sums_stride;         ///< from one head's to the next one's: 0 where all heads share them
   int num_combine_blocks;  ///< among which the combination of some rows shares out the sums
 
   // Workspace.
@@ -219,6 +217,29 @@ __device__ inline int part_of(int total, int block, int parts) {
 /// True if the workspace holds all blocks; otherwise the output becomes NaN.
 __device__ inline bool fits(const Problem& problem, int total) {
   return total <= problem.max_workspace_blocks;
+}
+
+/// Parts whose blocks are some of a sequence's: `[first, last]`.
+struct PartRange {
+  int first = 0;
+  int last = -1;
+
+  __device__ int count() const { return last - first + 1; }
+};
+
+/// Those of sequence `seq`. Called by whole warps.
+
+__device__ inline PartRange parts_of(const Problem& p, int total, int seq) {
+  PartRange range;
+  const int count = BlockRange(p, seq).count;
+  if (count == 0) return range;
+  int before = 0;
+  for (int other = threadIdx.x % 32; other < seq; other += 32) before += BlockRange(p, other).count;
+  for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(~0u, before, step);
+  const int parts = value_parts(p, total);
+  range.first = part_of(total, before, parts);
+  range.last = part_of(total, before + count - 1, parts);
+  return range;
 }
 
 /// The beginning of a part of `parts`; done at once where there is no such part. Called by whole

@@ -29,9 +29,9 @@ namespace commvq::cuda::binary_attention {
 /// Called by all warps of the tile together, with blocks beyond the segment too.
 template <class Shape>
 __device__ __forceinline__ void gather_block(const Problem& p, const Shared<Shape>& shared,
-                                             const Half<Shape>* stage, const LaneCodes<Shape>& codes,
-                                             int step, int tile, int tile_block, int block,
-                                             Gathered<Shape>& gathered) {
+                                             const Half<Shape>* stage,
+                                             const LaneCodes<Shape>& codes, int step, int tile,
+                                             int tile_block, int block, Gathered<Shape>& gathered) {
   const Segment& segment = shared.segment;
   const int lane = forgotten<32>(static_cast<int>(threadIdx.x) % 32);
   float scores[4], scales[4];

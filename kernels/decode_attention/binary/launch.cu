@@ -2,6 +2,7 @@
 
 #include "common/launch.cuh"
 #include "decode_attention/binary/attention.cuh"
+#include "decode_attention/binary/combine.cuh"
 #include "decode_attention/binary/shared_bytes.hpp"
 #include "decode_attention/exact_warps.cuh"
 #include "decode_attention/kernels.cuh"
@@ -26,7 +27,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   } else {
     wait_for_previous_kernel();
   }
-  clear_counters<Shape::kThreads>(problem);
   if (blockIdx.y == 0) exact_warps::run_items<Shape::kThreads>(problem, block);
 }
 
@@ -48,22 +48,42 @@ auto with_shape(const BinaryKeys& keys, Visit visit) {
   return keys.graded ? with_eights(std::true_type{}) : with_eights(std::false_type{});
 }
 
+template <int kSums>
+__global__ void __launch_bounds__(BinaryAttentionConfig::kCombineThreads)
+    binary_combine_kernel(const __grid_constant__ Problem problem, const float* decoder) {
+  let_next_kernel_start();
+  binary_combine::run<kSums>(problem, decoder);
+}
+
 template <class Shape>
-cudaError_t launch(const binary_attention::Arguments& arguments, dim3 grid, cudaStream_t stream) {
+cudaError_t launch(const binary_attention::Arguments& arguments, const float* decoder,
+                   cudaStream_t stream) {
+  const Problem& p = arguments.problem;
+  constexpr int kRows = BinaryAttentionConfig::kRows;
+  const auto row_blocks = static_cast<unsigned>((p.rows_per_head + kRows - 1) / kRows);
+  const auto heads = static_cast<unsigned>(p.num_kv_heads);
+  const dim3 grid(
+      heads * static_cast<unsigned>(p.num_key_parts) + static_cast<unsigned>(p.num_exact_blocks),
+      row_blocks);
   const auto kernel = binary_attention_kernel<Shape>;
   const int bytes = static_cast<int>(sizeof(binary_attention::Shared<Shape>));
-  const cudaError_t error =
+  cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess)
+    error = launch_early(kernel, grid, Shape::kThreads, bytes, stream, arguments);
   if (error != cudaSuccess) return error;
-  return launch_early(kernel, grid, Shape::kThreads, bytes, stream, arguments);
+  return launch_early(binary_combine_kernel<Shape::kValueSums>,
+                      dim3(row_blocks, heads, static_cast<unsigned>(p.batch)),
+                      BinaryAttentionConfig::kCombineThreads, 0, stream, p, decoder);
 }
 
 }  // namespace
 
-cudaError_t launch_binary_attention(const binary_attention::Arguments& arguments, dim3 grid,
-                                    cudaStream_t stream) {
-  return with_shape(arguments.keys,
-                    [&](auto shape) { return launch<decltype(shape)>(arguments, grid, stream); });
+cudaError_t launch_binary_attention(const binary_attention::Arguments& arguments,
+                                    const float* decoder, cudaStream_t stream) {
+  return with_shape(arguments.keys, [&](auto shape) {
+    return launch<decltype(shape)>(arguments, decoder, stream);
+  });
 }
 
 int binary_attention_bytes(const BinaryKeys& keys) {

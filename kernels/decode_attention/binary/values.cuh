@@ -188,7 +188,7 @@ __device__ __forceinline__ void store(const Problem& p, Shared<Shape>& shared, I
     }
     const int call_row = head * p.rows_per_head + first_row + row;
     p.value_sums[(slot * p.row_stride + call_row) * p.num_sums + head * Shape::kValueSums +
-                 number] = value * (1.0f / 16);  // 2^17 of 2^21
+                 number] = value * 131072.0f;
     if (number == 0) p.part_sums[slot * p.row_stride + call_row] = {largest, sum};
   }
   __syncthreads();
