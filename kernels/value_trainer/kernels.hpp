@@ -55,6 +55,9 @@ void sum_columns(Index rows, Index cols, const float* x, const float* y, float* 
 void adam_step(Index size, float rate, const float* gradients, float* first_moments,
                float* second_moments, float* parameters, cudaStream_t stream);
 
+/// Ties a graded decoder, [num_bits][num_channels]: see graded_decoder::tie.
+void tie_decoder(Index num_bits, Index num_channels, float* decoder, cudaStream_t stream);
+
 /// Flips single bits where that lowers the error, up to `sweeps` times over: see
 /// value_polish::polish. `gram` [bits][bits]: E E^T; value_products [tokens][bits]: E v;
 /// sum_products [tokens][bits]: (E E^T) b. Returns false if the device lacks the shared memory.
