@@ -182,8 +182,8 @@ void DeviceValueWork::polish(const float* decoder, const float* gram, Index toke
   blas_.multiply(kAsIs, kAsIs, tokens, bits, bits, 1.0f, batch.bits.data(), gram, 0.0f,
                  sum_products);
   const bool fits =
-      value_trainer::polish(tokens, static_cast<int>(bits), config_.polish_sweeps, gram,
-                            value_products, sum_products, batch.bits.data(), stream());
+      value_trainer::polish(tokens, static_cast<int>(bits), config_.polish_sweeps,
+                            config_.graded, gram, value_products, sum_products, batch.bits.data(), stream());
   require(fits, "the polish of ", bits,
           " code bits needs more shared memory than the device has: learn on the host");
 }
