@@ -39,7 +39,7 @@ struct PolishPlaces<true> {
   static __device__ float change(int place, float x, float left, float square) {
     const float best = rintf(x + left / square);
     const auto largest = static_cast<float>((1 << num_bits(place)) - 1);
-    return isfinite(best) ? fminf(fmaxf(best, 0.0f), largest) - x : 0.0f;
+    return fabsf(best) < INFINITY ? fminf(fmaxf(best, 0.0f), largest) - x : 0.0f;
   }
   template <class Bit>
   static __device__ float read(int place, Bit bit) {
