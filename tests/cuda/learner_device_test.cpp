@@ -160,7 +160,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, KeyLearnersOnDevice,
                                          KeyShape{64, 32, 2, 28, false, true}));
 
 TEST_F(LearnersOnDevice, TrainAndCodeValuesAsTheHost) {
-  for (const auto [bits, graded] : {std::pair(1, false), {2, false}, {1, true}, {2, true}}) {
+  for (const auto& [bits, graded] : {std::pair(1, false), {2, false}, {1, true}, {2, true}}) {
     ValueCodecConfig config{96, bits, 160, 8};
     config.graded = graded;
     Rng rng(5);
