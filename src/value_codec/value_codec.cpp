@@ -205,7 +205,9 @@ void ValueCodecConfig::validate() const {
 ValueCodecConfig ValueCodecConfig::speed(int num_channels, int num_kv_heads, int bits) {
   require(num_kv_heads >= 1 && num_channels % num_kv_heads == 0, "num_kv_heads is ", num_kv_heads,
           "; it must divide the ", num_channels, " channels");
-  return commvq(num_channels / num_kv_heads, bits).repeated(num_kv_heads);
+  ValueCodecConfig config = commvq(num_channels / num_kv_heads, bits).repeated(num_kv_heads);
+  config.graded = true;
+  return config;
 }
 
 ValueCodecConfig ValueCodecConfig::commvq(int num_channels, int bits) {

@@ -63,8 +63,8 @@ struct COMMVQ_API ValueCodecConfig {
   static ValueCodecConfig commvq_1bit(int num_channels) { return commvq(num_channels, 1); }
   static ValueCodecConfig commvq_2bit(int num_channels) { return commvq(num_channels, 2); }
 
-  /// The same with a block per KV head: for attention that reads one head at a time, and for layers
-  /// that are split by heads. See `KeyCodecConfig::speed_1bit`.
+  /// The same with a block per KV head, graded: for attention that reads one head at a time, and for
+  /// layers that are split by heads. See `KeyCodecConfig::speed_1bit`.
   static ValueCodecConfig speed_1bit(int num_channels, int num_kv_heads) {
     return speed(num_channels, num_kv_heads, 1);
   }
