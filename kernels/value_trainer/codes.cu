@@ -8,12 +8,13 @@ namespace commvq::cuda::value_trainer {
 namespace {
 
 /// A warp a value.
+template <bool kGraded>
 __global__ void __launch_bounds__(32)
     polish_kernel(int num_bits, int sweeps, const float* gram, const float* value_products,
                   const float* sum_products, float* bits) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Index row = Index{blockIdx.x} * num_bits;
-  polish_code<0>(
+  polish_code<0, kGraded>(
       gram, num_bits, sweeps, value_products + row, sum_products + row, shared,
       [&](int i) { return bits[row + i]; }, [&](int i, float bit) { bits[row + i] = bit; });
 }
@@ -42,15 +43,17 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-bool polish(Index tokens, int num_bits, int sweeps, const float* gram, const float* value_products,
-            const float* sum_products, float* bits, cudaStream_t stream) {
+bool polish(Index tokens, int num_bits, int sweeps, bool graded, const float* gram,
+            const float* value_products, const float* sum_products, float* bits,
+            cudaStream_t stream) {
   const int bytes = polish_shared_bytes(num_bits);
-  if (cudaFuncSetAttribute(polish_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
+  const auto kernel = graded ? polish_kernel<true> : polish_kernel<false>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
       cudaSuccess) {
     cudaGetLastError();  // the refusal is the answer
     return false;
   }
-  polish_kernel<<<static_cast<unsigned>(tokens), 32, static_cast<std::size_t>(bytes), stream>>>(
+  kernel<<<static_cast<unsigned>(tokens), 32, static_cast<std::size_t>(bytes), stream>>>(
       num_bits, sweeps, gram, value_products, sum_products, bits);
   return true;
 }

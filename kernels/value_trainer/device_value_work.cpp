@@ -133,6 +133,9 @@ double DeviceValueWork::train(const std::vector<Index>& rows, std::uint32_t nois
   value_trainer::adam_step(at_.size, static_cast<float>(learning_rate * correction),
                            gradients_.data(), first_moments_.data(), second_moments_.data(),
                            parameters_.data(), stream());
+  if (config_.graded)
+    value_trainer::tie_decoder(config_.num_code_bits(), C, parameters_.data() + at_.decoder,
+                               stream());
   check_kernels("training the value codec");
   const std::vector<float> losses = batch_->losses.download(stream());
   return std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(tokens);
@@ -179,8 +182,8 @@ void DeviceValueWork::polish(const float* decoder, const float* gram, Index toke
   blas_.multiply(kAsIs, kAsIs, tokens, bits, bits, 1.0f, batch.bits.data(), gram, 0.0f,
                  sum_products);
   const bool fits =
-      value_trainer::polish(tokens, static_cast<int>(bits), config_.polish_sweeps, gram,
-                            value_products, sum_products, batch.bits.data(), stream());
+      value_trainer::polish(tokens, static_cast<int>(bits), config_.polish_sweeps,
+                            config_.graded, gram, value_products, sum_products, batch.bits.data(), stream());
   require(fits, "the polish of ", bits,
           " code bits needs more shared memory than the device has: learn on the host");
 }

@@ -55,10 +55,13 @@ void sum_columns(Index rows, Index cols, const float* x, const float* y, float* 
 void adam_step(Index size, float rate, const float* gradients, float* first_moments,
                float* second_moments, float* parameters, cudaStream_t stream);
 
-/// Flips single bits where that lowers the error, up to `sweeps` times over: see
-/// value_polish::polish. `gram` [bits][bits]: E E^T; value_products [tokens][bits]: E v;
+/// Ties a graded decoder, [num_bits][num_channels]: see graded_decoder::tie.
+void tie_decoder(Index num_bits, Index num_channels, float* decoder, cudaStream_t stream);
+
+/// Flips bits, or moves numbers of `graded` codes, where that lowers the error, up to `sweeps` times
+/// over: see value_polish::polish. `gram` [bits][bits]: E E^T; value_products [tokens][bits]: E v;
 /// sum_products [tokens][bits]: (E E^T) b. Returns false if the device lacks the shared memory.
-[[nodiscard]] bool polish(Index tokens, int num_bits, int sweeps, const float* gram,
+[[nodiscard]] bool polish(Index tokens, int num_bits, int sweeps, bool graded, const float* gram,
                           const float* value_products, const float* sum_products, float* bits,
                           cudaStream_t stream);
 

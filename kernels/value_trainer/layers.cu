@@ -1,4 +1,5 @@
 #include "commvq/value_codec/value_codec.hpp"
+#include "learner/graded_decoder.hpp"
 #include "learner/gumbel.hpp"
 
 #include "block_sums.cuh"
@@ -137,6 +138,12 @@ __global__ void adam_kernel(Index size, float rate, const float* gradients, floa
   parameters[i] -= rate * m / (sqrtf(v) + 1e-8f);
 }
 
+/// A thread a channel of a byte's rows.
+__global__ void tie_kernel(Index size, Index C, float* decoder) {
+  const Index i = Index{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < size) graded_decoder::tie_channel(decoder + i / C * 8 * C + i % C, C);
+}
+
 unsigned blocks_for(Index count) {
   return static_cast<unsigned>((count + kThreads - 1) / kThreads);
 }
@@ -186,6 +193,11 @@ void adam_step(Index size, float rate, const float* gradients, float* first_mome
                float* second_moments, float* parameters, cudaStream_t stream) {
   adam_kernel<<<blocks_for(size), kThreads, 0, stream>>>(size, rate, gradients, first_moments,
                                                          second_moments, parameters);
+}
+
+void tie_decoder(Index num_bits, Index num_channels, float* decoder, cudaStream_t stream) {
+  const Index size = num_bits / 8 * num_channels;
+  tie_kernel<<<blocks_for(size), kThreads, 0, stream>>>(size, num_channels, decoder);
 }
 
 }  // namespace commvq::cuda::value_trainer

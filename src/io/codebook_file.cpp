@@ -148,6 +148,7 @@ Json to_json(const ValueCodecConfig& values) {
                {"hidden_size", values.hidden_size},
                {"polish_sweeps", values.polish_sweeps}};
   if (values.num_blocks > 1) json["num_blocks"] = values.num_blocks;
+  if (values.graded) json["graded"] = true;
   return json;
 }
 
@@ -158,6 +159,7 @@ ValueCodecConfig value_config_from(const Fields& fields) {
   values.hidden_size = fields.whole("hidden_size");
   if (fields.has("polish_sweeps")) values.polish_sweeps = fields.whole("polish_sweeps");
   if (fields.has("num_blocks")) values.num_blocks = fields.whole("num_blocks");
+  values.graded = fields.has("graded") && fields.flag("graded");
   values.validate();
   return values;
 }

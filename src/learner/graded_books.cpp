@@ -1,11 +1,10 @@
 #include "learner/graded_books.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 #include <vector>
 
-#include <Eigen/Eigenvalues>
+#include "learner/graded_directions.hpp"
 
 namespace commvq::graded_books {
 namespace {
@@ -32,39 +31,15 @@ Moments moments_of(KeyWork& keys, Index width) {
   return result;
 }
 
-/// The uniform quantiser of least error of a normal distribution of variance 1, by bits.
-struct Quantiser {
-  double step, error;
-};
-constexpr Quantiser kQuantisers[] = {{0, 1}, {1.596, 0.3634}, {0.9957, 0.1188}, {0.586, 0.03744}};
-
-/// Numbers of a group, those of most bits first.
-std::vector<int> numbers_by_bits(int num_numbers) {
-  std::vector<int> numbers(static_cast<std::size_t>(num_numbers));
-  std::iota(numbers.begin(), numbers.end(), 0);
-  std::stable_sort(numbers.begin(), numbers.end(),
-                   [](int a, int b) { return graded_bits(a) > graded_bits(b); });
-  return numbers;
-}
-
 }  // namespace
 
 void initialize(KeyWork& keys, int group, KeyCodebook<float>& codebook) {
   const KeyCodecConfig& config = codebook.config;
   keys.begin_stage(codebook, group, 0);
   const Moments moments = moments_of(keys, codebook.row_size());
-  const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> axes(moments.covariance);
-  Eigen::VectorXd left = axes.eigenvalues().cwiseMax(0);
   Eigen::MatrixXd parameters(1 + config.num_stages, codebook.row_size());
-  parameters.row(0) = moments.mean.transpose();
-  for (const int number : numbers_by_bits(config.num_stages)) {
-    const Quantiser& quantiser = kQuantisers[graded_bits(number)];
-    Index axis = 0;
-    left.maxCoeff(&axis);
-    parameters.row(1 + number) =
-        quantiser.step * std::sqrt(left(axis)) * axes.eigenvectors().col(axis).transpose();
-    left(axis) *= quantiser.error;
-  }
+  parameters << moments.mean.transpose(),
+      graded_directions(moments.covariance, config.num_stages);
   const Eigen::MatrixXd tie = tie_of(Eigen::VectorXd::Constant(2 * config.num_stages, 0.5));
   Eigen::Map<key_em::Matrix>(codebook.book(group, 0, 0), tie.rows(), parameters.cols()) =
       (tie * parameters).cast<float>();

@@ -12,9 +12,7 @@
 /// leave is centred, as the search, which goes from stage to stage, needs it.
 namespace commvq::graded_books {
 
-/// Sets the rows of a group from the covariance of the keys: each number takes the strongest
-/// direction that is left, those of three bits first, then those of two, then those of one. What a
-/// number leaves of a direction, as of a normal distribution, may be taken again.
+/// Sets the rows of a group from mean and covariance of the keys: see graded_directions.
 void initialize(KeyWork& keys, int group, KeyCodebook<float>& codebook);
 
 /// `[books]`: share of the keys whose bit is set.

@@ -6,6 +6,7 @@
 #include "commvq/core/float16.hpp"
 
 #include "core/parallel_product.hpp"
+#include "learner/graded_decoder.hpp"
 #include "learner/gumbel.hpp"
 
 namespace commvq {
@@ -64,6 +65,9 @@ double HostValueWork::train(const std::vector<Index>& rows, std::uint32_t noise_
                                        ValueNetwork<float>::Choice::kHard);
   network_.backward();
   step(learning_rate);
+  if (config_.graded)
+    graded_decoder::tie(network_.value(network_.decoder).data(), config_.num_code_bits(),
+                        config_.num_channels);
   return loss;
 }
 

@@ -6,6 +6,7 @@
 #include <random>
 #include <utility>
 
+#include "learner/graded_decoder.hpp"
 #include "learner/progress_meter.hpp"
 #include "learner/value_refinement.hpp"
 #include "value_codec/value_layers.hpp"
@@ -84,8 +85,9 @@ ValueCodecWeights train_block(Index block, MatrixView<const float> all_values,
   const MatrixView<const float> values = all_values.middle_cols(first_channel, config.num_channels);
   const std::vector<Index> rows = usable_rows(values, first_channel);
   std::mt19937_64 random(options.seed);
-  const std::unique_ptr<ValueWork> work =
-      make_work(values, config, initial_weights(config, random));
+  ValueCodecWeights initial = initial_weights(config, random);
+  if (config.graded) initial.decoder = graded_decoder::initial(values, rows, config);
+  const std::unique_ptr<ValueWork> work = make_work(values, config, initial);
   std::vector<Index> batch(static_cast<std::size_t>(options.batch_tokens));
   for (int step = 0; step < options.steps; ++step) {
     for (Index& row : batch) row = rows[random() % rows.size()];
@@ -99,7 +101,8 @@ ValueCodecWeights train_block(Index block, MatrixView<const float> all_values,
   ValueCodecWeights weights = work->weights();
   if (options.refinement.rounds > 0) {
     const std::vector<double> errors = refine_value_decoder(
-        *work, spread_over(rows, options.refinement.max_tokens), options.refinement, weights,
+        *work, spread_over(rows, options.refinement.max_tokens), options.refinement, config.graded,
+        weights,
         [&](int, double error) { progress.advance("values: refinement", kStepsPerRound, error); });
     report.refinement_objectives.insert(report.refinement_objectives.end(), errors.begin(),
                                         errors.end());

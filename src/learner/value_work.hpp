@@ -23,7 +23,7 @@ class ValueWork {
   virtual ~ValueWork() = default;
 
   /// One step of Adam on a batch: the values `rows`, logits perturbed by Gumbel noise that
-  /// `noise_key` determines. Returns the loss before the step.
+  /// `noise_key` determines. A graded decoder is tied afterwards. Returns the loss before the step.
   virtual double train(const std::vector<Index>& rows, std::uint32_t noise_key, double temperature,
                        double learning_rate) = 0;
   /// The network as it is now.

@@ -38,6 +38,24 @@ void check_weight(const std::vector<float>& weight, const char* name, Index rows
           bad - weight.begin());
 }
 
+/// Throws unless the rows of a number's bits are multiples of one row. `decoder` is
+/// `[B][bits of a block][C]`.
+void check_graded(MatrixView<const float> decoder, int block_bits) {
+  for (Index row = 0; row < decoder.rows; ++row) {
+    const int i = static_cast<int>(row % block_bits);
+    const GradedBit bit = graded_bit(i);
+    int last = i;
+    while (graded_bit(last).weight > 1) ++last;
+    for (Index c = 0; c < decoder.cols; ++c) {
+      const float given = decoder(row, c);
+      const float needed = float(bit.weight) * decoder(row - i + last, c);
+      require(given == needed, "value codec: the decoder is not graded: in block ",
+              row / block_bits, ", channel ", c, ", the row of bit ", i, " is ", given,
+              "; it must be ", bit.weight, " times that of bit ", last, ", ", needed);
+    }
+  }
+}
+
 /// Throws for NaN and infinity, naming the first of them.
 void check_finite(MatrixView<const float> values) {
   Index first_bad = kNone;
@@ -187,7 +205,9 @@ void ValueCodecConfig::validate() const {
 ValueCodecConfig ValueCodecConfig::speed(int num_channels, int num_kv_heads, int bits) {
   require(num_kv_heads >= 1 && num_channels % num_kv_heads == 0, "num_kv_heads is ", num_kv_heads,
           "; it must divide the ", num_channels, " channels");
-  return commvq(num_channels / num_kv_heads, bits).repeated(num_kv_heads);
+  ValueCodecConfig config = commvq(num_channels / num_kv_heads, bits).repeated(num_kv_heads);
+  config.graded = true;
+  return config;
 }
 
 ValueCodecConfig ValueCodecConfig::commvq(int num_channels, int bits) {
@@ -228,6 +248,7 @@ ValueCodec::ValueCodec(const ValueCodecConfig& config, ValueCodecWeights weights
   check_weight(weights_.output_weight, "output_weight", L, H);
   check_weight(weights_.output_bias, "output_bias", 1, L);
   check_weight(weights_.decoder, "decoder", B * bits, C);
+  if (config_.graded) check_graded(decoder(), one.num_code_bits());
   if (is_scaled()) {
     check_weight(weights_.channel_scales, "channel_scales", B, C);
     const auto least =
@@ -281,7 +302,7 @@ void ValueCodec::encode(MatrixView<const float> values, MatrixView<std::uint8_t>
                    block);
       if (one.polish_sweeps > 0)
         value_polish::polish(E, rows_of(gram_, b, bits, bits), block.unit, one.polish_sweeps,
-                             block.bits);
+                             one.graded, block.bits);
       detail::parallel_product(block.bits, E, block.normed);
       const Index bad = find_scales(block, scales + first * B + b, B);
       if (bad < tokens) first_bad = std::min(first_bad, (first + bad) * B + b);

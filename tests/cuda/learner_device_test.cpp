@@ -160,14 +160,16 @@ INSTANTIATE_TEST_SUITE_P(Shapes, KeyLearnersOnDevice,
                                          KeyShape{64, 32, 2, 28, false, true}));
 
 TEST_F(LearnersOnDevice, TrainAndCodeValuesAsTheHost) {
-  for (const int bits : {1, 2}) {
+  for (const auto& [bits, graded] : {std::pair(1, false), {2, false}, {1, true}, {2, true}}) {
     ValueCodecConfig config{96, bits, 160, 8};
+    config.graded = graded;
     Rng rng(5);
     const Index tokens = 2000;
     std::vector<float> values = clustered(rng, tokens, config.num_channels, 2.0);
     std::fill_n(values.begin(), config.num_channels, 0.0f);  // one value is zero
     const std::shared_ptr<const ValueCodec> initial =
-        testing_support::random_value_codec(rng, config.num_channels, bits, config.hidden_size);
+        testing_support::random_value_codec(rng, config.num_channels, bits, config.hidden_size, 1,
+                                            graded);
     const auto view = as_matrix(values, tokens, config.num_channels);
     HostValueWork host(view, config, initial->weights());
     DeviceValueWork device(view, config, initial->weights());
@@ -194,14 +196,18 @@ TEST_F(LearnersOnDevice, TrainValueCodecsAsGoodAsTheHosts) {
   Rng rng(9);
   const Index tokens = 4000;
   const std::vector<float> values = clustered(rng, tokens, 64, 1.0);
-  ValueTrainerReport expected, result;
-  commvq::train_value_codec(as_matrix(values, tokens, 64), options, &expected);
-  const ValueCodec codec = cuda::train_value_codec(as_matrix(values, tokens, 64), options, &result);
-  EXPECT_NEAR(result.refinement_objectives.back(), expected.refinement_objectives.back(),
-              0.1 * expected.refinement_objectives.back());
-  const ValueCodec again = cuda::train_value_codec(as_matrix(values, tokens, 64), options);
-  EXPECT_EQ(again.weights().decoder, codec.weights().decoder);
-  EXPECT_EQ(again.weights().hidden_weight, codec.weights().hidden_weight);
+  for (const bool graded : {false, true}) {
+    options.codec.graded = graded;
+    ValueTrainerReport expected, result;
+    commvq::train_value_codec(as_matrix(values, tokens, 64), options, &expected);
+    const ValueCodec codec =
+        cuda::train_value_codec(as_matrix(values, tokens, 64), options, &result);
+    EXPECT_NEAR(result.refinement_objectives.back(), expected.refinement_objectives.back(),
+                0.1 * expected.refinement_objectives.back());
+    const ValueCodec again = cuda::train_value_codec(as_matrix(values, tokens, 64), options);
+    EXPECT_EQ(again.weights().decoder, codec.weights().decoder);
+    EXPECT_EQ(again.weights().hidden_weight, codec.weights().hidden_weight);
+  }
 }
 
 TEST_F(LearnersOnDevice, RefuseWhatTheKernelsDoNotTake) {

@@ -56,8 +56,8 @@ std::shared_ptr<const KeyCodec> random_keys(const PairLayout& pairs, bool tied,
 }
 
 std::shared_ptr<const ValueCodec> random_values(int bits, std::mt19937_64& random,
-                                                int num_blocks = 1) {
-  const ValueCodecConfig config{kHeads * kHeadDim, bits, 3, 2 * (bits - 1), num_blocks};
+                                                int num_blocks = 1, bool graded = false) {
+  const ValueCodecConfig config{kHeads * kHeadDim, bits, 3, 2 * (bits - 1), num_blocks, graded};
   const auto C = static_cast<std::size_t>(config.num_channels);
   const auto L = static_cast<std::size_t>(config.num_logits());
   ValueCodecWeights weights;
@@ -70,6 +70,7 @@ std::shared_ptr<const ValueCodec> random_values(int bits, std::mt19937_64& rando
   weights.decoder = random_floats(
       static_cast<std::size_t>(config.num_code_bits()) * C / static_cast<std::size_t>(num_blocks),
       random);
+  if (graded) weights.derive_graded_rows(config.block().num_channels);
   if (bits == 2) {
     weights.channel_scales = random_floats(C, random);
     for (float& scale : weights.channel_scales) scale += 2.0f;
@@ -248,6 +249,25 @@ TEST_F(CodebookFileTest, RoundTripsGradedKeys) {
                             return true;
                           }),
               HasSubstr("head 1 is not graded"));
+}
+
+TEST_F(CodebookFileTest, RoundTripsGradedValues) {
+  std::mt19937_64 random(7);
+  ModelCodecs codecs = example_codecs();
+  codecs.layers = {{nullptr, random_values(2, random, kHeads, true)}};
+  save_codecs(path_, codecs);
+  expect_equal(codecs, load_codecs(path_));
+  EXPECT_THAT(error_after_config("/layers/0/values/graded", 1), HasSubstr("true or false"));
+  std::vector<float> rows = codecs.layers[0].values->weights().decoder;
+  rows[16 * kHeadDim + 3] += 0.5f;
+  EXPECT_THAT(error_after(nullptr,
+                          [&](TensorView& tensor) {
+                            if (tensor.name == "layers.0.values.decoder")
+                              tensor.data = {reinterpret_cast<const unsigned char*>(rows.data()),
+                                             rows.size() * sizeof(float)};
+                            return true;
+                          }),
+              HasSubstr("not graded: in block 1, channel 3"));
 }
 
 TEST_F(CodebookFileTest, RefusesBlocksThatCutHeads) {

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <limits>
+#include <tuple>
 
 #include "commvq/core/float16.hpp"
 #include "commvq/value_codec/value_codec.hpp"
@@ -209,6 +210,55 @@ TEST_P(ValueCodecTest, WeightsAreChecked) {
 
 INSTANTIATE_TEST_SUITE_P(Bits, ValueCodecTest, testing::Values(1, 2));
 
+TEST(GradedValueCodec, RowsAreExactMultiples) {
+  Rng rng(5);
+  for (const int blocks : {1, 3}) {
+    const auto codec = testing_support::random_value_codec(rng, 48, 2, 8, blocks, true);
+    const auto rows = codec->decoder();
+    for (Index byte = 0; byte < rows.rows; byte += 8)
+      for (Index c = 0; c < rows.cols; ++c) {
+        EXPECT_EQ(rows(byte, c), 4 * rows(byte + 2, c));
+        for (const Index bit : {1, 3, 5})
+          EXPECT_EQ(rows(byte + bit, c), 2 * rows(byte + bit + 1, c));
+      }
+  }
+}
+
+TEST(GradedValueCodec, RefusesRowsThatAreNot) {
+  Rng rng(5);
+  const auto codec = testing_support::random_value_codec(rng, 32, 1, 8, 2, true);
+  ValueCodecConfig config = codec->config();
+  ValueCodecWeights weights = codec->weights();
+  weights.decoder[(16 + 11) * 16 + 5] += 1e-3f;  // bit 11 of block 1, the upper bit of a number
+  EXPECT_THAT([&] { ValueCodec(config, weights); },
+              ThrowsMessage<Error>(AllOf(HasSubstr("not graded"), HasSubstr("block 1, channel 5"),
+                                         HasSubstr("row of bit 11 is"),
+                                         HasSubstr("2 times that of bit 12"))));
+  config.graded = false;
+  EXPECT_NO_THROW(ValueCodec(config, weights));
+}
+
+TEST(GradedValueCodec, CodesAsAnyOtherWithoutPolish) {
+  constexpr Index kTokens = 50;
+  Rng rng(6);
+  const auto graded = testing_support::random_value_codec(rng, 32, 1, 8, 2, true);
+  ValueCodecConfig config = graded->config();
+  config.graded = false;
+  const ValueCodec plain(config, graded->weights());
+  EXPECT_NE(plain.digest(), graded->digest());
+  const std::vector<float> values = testing_support::normal_floats(rng, kTokens * 32);
+  const auto code = [&](const ValueCodec& codec) {
+    std::vector<std::uint8_t> codes(kTokens * 4);
+    std::vector<std::uint16_t> scales(kTokens * 2);
+    std::vector<float> decoded(values.size());
+    codec.encode(as_matrix(values, kTokens, 32), as_matrix(codes, kTokens, 4), scales.data());
+    codec.decode(as_matrix(std::as_const(codes), kTokens, 4), scales.data(),
+                 as_matrix(decoded, kTokens, 32));
+    return std::tuple(codes, scales, decoded);
+  };
+  EXPECT_EQ(code(plain), code(*graded));
+}
+
 /// Block `b` of a codec as a codec by itself.
 ValueCodec codec_of_block(const ValueCodec& codec, int b) {
   ValueCodecWeights weights;
@@ -325,12 +375,17 @@ TEST(ValueCodecConfigTest, BlocksMustFit) {
   EXPECT_EQ(config.block().repeated(8), config);
 }
 
-TEST(ValueCodecConfigTest, SpeedHasABlockPerHead) {
+TEST(ValueCodecConfigTest, SpeedHasAGradedBlockPerHead) {
+  const auto graded = [](ValueCodecConfig config) {
+    config.graded = true;
+    return config;
+  };
   const ValueCodecConfig one = ValueCodecConfig::speed_1bit(1024, 8);
-  EXPECT_EQ(one.block(), ValueCodecConfig::commvq_1bit(128));
+  EXPECT_EQ(one.block(), graded(ValueCodecConfig::commvq_1bit(128)));
   EXPECT_EQ(one.num_blocks, 8);
   EXPECT_EQ(one.num_code_bits(), 1024);
-  EXPECT_EQ(ValueCodecConfig::speed_2bit(1024, 8).block(), ValueCodecConfig::commvq_2bit(128));
+  EXPECT_EQ(ValueCodecConfig::speed_2bit(1024, 8).block(),
+            graded(ValueCodecConfig::commvq_2bit(128)));
   EXPECT_THAT([] { ValueCodecConfig::speed_1bit(1024, 3); },
               ThrowsMessage<Error>(AllOf(HasSubstr("num_kv_heads is 3"), HasSubstr("1024"))));
 }

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "commvq/core/float16.hpp"
+#include "commvq/core/graded_bits.hpp"
 #include "commvq/value_codec/value_codec.hpp"
 
 #include <gtest/gtest.h>
@@ -45,29 +46,50 @@ struct Decoded {
   }
 };
 
-/// One sweep straight from the definition: every flip of a bit is tried with the scale of the
-/// sweep's beginning, and kept if it lowers the error. Returns whether any was.
-bool reference_sweep(const ValueCodec& codec, const float* value, std::vector<int>& bits) {
-  Decoded current(codec, value, bits);
-  bool flipped = false;
-  for (std::size_t i = 0; i < bits.size(); ++i) {
-    Decoded changed = current;
-    const int change = bits[i] != 0 ? -1 : 1;
+/// `current` with the bits from `first` on set to `pattern`.
+Decoded with_bits(const ValueCodec& codec, const Decoded& current, std::size_t first,
+                  std::size_t count, unsigned pattern) {
+  Decoded changed = current;
+  for (std::size_t i = first; i < first + count; ++i) {
+    const int bit = static_cast<int>(pattern >> (i - first) & 1);
     for (int c = 0; c < kChannels; ++c)
       changed.sum[static_cast<std::size_t>(c)] +=
-          static_cast<float>(change) * codec.decoder()(static_cast<Index>(i), c);
-    if (!(changed.error(value) < current.error(value))) continue;
-    changed.bits[i] = bits[i] += change;
-    current = changed;
-    flipped = true;
+          static_cast<float>(bit - changed.bits[i]) * codec.decoder()(static_cast<Index>(i), c);
+    changed.bits[i] = bit;
   }
-  return flipped;
+  return changed;
 }
 
-class ValuePolish : public testing::TestWithParam<int> {
+/// One sweep straight from the definition: all patterns of a bit, or of the bits of a number, are
+/// tried with the scale of the sweep's beginning, and the one of the least error kept. Returns
+/// whether any bit changed.
+bool reference_sweep(const ValueCodec& codec, const float* value, std::vector<int>& bits) {
+  Decoded best(codec, value, bits);
+  for (std::size_t first = 0, count; first < bits.size(); first += count) {
+    count = codec.config().graded
+                ? static_cast<std::size_t>(graded_bits(graded_bit(static_cast<int>(first)).number))
+                : 1;
+    const Decoded current = best;
+    for (unsigned pattern = 0; pattern < 1u << count; ++pattern)
+      if (Decoded changed = with_bits(codec, current, first, count, pattern);
+          changed.error(value) < best.error(value))
+        best = std::move(changed);
+  }
+  const bool changed = best.bits != bits;
+  bits = best.bits;
+  return changed;
+}
+
+struct Code {
+  int bits;
+  bool graded;
+};
+
+class ValuePolish : public testing::TestWithParam<Code> {
  protected:
   ValuePolish()
-      : plain_(testing_support::random_value_codec(rng_, kChannels, GetParam(), 40)),
+      : plain_(testing_support::random_value_codec(rng_, kChannels, GetParam().bits, 40, 1,
+                                                   GetParam().graded)),
         values_(testing_support::normal_floats(rng_, kTokens * kChannels, 2.0)) {}
 
   ValueCodec polished(int sweeps) const {
@@ -99,10 +121,10 @@ class ValuePolish : public testing::TestWithParam<int> {
   std::vector<std::uint16_t> scales_;
 };
 
-TEST_P(ValuePolish, FlipsTheReferencesBits) {
+TEST_P(ValuePolish, ChangesTheReferencesBits) {
   auto expected = encode(*plain_);
   for (const int sweeps : {1, 2, 64}) {
-    int different = 0;  // float and double may disagree where a flip hardly matters
+    int different = 0;  // float and double may disagree where a change hardly matters
     const auto found = encode(polished(sweeps));
     for (Index t = 0; t < kTokens; ++t) {
       std::vector<int> bits = expected[static_cast<std::size_t>(t)];
@@ -144,7 +166,9 @@ TEST_P(ValuePolish, ZeroValueDecodesToZeros) {
   EXPECT_NE(scales_[1], 0);
 }
 
-INSTANTIATE_TEST_SUITE_P(Bits, ValuePolish, testing::Values(1, 2));
+INSTANTIATE_TEST_SUITE_P(Codes, ValuePolish,
+                         testing::Values(Code{1, false}, Code{2, false}, Code{1, true},
+                                         Code{2, true}));
 
 }  // namespace
 }  // namespace commvq

@@ -99,6 +99,43 @@ TEST(ValueTrainer, OwnPresetBeatsThePapers) {
   EXPECT_LT(own, 0.9 * paper);
 }
 
+/// Values with strong and weak directions, about a mean.
+std::vector<float> correlated_values() {
+  testing_support::Rng rng(4);
+  const std::vector<float> axes = testing_support::normal_floats(rng, kChannels * kChannels);
+  std::vector<float> values(kTokens * kChannels, 0.5f);
+  for (std::size_t t = 0; t < kTokens; ++t)
+    for (std::size_t a = 0; a < kChannels; ++a) {
+      const float part = testing_support::normal_floats(rng, 1, 1 / double(1 + a))[0];
+      for (std::size_t c = 0; c < kChannels; ++c)
+        values[t * kChannels + c] += part * axes[a * kChannels + c];
+    }
+  return values;
+}
+
+// The constructor of the codec checks the rows.
+TEST(ValueTrainer, GradedCodecsAreAboutAsGoodAsFreeOnes) {
+  const std::vector<float> values = correlated_values();
+  for (const int bits : {1, 2}) {
+    ValueTrainerOptions options = ValueTrainerOptions::commvq(
+        bits == 1 ? ValueCodecConfig::commvq_1bit(kChannels)
+                  : ValueCodecConfig::commvq_2bit(kChannels));
+    options.steps = 200;
+    options.batch_tokens = 64;
+    const auto error = [&](bool graded) {
+      options.codec.graded = graded;
+      ValueTrainerReport report;
+      const ValueCodec codec =
+          train_value_codec(as_matrix(values, kTokens, kChannels), options, &report);
+      EXPECT_EQ(codec.config().graded, graded);
+      const auto& errors = report.refinement_objectives;
+      EXPECT_LT(*std::min_element(errors.begin(), errors.end()), 0.97 * errors.front());
+      return relative_error(codec, values);
+    };
+    EXPECT_LT(error(true), 1.15 * error(false)) << bits << " bits";
+  }
+}
+
 TEST(ValueTrainer, SameSeedGivesTheSameWeights) {
   const std::vector<float> values = clustered_values();
   ValueTrainerOptions options = options_for(1);

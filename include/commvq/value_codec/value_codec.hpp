@@ -24,7 +24,8 @@ struct COMMVQ_API ValueCodecConfig {
   /// Eight consecutive bits of a block's code are numbers of 3, 2, 2 and 1 bits (`graded_bit`),
   /// each of which multiplies one vector: the decoder's row of a bit is its weight times the row of
   /// the number's last bit. Attention then computes with half as many vectors as there are bits.
-  /// Only the rows are constrained: encoding, decoding and storing are those of any codec.
+  /// The polish moves a number as a whole; otherwise encoding, decoding and storing are those of any
+  /// codec.
   bool graded = false;
 
   bool operator==(const ValueCodecConfig&) const = default;
@@ -62,8 +63,8 @@ struct COMMVQ_API ValueCodecConfig {
   static ValueCodecConfig commvq_1bit(int num_channels) { return commvq(num_channels, 1); }
   static ValueCodecConfig commvq_2bit(int num_channels) { return commvq(num_channels, 2); }
 
-  /// The same with a block per KV head: for attention that reads one head at a time, and for layers
-  /// that are split by heads. See `KeyCodecConfig::speed_1bit`.
+  /// The same with a block per KV head, graded: for attention that reads one head at a time, and for
+  /// layers that are split by heads. See `KeyCodecConfig::speed_1bit`.
   static ValueCodecConfig speed_1bit(int num_channels, int num_kv_heads) {
     return speed(num_channels, num_kv_heads, 1);
   }
@@ -87,9 +88,9 @@ struct COMMVQ_API ValueCodecConfig {
 ///     decoder:  u = decoder^T b,   value ~ |v| u / |u|
 ///
 /// GELU is the exact one, x Phi(x). With `polish_sweeps` single bits are then flipped, in order, as
-/// long as that lowers |v - s u|^2 with the best scale s = <v, u> / |u|^2. The norm is restored all
-/// the same: s is smaller, and attention averages the errors of values away but not their
-/// shrinking.
+/// long as that lowers |v - s u|^2 with the best scale s = <v, u> / |u|^2; of graded codes, whole
+/// numbers are moved. The norm is restored all the same: s is smaller, and attention averages the
+/// errors of values away but not their shrinking.
 struct COMMVQ_API ValueCodecWeights {
   std::vector<float> norm_gain;            ///< [B][C]
   std::vector<float> norm_bias;            ///< [B][C]
