@@ -84,7 +84,7 @@ void polish(const EncoderView& encoder, const AppendParams& params,
       encoder, values.gram, workspace.bits, tokens, 2,
       ProductEpilogue{values.gram.product_factor, workspace.sum_products, values.num_code_bits},
       params.stream);
-  const auto kernel = value_polish(values.num_code_bits);
+  const auto kernel = value_polish(values.num_code_bits, values.graded);
   const auto bytes = static_cast<std::size_t>(polish_shared_bytes(values.num_code_bits));
   kernel<<<static_cast<unsigned>(rows), 32, bytes, params.stream>>>(
       encoder, tokens, workspace.value_products, workspace.sum_products, workspace.bits);
@@ -142,7 +142,8 @@ cudaError_t configure_value_kernels(const EncoderView& encoder, int shared_bytes
   const auto allow = [&](auto* kernel, int bytes) {
     if (error == cudaSuccess) error = allow_shared_memory(kernel, bytes);
   };
-  for (const int num_bits : {0, 128, 256}) allow(value_polish(num_bits), shared_bytes);
+  for (const int num_bits : {0, 128, 256})
+    allow(value_polish(num_bits, encoder.values.graded), shared_bytes);
   const auto allow_products = [&](auto epilogue) {
     using Epilogue = decltype(epilogue);
     allow(multiply<true, Epilogue>, shared_bytes);

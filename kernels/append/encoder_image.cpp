@@ -303,6 +303,7 @@ void EncoderImage::add_polish(const ValueCodec& codec, const std::vector<float>&
   const Index bits = config.num_code_bits(), C = config.num_channels;
   ValueEncoderView& values = view_.values;
   values.polish_sweeps = config.polish_sweeps;
+  values.graded = config.graded;
   values.unit_scale = static_cast<float>(scale_for(1));
   const std::vector<float> gram(codec.gram().data,
                                 codec.gram().data + codec.gram().rows * codec.gram().cols);

@@ -139,6 +139,7 @@ struct ValueEncoderView {
   double length_factor = 1;         ///< length of a sum of scaled decoder rows -> |u|
 
   int polish_sweeps = 0;  ///< with 0 nothing below is set
+  bool graded = false;    ///< numbers of the code are polished, not bits
   float unit_scale = 1;   ///< of unit values as operands
   Weights rows, gram;     ///< [num_code_bits][C], E; [num_code_bits][num_code_bits], E E^T
   const float* gram_rows = nullptr;  ///< E E^T in fp32, [blocks][num_code_bits][num_code_bits]

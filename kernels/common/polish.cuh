@@ -5,8 +5,8 @@
 
 namespace commvq::cuda {
 
-/// What is moved at once, a place of the code with its value x and its row of E: a bit, or a number of
-/// a graded code, whose row is that of its last bit.
+/// What is moved at once, a place of the code with its value x and its row of E: a bit, or a number
+/// of a graded code, whose row is that of its last bit.
 template <bool kGraded>
 struct PolishPlaces {
   static constexpr int kRowsOfWarp = 32;  ///< from the row of a place to that of the 32nd after it
@@ -32,7 +32,9 @@ struct PolishPlaces<true> {
   static constexpr int kRowsOfWarp = 64;
   static constexpr int kBits = 2;
 
-  static __device__ int num_bits(int place) { return place % 4 == 0 ? 3 : (place % 4 == 3 ? 1 : 2); }
+  static __device__ int num_bits(int place) {
+    return place % 4 == 0 ? 3 : (place % 4 == 3 ? 1 : 2);
+  }
   static __device__ int row(int place) {
     return place / 4 * 8 + 2 * (place % 4) + (place % 4 == 3 ? 1 : 2);
   }
@@ -54,8 +56,8 @@ struct PolishPlaces<true> {
   }
 };
 
-/// Shared memory of a warp that polishes the code of one value, `num_places` floats each. Lane i has
-/// places i, i + 32 and so on; no other lane touches them.
+/// Shared memory of a warp that polishes the code of one value, `num_places` floats each. Lane i
+/// has places i, i + 32 and so on; no other lane touches them.
 struct PolishShared {
   float* of_value;  ///< <E_i, v>, for v of unit norm
   float* squares;   ///< |E_i|^2
@@ -69,8 +71,8 @@ struct PolishShared {
         of_sum(code + num_places) {}
 };
 
-/// A lane's <E_i, u>, for place 32 i + lane: in registers of kPlaces places, a multiple of 32; with 0
-/// in shared memory, of any number of places.
+/// A lane's <E_i, u>, for place 32 i + lane: in registers of kPlaces places, a multiple of 32; with
+/// 0 in shared memory, of any number of places.
 template <int kPlaces>
 struct PolishSums {
   static constexpr int kUnrolled = kPlaces / 32;
@@ -121,8 +123,8 @@ __device__ __forceinline__ float polish_factor(int num_places, const PolishShare
 }
 
 /// Moves single places where that lowers the error, in order and up to `sweeps` times over, as the
-/// host's value_polish::polish does. All lanes of a warp call. A lane decides for its place as if it
-/// were its turn; the first lane that would move has seen all moves before it. `gram` is E E^T,
+/// host's value_polish::polish does. All lanes of a warp call. A lane decides for its place as if
+/// it were its turn; the first lane that would move has seen all moves before it. `gram` is E E^T,
 /// [num_bits][num_bits].
 template <int kPlaces, bool kGraded>
 __device__ __forceinline__ void polish_places(const float* gram, int num_bits, int sweeps,

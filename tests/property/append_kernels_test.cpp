@@ -143,7 +143,7 @@ class HostAppend {
         values.gram, workspace.bits, tokens, 2,
         ProductEpilogue{values.gram.product_factor, workspace.sum_products, values.num_code_bits});
     simt::launch({static_cast<unsigned>(num_rows)}, 32, [&] {
-      const auto kernel = value_polish(values.num_code_bits);
+      const auto kernel = value_polish(values.num_code_bits, values.graded);
       kernel(view_, tokens, workspace.value_products, workspace.sum_products, workspace.bits);
     });
   }

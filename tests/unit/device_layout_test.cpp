@@ -327,13 +327,13 @@ TEST(DeviceLayoutRefusals, NameGradedCodesOfOneSide) {
 TEST(DeviceLayout, KeepsBinaryTokens) {
   const PairLayout pairs{128, 128, RopeLayout::kHalfSplit};
   std::mt19937_64 rng(3);
-  for (int i = 0; i < 4; ++i) {
-    const bool two = i / 2 == 1;
+  for (int shape = 0; shape < 4; ++shape) {
+    const bool two = shape / 2 == 1;
     KeyCodecConfig keys =
         two ? KeyCodecConfig::speed_2bit(pairs) : KeyCodecConfig::speed_1bit(pairs);
     ValueCodecConfig values =
         two ? ValueCodecConfig::speed_2bit(384, 3) : ValueCodecConfig::speed_1bit(384, 3);
-    keys.graded = values.graded = i % 2 == 1;
+    keys.graded = values.graded = shape % 2 == 1;
     const DevicePageLayout layout(keys, 3, values, 32, key_plane_bytes(90));
     ASSERT_TRUE(layout.is_binary());
     EXPECT_EQ(layout.graded, keys.graded);
