@@ -193,6 +193,9 @@ TEST_F(AppendTest, CodesOfTheSpeedPresets) {
   shape.num_stages = 124;
   shape.bits = 2;
   shape.scaled_values = true;
+  EXPECT_EQ(verdict(AppendCase::exact(rng_, shape)), "");
+  // Of random graded books 248 bits leave so little that ties within rounding are frequent.
+  shape.graded = false;
   EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
   EXPECT_EQ(verdict(AppendCase::exact(rng_, {.num_kv_heads = 3,
                                              .num_tokens = 33,
