@@ -9,20 +9,21 @@
 
 /// Attention over binary codes that no two KV heads share: keys by books of two rows, which is a
 /// linear code k = norm * (k_0 + sum over bits b_i e_i), and values with a block a head. Nothing is
-/// looked up: code bits are operands of matrix products as they lie in memory.
+/// looked up: code bits, or numbers of some bits each, are operands of matrix products as they lie
+/// in memory. A mask leaves bit s of either half of a 32-bit word: as fp16 numbers these are
+/// b * 2^(s - 24).
 ///
-/// A mask leaves bit s of either half of a 32-bit word: as fp16 numbers these are b * 2^(s - 24).
-/// A warp takes a block of 32 tokens at a time, for four rows (query heads):
+/// A warp takes a block of 32 tokens at a time, for four rows (query heads); four warps share a
+/// tile:
 ///
-///   1. pairs that turn fast are decoded, bits times e, turned by the token's place among 128
-///   tokens
-///      and multiplied with the queries, turned to the first of these;
-///   2. over a tile of 256 tokens the other pairs turn so little that their score is a cubic in the
-///   token's
-///      place: bits times e^T q for queries turned to four places, the nodes, and Lagrange's
-///      polynomials between them. So these pairs are never decoded;
-///   3. scores become weights relative to the largest score so far, whose sums with the bits of the
-///      values are gathered.
+/// 1. Pairs that turn fast are decoded, bits times e, turned by the token's place among 128 tokens
+///    and multiplied with the queries, turned to the first of these.
+/// 2. Over a tile of 256 tokens the other pairs turn so little that their score is a cubic in the
+///    token's place: bits times e^T q for queries turned to four places, the nodes, and Lagrange's
+///    polynomials between them. So these pairs are never decoded. e^T q is computed for some tiles
+///    at once, one a warp.
+/// 3. Scores become weights relative to the largest score so far, whose sums with the bits of the
+///    values are gathered.
 namespace commvq::cuda::binary_attention {
 
 /// Gathers block `block` of the segment, number `tile_block` of its tile, which lies in `stage`.
