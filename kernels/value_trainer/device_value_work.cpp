@@ -96,16 +96,16 @@ void DeviceValueWork::forward(const DeviceArray<float>& parameters, Index tokens
                               std::uint32_t noise_key, float temperature, Activations& batch) {
   const Index C = config_.num_channels, H = config_.hidden_size, L = config_.num_logits();
   const float* const p = parameters.data();
-  value_trainer::load_units({tokens, C, values_.data(), batch.rows.data(), p + at_.norm_gain,
-                             p + at_.norm_bias, batch.units.data(), batch.standardized.data(),
-                             batch.scaled.data(), batch.norms.data()},
-                            stream());
-  blas_.multiply(kAsIs, kTransposed, tokens, H, C, 1.0f, batch.scaled.data(),
-                 p + at_.hidden_weight, 0.0f, batch.hidden.data());
+  value_trainer::load_units(
+      {tokens, C, values_.data(), batch.rows.data(), p + at_.norm_gain, p + at_.norm_bias,
+       batch.units.data(), batch.standardized.data(), batch.scaled.data(), batch.norms.data()},
+      stream());
+  blas_.multiply(kAsIs, kTransposed, tokens, H, C, 1.0f, batch.scaled.data(), p + at_.hidden_weight,
+                 0.0f, batch.hidden.data());
   value_trainer::apply_gelu(tokens, H, p + at_.hidden_bias, batch.hidden.data(),
                             temperature > 0 ? batch.slope.data() : nullptr, stream());
-  blas_.multiply(kAsIs, kTransposed, tokens, L, H, 1.0f, batch.hidden.data(),
-                 p + at_.output_weight, 0.0f, batch.logits.data());
+  blas_.multiply(kAsIs, kTransposed, tokens, L, H, 1.0f, batch.hidden.data(), p + at_.output_weight,
+                 0.0f, batch.logits.data());
   value_trainer::choose_patterns(tokens, config_.num_groups(), p + at_.output_bias, noise_key,
                                  temperature, batch.logits.data(), batch.bits.data(), stream());
 }
@@ -146,8 +146,8 @@ void DeviceValueWork::backward(Index tokens, float temperature, Activations& bat
   const Index bits = config_.num_code_bits();
   const float* const p = parameters_.data();
   float* const g = gradients_.data();
-  blas_.multiply(kTransposed, kAsIs, bits, C, tokens, 1.0f, batch.bits.data(),
-                 batch.decoded.data(), 0.0f, g + at_.decoder);
+  blas_.multiply(kTransposed, kAsIs, bits, C, tokens, 1.0f, batch.bits.data(), batch.decoded.data(),
+                 0.0f, g + at_.decoder);
   blas_.multiply(kAsIs, kTransposed, tokens, bits, C, 1.0f, batch.decoded.data(), p + at_.decoder,
                  0.0f, bit_gradients_.data());
   value_trainer::backward_through_choice(tokens, config_.num_groups(), bit_gradients_.data(),
@@ -182,8 +182,8 @@ void DeviceValueWork::polish(const float* decoder, const float* gram, Index toke
   blas_.multiply(kAsIs, kAsIs, tokens, bits, bits, 1.0f, batch.bits.data(), gram, 0.0f,
                  sum_products);
   const bool fits =
-      value_trainer::polish(tokens, static_cast<int>(bits), config_.polish_sweeps,
-                            config_.graded, gram, value_products, sum_products, batch.bits.data(), stream());
+      value_trainer::polish(tokens, static_cast<int>(bits), config_.polish_sweeps, config_.graded,
+                            gram, value_products, sum_products, batch.bits.data(), stream());
   require(fits, "the polish of ", bits,
           " code bits needs more shared memory than the device has: learn on the host");
 }
@@ -213,8 +213,8 @@ CodedValues DeviceValueWork::encode(const ValueCodecWeights& weights,
                               stream());
     blas_.multiply(kTransposed, kAsIs, bits, bits, tokens, 1.0f, batch.bits.data(),
                    batch.bits.data(), 1.0f, normal.data());
-    blas_.multiply(kTransposed, kAsIs, bits, C, tokens, 1.0f, batch.bits.data(),
-                   batch.units.data(), 1.0f, right.data());
+    blas_.multiply(kTransposed, kAsIs, bits, C, tokens, 1.0f, batch.bits.data(), batch.units.data(),
+                   1.0f, right.data());
     check_kernels("encoding values");
     std::vector<float> errors(static_cast<std::size_t>(tokens));
     batch.losses.download(errors.data(), tokens, stream());

@@ -7,18 +7,18 @@
 #include <cuda_runtime_api.h>
 
 /// Kernels of the value trainer between its matrix products. Pointers are device memory, matrices
-/// row-major with one row a value of the batch; everything is enqueued on the given stream. `tokens`
-/// is the number of rows.
+/// row-major with one row a value of the batch; everything is enqueued on the given stream.
+/// `tokens` is the number of rows.
 namespace commvq::cuda::value_trainer {
 
 /// units [tokens][C] = values[rows[i]] / norm, their LayerNorm without and with gain and bias, and
 /// the norms [tokens] (null: not wanted). Values of norm 0 give zeros.
 struct Inputs {
   Index tokens, num_channels;
-  const float* values;   ///< [any][C]
-  const Index* rows;     ///< [tokens]
-  const float* gain;     ///< [C]
-  const float* bias;     ///< [C]
+  const float* values;  ///< [any][C]
+  const Index* rows;    ///< [tokens]
+  const float* gain;    ///< [C]
+  const float* bias;    ///< [C]
   float* units;
   float* standardized;
   float* scaled;
@@ -58,9 +58,10 @@ void adam_step(Index size, float rate, const float* gradients, float* first_mome
 /// Ties a graded decoder, [num_bits][num_channels]: see graded_decoder::tie.
 void tie_decoder(Index num_bits, Index num_channels, float* decoder, cudaStream_t stream);
 
-/// Flips bits, or moves numbers of `graded` codes, where that lowers the error, up to `sweeps` times
-/// over: see value_polish::polish. `gram` [bits][bits]: E E^T; value_products [tokens][bits]: E v;
-/// sum_products [tokens][bits]: (E E^T) b. Returns false if the device lacks the shared memory.
+/// Flips bits, or moves numbers of `graded` codes, where that lowers the error, up to `sweeps`
+/// times over: see value_polish::polish. `gram` [bits][bits]: E E^T; value_products [tokens][bits]:
+/// E v; sum_products [tokens][bits]: (E E^T) b. Returns false if the device lacks the shared
+/// memory.
 [[nodiscard]] bool polish(Index tokens, int num_bits, int sweeps, bool graded, const float* gram,
                           const float* value_products, const float* sum_products, float* bits,
                           cudaStream_t stream);

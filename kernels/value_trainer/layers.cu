@@ -1,10 +1,10 @@
 #include "commvq/value_codec/value_codec.hpp"
-#include "learner/graded_decoder.hpp"
-#include "learner/gumbel.hpp"
 
 #include "block_sums.cuh"
 #include "common/memory.cuh"
 #include "kernels.hpp"
+#include "learner/graded_decoder.hpp"
+#include "learner/gumbel.hpp"
 
 namespace commvq::cuda::value_trainer {
 namespace {
@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads) load_units_kernel(Inputs in) {
   }
   const float mean = block_sum(sum) / static_cast<float>(C);
   float squares = 0;
-  for (Index c = threadIdx.x; c < C; c += kThreads) squares += (units[c] - mean) * (units[c] - mean);
+  for (Index c = threadIdx.x; c < C; c += kThreads)
+    squares += (units[c] - mean) * (units[c] - mean);
   const float variance = block_sum(squares) / static_cast<float>(C);
   const float factor = 1.0f / sqrtf(variance + kValueLayerNormEpsilon);
   for (Index c = threadIdx.x; c < C; c += kThreads) {

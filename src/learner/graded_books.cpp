@@ -38,8 +38,7 @@ void initialize(KeyWork& keys, int group, KeyCodebook<float>& codebook) {
   keys.begin_stage(codebook, group, 0);
   const Moments moments = moments_of(keys, codebook.row_size());
   Eigen::MatrixXd parameters(1 + config.num_stages, codebook.row_size());
-  parameters << moments.mean.transpose(),
-      graded_directions(moments.covariance, config.num_stages);
+  parameters << moments.mean.transpose(), graded_directions(moments.covariance, config.num_stages);
   const Eigen::MatrixXd tie = tie_of(Eigen::VectorXd::Constant(2 * config.num_stages, 0.5));
   Eigen::Map<key_em::Matrix>(codebook.book(group, 0, 0), tie.rows(), parameters.cols()) =
       (tie * parameters).cast<float>();

@@ -3,19 +3,17 @@
 #include <vector>
 
 #include "commvq/core/graded_bits.hpp"
+#include "commvq/core/host_device.hpp"
 #include "commvq/value_codec/value_codec.hpp"
 
 /// Decoders of graded value codes (see `ValueCodecConfig::graded`): a bit's row is its weight times
 /// the row of its number.
 namespace commvq::graded_decoder {
 
-#if defined(__CUDACC__)
-__host__ __device__
-#endif
 /// Ties one channel of a byte's eight rows, `stride` apart. A number's row is the least-squares fit
 /// to those of its bits k, sum of w_k row_k / sum of w_k^2; the bits' rows become w_k times that,
 /// exactly.
-inline void tie_channel(float* channel, Index stride) {
+COMMVQ_HOST_DEVICE inline void tie_channel(float* channel, Index stride) {
   constexpr GradedBit kBits[8] = {graded_bit(0), graded_bit(1), graded_bit(2), graded_bit(3),
                                   graded_bit(4), graded_bit(5), graded_bit(6), graded_bit(7)};
   float products[4] = {}, squares[4] = {};

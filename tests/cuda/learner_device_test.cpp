@@ -1,8 +1,8 @@
 // The learners on the device, compared with the host's on the same keys and values.
-#include "commvq/cuda/learner.hpp"
-
 #include <cmath>
 #include <limits>
+
+#include "commvq/cuda/learner.hpp"
 
 #include <gmock/gmock.h>
 
@@ -111,13 +111,11 @@ TEST_P(KeyWorkOnDevice, GivesTheHostsStatisticsAndErrors) {
   EXPECT_NEAR(kept, host.encode(codebook, 4, true), 1e-4 * greedy);
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, KeyWorkOnDevice,
-                         testing::Values(KeyShape{128, 64, 64, 4, false},
-                                         KeyShape{128, 64, 64, 3, true},
-                                         KeyShape{64, 8, 10, 2, true},
-                                         KeyShape{128, 32, 100, 2, false},
-                                         KeyShape{128, 64, 256, 2, false},
-                                         KeyShape{128, 64, 2, 60, false}));
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, KeyWorkOnDevice,
+    testing::Values(KeyShape{128, 64, 64, 4, false}, KeyShape{128, 64, 64, 3, true},
+                    KeyShape{64, 8, 10, 2, true}, KeyShape{128, 32, 100, 2, false},
+                    KeyShape{128, 64, 256, 2, false}, KeyShape{128, 64, 2, 60, false}));
 
 class LearnersOnDevice : public testing::Test {
  protected:
@@ -144,8 +142,7 @@ TEST_P(KeyLearnersOnDevice, LearnAsWellAsTheHostAndTheSameEachTime) {
   for (std::size_t head = 0; head < 3; ++head) {
     const std::vector<double>& objectives = result[head].refinement_objectives;
     ASSERT_EQ(objectives.size(), expected[head].refinement_objectives.size());
-    for (std::size_t i = 1; i < objectives.size(); ++i)
-      EXPECT_LE(objectives[i], objectives[i - 1]);
+    for (std::size_t i = 1; i < objectives.size(); ++i) EXPECT_LE(objectives[i], objectives[i - 1]);
     EXPECT_NEAR(objectives.back(), expected[head].refinement_objectives.back(),
                 0.05 * objectives.back());
   }
@@ -167,9 +164,8 @@ TEST_F(LearnersOnDevice, TrainAndCodeValuesAsTheHost) {
     const Index tokens = 2000;
     std::vector<float> values = clustered(rng, tokens, config.num_channels, 2.0);
     std::fill_n(values.begin(), config.num_channels, 0.0f);  // one value is zero
-    const std::shared_ptr<const ValueCodec> initial =
-        testing_support::random_value_codec(rng, config.num_channels, bits, config.hidden_size, 1,
-                                            graded);
+    const std::shared_ptr<const ValueCodec> initial = testing_support::random_value_codec(
+        rng, config.num_channels, bits, config.hidden_size, 1, graded);
     const auto view = as_matrix(values, tokens, config.num_channels);
     HostValueWork host(view, config, initial->weights());
     DeviceValueWork device(view, config, initial->weights());

@@ -1,12 +1,14 @@
+#include "commvq/value_codec/value_codec.hpp"
+
 #include <cmath>
 #include <limits>
 #include <tuple>
 
 #include "commvq/core/float16.hpp"
-#include "commvq/value_codec/value_codec.hpp"
-#include "reference/random_cache.hpp"
 
 #include <gmock/gmock.h>
+
+#include "reference/random_cache.hpp"
 
 namespace commvq {
 namespace {
@@ -71,8 +73,8 @@ class ValueCodecTest : public testing::TestWithParam<int> {
   std::vector<int> bits_of(Index token) const {
     std::vector<int> bits;
     for (int i = 0; i < codec_->config().num_code_bits(); ++i)
-      bits.push_back(codes_[static_cast<std::size_t>(token * codec_->code_bytes() + i / 8)] >>
-                         (i % 8) & 1);
+      bits.push_back(
+          codes_[static_cast<std::size_t>(token * codec_->code_bytes() + i / 8)] >> (i % 8) & 1);
     return bits;
   }
   double length_of(const std::vector<float>& values, Index token) const {
@@ -96,7 +98,8 @@ TEST_P(ValueCodecTest, CodesEqualTheReferences) {
   encode();
   int different = 0;  // float and double may disagree where two logits are almost equal
   for (Index t = 0; t < kTokens; ++t)
-    different += bits_of(t) != reference_bits(*codec_, &values_[static_cast<std::size_t>(t) * kChannels]);
+    different +=
+        bits_of(t) != reference_bits(*codec_, &values_[static_cast<std::size_t>(t) * kChannels]);
   EXPECT_LE(different, 1);
 }
 
@@ -140,8 +143,8 @@ TEST_P(ValueCodecTest, ZeroValueDecodesToZeros) {
 }
 
 TEST_P(ValueCodecTest, NamesTokenAndChannelOfWhatIsNotFinite) {
-  for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
-                          -std::numeric_limits<float>::infinity()}) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
     values_[static_cast<std::size_t>(129 * kChannels + 31)] = bad;
     EXPECT_THAT([&] { encode(); }, ThrowsMessage<Error>(AllOf(HasSubstr("129"), HasSubstr("31"))));
   }
@@ -302,7 +305,8 @@ TEST(ValueCodecBlocks, AreCodecsSideBySide) {
         config.polish_sweeps = sweeps;
         ValueCodecWeights weights = plain->weights();
         if (scaled)
-          for (int c = 0; c < kChannels; ++c) weights.channel_scales.push_back(0.5f + static_cast<float>(c % 5));
+          for (int c = 0; c < kChannels; ++c)
+            weights.channel_scales.push_back(0.5f + static_cast<float>(c % 5));
         const ValueCodec codec(config, weights);
         EXPECT_EQ(codec.bits_per_token(), kChannels * bits + kBlocks * 16);
         const Coded whole(codec, view);

@@ -23,7 +23,8 @@ std::vector<float> clustered_values() {
   const std::vector<float> centres = testing_support::normal_floats(rng, 12 * kChannels);
   std::vector<float> values = testing_support::normal_floats(rng, kTokens * kChannels, 0.3);
   for (std::size_t t = 0; t < kTokens; ++t)
-    for (std::size_t c = 0; c < kChannels; ++c) values[t * kChannels + c] += centres[t % 12 * kChannels + c];
+    for (std::size_t c = 0; c < kChannels; ++c)
+      values[t * kChannels + c] += centres[t % 12 * kChannels + c];
   return values;
 }
 
@@ -57,7 +58,8 @@ TEST(ValueTrainer, LearnsAndMoreBitsLearnMore) {
   ValueTrainerReport report;
   const auto train = [&](int bits) {
     return relative_error(
-        train_value_codec(as_matrix(values, kTokens, kChannels), options_for(bits), &report), values);
+        train_value_codec(as_matrix(values, kTokens, kChannels), options_for(bits), &report),
+        values);
   };
   const double one = train(1);
   ASSERT_EQ(report.objectives.size(), 400u);
@@ -117,9 +119,9 @@ std::vector<float> correlated_values() {
 TEST(ValueTrainer, GradedCodecsAreAboutAsGoodAsFreeOnes) {
   const std::vector<float> values = correlated_values();
   for (const int bits : {1, 2}) {
-    ValueTrainerOptions options = ValueTrainerOptions::commvq(
-        bits == 1 ? ValueCodecConfig::commvq_1bit(kChannels)
-                  : ValueCodecConfig::commvq_2bit(kChannels));
+    ValueTrainerOptions options =
+        ValueTrainerOptions::commvq(bits == 1 ? ValueCodecConfig::commvq_1bit(kChannels)
+                                              : ValueCodecConfig::commvq_2bit(kChannels));
     options.steps = 200;
     options.batch_tokens = 64;
     const auto error = [&](bool graded) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "commvq/core/host_device.hpp"
+
 namespace commvq {
 
 /// Where one bit stands in a graded code (see `KeyCodecConfig::graded`,
@@ -10,11 +12,8 @@ struct GradedBit {
   int weight;  ///< what the bit adds to that number: 4, 2 or 1
 };
 
-#if defined(__CUDACC__)
-__host__ __device__
-#endif
 /// Of bit `bit` of a code; of keys, of book 2 * stage + which of a group.
-constexpr GradedBit graded_bit(int bit) {
+COMMVQ_HOST_DEVICE constexpr GradedBit graded_bit(int bit) {
   constexpr GradedBit kOfByte[8] = {{0, 4}, {0, 2}, {0, 1}, {1, 2}, {1, 1}, {2, 2}, {2, 1}, {3, 1}};
   return {bit / 8 * 4 + kOfByte[bit % 8].number, kOfByte[bit % 8].weight};
 }

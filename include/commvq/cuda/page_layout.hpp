@@ -3,14 +3,9 @@
 #include <cstdint>
 
 #include "commvq/core/export.h"
+#include "commvq/core/host_device.hpp"
 #include "commvq/core/view.hpp"
 #include "commvq/key_codec/config.hpp"
-
-#ifdef __CUDACC__
-#define COMMVQ_HOST_DEVICE __host__ __device__
-#else
-#define COMMVQ_HOST_DEVICE
-#endif
 
 namespace commvq {
 struct ValueCodecConfig;
@@ -35,9 +30,8 @@ struct KeyPlane {
 /// How the codes of `page_size` tokens of one layer lie in a page in device memory.
 ///
 ///     key words     per plane [num_kv_heads][page_size][num_words] 32-bit words
-///     value codes   [page_size / 16][num_code_bits] 16-bit words; bit j is token j of the 16.
-///     Graded:
-///                   [page_size / 16][num_code_bits / 16][16 tokens], the first code bit highest
+///     value codes   [page_size / 16][num_code_bits] 16-bit words; bit j is token j of the 16
+///       or, graded, [page_size / 16][num_code_bits / 16][16 tokens]; the first code bit is highest
 ///     key tails     per plane [num_kv_heads] bit streams [page_size][tail_bits]
 ///     key norms     [norms_per_token][page_size] bf16
 ///     value scales  [value_blocks][page_size] bf16

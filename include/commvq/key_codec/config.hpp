@@ -10,12 +10,12 @@ namespace commvq {
 
 /// Shape of the complex additive codebook of one key head (CommVQ, section 3; see `KeyCodebook`).
 struct KeyCodecConfig {
-  PairLayout pairs;        ///< head_dim and which channels form a complex number
-  int group_pairs = 64;    ///< g: RoPE pairs that share a code; divides head_dim / 2
-  int codebook_size = 64;  ///< Nc: centroids per book, in [2, 65536]
-  int num_stages = 11;     ///< R: residual stages, in [1, 1024]
-  bool tied = true;        ///< paper: the second book of a stage is j times the first
-  int beam_width = 1;      ///< candidates kept per stage when encoding; 1 is the paper's greedy
+  PairLayout pairs;            ///< head_dim and which channels form a complex number
+  int group_pairs = 64;        ///< g: RoPE pairs that share a code; divides head_dim / 2
+  int codebook_size = 64;      ///< Nc: centroids per book, in [2, 65536]
+  int num_stages = 11;         ///< R: residual stages, in [1, 1024]
+  bool tied = true;            ///< paper: the second book of a stage is j times the first
+  int beam_width = 1;          ///< candidates kept per stage when encoding; 1 is the paper's greedy
   bool norm_per_head = false;  ///< paper: one norm a token over all heads; true: one a head
   /// Untied books of two rows that share directions: the codes of four stages, eight bits, are
   /// numbers of 3, 2, 2 and 1 bits, the most significant bit first, and row 1 less row 0 of a book

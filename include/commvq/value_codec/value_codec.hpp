@@ -24,8 +24,8 @@ struct COMMVQ_API ValueCodecConfig {
   /// Eight consecutive bits of a block's code are numbers of 3, 2, 2 and 1 bits (`graded_bit`),
   /// each of which multiplies one vector: the decoder's row of a bit is its weight times the row of
   /// the number's last bit. Attention then computes with half as many vectors as there are bits.
-  /// The polish moves a number as a whole; otherwise encoding, decoding and storing are those of any
-  /// codec.
+  /// The polish moves a number as a whole; otherwise encoding, decoding and storing are those of
+  /// any codec.
   bool graded = false;
 
   bool operator==(const ValueCodecConfig&) const = default;
@@ -63,8 +63,8 @@ struct COMMVQ_API ValueCodecConfig {
   static ValueCodecConfig commvq_1bit(int num_channels) { return commvq(num_channels, 1); }
   static ValueCodecConfig commvq_2bit(int num_channels) { return commvq(num_channels, 2); }
 
-  /// The same with a block per KV head, graded: for attention that reads one head at a time, and for
-  /// layers that are split by heads. See `KeyCodecConfig::speed_1bit`.
+  /// The same with a block per KV head, graded: for attention that reads one head at a time, and
+  /// for layers that are split by heads. See `KeyCodecConfig::speed_1bit`.
   static ValueCodecConfig speed_1bit(int num_channels, int num_kv_heads) {
     return speed(num_channels, num_kv_heads, 1);
   }

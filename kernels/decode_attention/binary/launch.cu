@@ -13,6 +13,16 @@ namespace {
 static_assert(BinaryAttentionConfig::kTileTokens == BinaryKeys::kTileTokens);
 static_assert(binary_attention::kRoundTokens == BinaryKeys::kTurnTokens);
 
+/// Whether devices of the compiled compute capability can have the shared memory; `prepare` refuses
+/// the others, for which no code is made.
+template <class Shape>
+constexpr bool kFits =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    sizeof(binary_attention::Shared<Shape>) <= 163 * 1024;
+#else
+    true;
+#endif
+
 /// Thread blocks (part and head, block of rows) attend over coded tokens; they and
 /// num_exact_blocks others also over the exact ones.
 template <class Shape>
@@ -23,7 +33,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   let_next_kernel_start();
   const int block = static_cast<int>(blockIdx.x);
   if (block < problem.num_kv_heads * problem.num_key_parts) {
-    binary_attention::run<Shape>(arguments, binary_memory);
+    if constexpr (kFits<Shape>) binary_attention::run<Shape>(arguments, binary_memory);
   } else {
     wait_for_previous_kernel();
   }
