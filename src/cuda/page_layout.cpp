@@ -116,7 +116,8 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
       "and speed_2bit at head_dim 128");
   require(!is_binary() || keys.graded == values.graded, "graded is ",
           keys.graded ? "true" : "false", " for the keys and ", values.graded ? "true" : "false",
-          " for the values; the device supports binary codes of both or of neither");
+          " for the values; the device supports binary codes that are graded on both sides or on ",
+          "neither, as calibrate --method speed learns them");
   graded = is_binary() && keys.graded;
   value_scales_offset = at;
   page_bytes = align(at + Index{value_blocks} * page_size * 2);
