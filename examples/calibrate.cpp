@@ -150,7 +150,6 @@ commvq::ValueTrainerOptions value_options(const Options& options, int channels, 
           : ValueTrainerOptions::commvq(one_bit ? ValueCodecConfig::commvq_1bit(of_block)
                                                 : ValueCodecConfig::commvq_2bit(of_block));
   values.codec = values.codec.repeated(num_blocks);
-  values.codec.graded = options.method == "speed";
   if (options.value_steps > 0) values.steps = options.value_steps;
   return values;
 }

@@ -205,14 +205,13 @@ void ValueCodecConfig::validate() const {
 ValueCodecConfig ValueCodecConfig::speed(int num_channels, int num_kv_heads, int bits) {
   require(num_kv_heads >= 1 && num_channels % num_kv_heads == 0, "num_kv_heads is ", num_kv_heads,
           "; it must divide the ", num_channels, " channels");
-  ValueCodecConfig config = commvq(num_channels / num_kv_heads, bits).repeated(num_kv_heads);
-  config.graded = true;
-  return config;
+  return commvq(num_channels / num_kv_heads, bits).repeated(num_kv_heads);
 }
 
 ValueCodecConfig ValueCodecConfig::commvq(int num_channels, int bits) {
   ValueCodecConfig config = paper(num_channels, bits);
   config.polish_sweeps = 8;
+  config.graded = true;
   return config;
 }
 

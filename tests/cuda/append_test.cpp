@@ -161,6 +161,8 @@ TEST_F(AppendTest, CodesOfTheLibrarysOwnPresets) {
                     .weighted = true,
                     .polish_sweeps = 8};
   EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
+  shape.graded_values = true;
+  EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");
   shape.bits = 2;
   shape.num_stages = 20;
   EXPECT_EQ(verdict(AppendCase::random(rng_, shape)), "");

@@ -306,6 +306,10 @@ TEST(AppendKernelsTest, WeightedKeysAndPolishedValues) {
   shape.norm_per_head = true;
   shape.beam_width = 4;
   expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+  shape.graded_values = true;
+  shape.num_kv_heads = 3;  // a number of bits without a kernel of its own
+  shape.beam_width = 1;
+  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
 }
 
 TEST(AppendKernelsTest, ValuesInBlocksAndWithChannelScales) {

@@ -38,6 +38,7 @@ struct AppendShape {
   int value_blocks = 1;
   bool scaled_values = false;  ///< channel scales, powers of two
   bool graded = false;         ///< keys and values
+  bool graded_values = false;  ///< values alone
 };
 
 /// A token as a page holds it.
@@ -111,14 +112,14 @@ struct AppendCase {
       values = normal_floats(rng, num_tokens * num_channels(), 0.5);
     }
     codec.values = random_value_codec(rng, num_channels(), shape.bits, shape.hidden_size,
-                                      shape.value_blocks, shape.graded);
+                                      shape.value_blocks, shape.graded || shape.graded_values);
     ValueCodecConfig value_config = codec.values->config();
     value_config.polish_sweeps = shape.polish_sweeps;
     ValueCodecWeights weights = codec.values->weights();
     std::uniform_int_distribution<int> number(-2, 2);
     if (is_exact)
       for (float& value : weights.decoder) value = static_cast<float>(number(rng));
-    if (shape.graded) weights.derive_graded_rows(value_config.block().num_channels);
+    if (value_config.graded) weights.derive_graded_rows(value_config.block().num_channels);
     if (shape.scaled_values)
       for (int c = 0; c < num_channels(); ++c)
         weights.channel_scales.push_back(std::ldexp(1.0f, static_cast<int>(rng() % 3) - 1));

@@ -379,17 +379,12 @@ TEST(ValueCodecConfigTest, BlocksMustFit) {
   EXPECT_EQ(config.block().repeated(8), config);
 }
 
-TEST(ValueCodecConfigTest, SpeedHasAGradedBlockPerHead) {
-  const auto graded = [](ValueCodecConfig config) {
-    config.graded = true;
-    return config;
-  };
+TEST(ValueCodecConfigTest, SpeedHasABlockPerHead) {
   const ValueCodecConfig one = ValueCodecConfig::speed_1bit(1024, 8);
-  EXPECT_EQ(one.block(), graded(ValueCodecConfig::commvq_1bit(128)));
+  EXPECT_EQ(one.block(), ValueCodecConfig::commvq_1bit(128));
   EXPECT_EQ(one.num_blocks, 8);
   EXPECT_EQ(one.num_code_bits(), 1024);
-  EXPECT_EQ(ValueCodecConfig::speed_2bit(1024, 8).block(),
-            graded(ValueCodecConfig::commvq_2bit(128)));
+  EXPECT_EQ(ValueCodecConfig::speed_2bit(1024, 8).block(), ValueCodecConfig::commvq_2bit(128));
   EXPECT_THAT([] { ValueCodecConfig::speed_1bit(1024, 3); },
               ThrowsMessage<Error>(AllOf(HasSubstr("num_kv_heads is 3"), HasSubstr("1024"))));
 }
@@ -407,6 +402,8 @@ TEST(ValueCodecConfigTest, PresetsAndLimits) {
   config.polish_sweeps = -1;
   EXPECT_THAT([&] { config.validate(); }, ThrowsMessage<Error>(HasSubstr("polish_sweeps is -1")));
   EXPECT_EQ(ValueCodecConfig::commvq_1bit(1024).num_code_bits(), 1024);
+  EXPECT_TRUE(ValueCodecConfig::commvq_1bit(1024).graded);
+  EXPECT_FALSE(ValueCodecConfig::paper_1bit(1024).graded);
   EXPECT_EQ(ValueCodecConfig::commvq_2bit(1024).num_code_bits(), 2048);
 }
 

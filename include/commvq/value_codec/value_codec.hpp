@@ -59,12 +59,12 @@ struct COMMVQ_API ValueCodecConfig {
   static ValueCodecConfig paper_1bit(int num_channels) { return paper(num_channels, 1); }
   static ValueCodecConfig paper_2bit(int num_channels) { return paper(num_channels, 2); }
 
-  /// The library's own: the same codes and decoder, found by the network and up to 8 sweeps.
+  /// The library's own: as many bits, graded, found by the network and up to 8 sweeps.
   static ValueCodecConfig commvq_1bit(int num_channels) { return commvq(num_channels, 1); }
   static ValueCodecConfig commvq_2bit(int num_channels) { return commvq(num_channels, 2); }
 
-  /// The same with a block per KV head, graded: for attention that reads one head at a time, and
-  /// for layers that are split by heads. See `KeyCodecConfig::speed_1bit`.
+  /// The same with a block per KV head: for attention that reads one head at a time, and for layers
+  /// that are split by heads. See `KeyCodecConfig::speed_1bit`.
   static ValueCodecConfig speed_1bit(int num_channels, int num_kv_heads) {
     return speed(num_channels, num_kv_heads, 1);
   }
