@@ -81,8 +81,8 @@ struct ColumnWeights {
   }
 };
 
-/// Adds weights times bits of the values. Lane 4g + q holds bits kLaneBits g and those after it, of
-/// tokens 4 q to 4 q + 3 of either half: in one byte of the words.
+/// Adds weights times bits of the values. Lane 4g + q holds bits 16 kLaneWords g and those after
+/// it, of tokens 4 q to 4 q + 3 of either half: in one byte of the words.
 template <class Shape>
 __device__ __forceinline__ void add_bits(const Half<Shape>* stage,
                                          const std::uint32_t (&weights)[4], int lane,
