@@ -3,7 +3,7 @@
 #include "block_sums.cuh"
 #include "common/memory.cuh"
 #include "kernels.hpp"
-#include "learner/graded_decoder.hpp"
+#include "learner/graded_tie.hpp"
 #include "learner/gumbel.hpp"
 
 namespace commvq::cuda::value_trainer {

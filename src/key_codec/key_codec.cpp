@@ -33,8 +33,7 @@ void check_graded(const KeyCodebook<float>& codebook, std::size_t head) {
   for (int group = 0; group < config.num_groups(); ++group)
     for (int book = 0; book < 2 * config.num_stages; ++book) {
       const GradedBit bit = graded_bit(book);
-      int last = book;
-      while (graded_bit(last).weight > 1) ++last;
+      const int last = graded_last_bit(book);
       for (int i = 0; i < codebook.row_size(); ++i) {
         const float given = codebook.difference(group, book, i);
         const float needed = float(bit.weight) * codebook.difference(group, last, i);

@@ -1,34 +1,20 @@
 #include "learner/graded_books.hpp"
 
-#include <algorithm>
 #include <numeric>
 #include <vector>
 
 #include "learner/graded_directions.hpp"
+#include "learner/moments.hpp"
 
 namespace commvq::graded_books {
 namespace {
 
-/// Keys that are read at once.
-constexpr Index kBatch = 4096;
-
-struct Moments {
-  Eigen::VectorXd mean;        ///< [2g]
-  Eigen::MatrixXd covariance;  ///< [2g][2g]
-};
-
 Moments moments_of(KeyWork& keys, Index width) {
-  Moments result{Eigen::VectorXd::Zero(width), Eigen::MatrixXd::Zero(width, width)};
-  const auto size = static_cast<double>(keys.size());
-  for (Index first = 0; first < keys.size(); first += kBatch) {
-    std::vector<Index> chosen(static_cast<std::size_t>(std::min(kBatch, keys.size() - first)));
+  return commvq::moments_of(keys.size(), width, [&](Index first, Index count) {
+    std::vector<Index> chosen(static_cast<std::size_t>(count));
     std::iota(chosen.begin(), chosen.end(), first);
-    const Eigen::MatrixXd batch = keys.residuals(chosen).cast<double>();
-    result.mean += batch.colwise().sum().transpose() / size;
-    result.covariance.noalias() += batch.transpose() * batch / size;
-  }
-  result.covariance.noalias() -= result.mean * result.mean.transpose();
-  return result;
+    return Eigen::MatrixXd(keys.residuals(chosen).cast<double>());
+  });
 }
 
 }  // namespace
@@ -38,7 +24,7 @@ void initialize(KeyWork& keys, int group, KeyCodebook<float>& codebook) {
   keys.begin_stage(codebook, group, 0);
   const Moments moments = moments_of(keys, codebook.row_size());
   Eigen::MatrixXd parameters(1 + config.num_stages, codebook.row_size());
-  parameters << moments.mean.transpose(), graded_directions(moments.covariance, config.num_stages);
+  parameters << moments.mean, graded_directions(moments.covariance, config.num_stages);
   const Eigen::MatrixXd tie = tie_of(Eigen::VectorXd::Constant(2 * config.num_stages, 0.5));
   Eigen::Map<key_em::Matrix>(codebook.book(group, 0, 0), tie.rows(), parameters.cols()) =
       (tie * parameters).cast<float>();

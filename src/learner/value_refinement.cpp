@@ -7,6 +7,7 @@
 #include <Eigen/Cholesky>
 
 #include "core/parallel_product.hpp"
+#include "learner/graded_decoder.hpp"
 #include "value_codec/value_layers.hpp"
 
 namespace commvq {
@@ -50,7 +51,7 @@ std::vector<float> refined(const CodedValues& coded, const std::vector<float>& d
         numbers.row(bit.number) = old.row(i);
     numbers = solve(tie.transpose() * coded.normal * tie, tie.transpose() * coded.right, numbers,
                     refinement.ridge);
-    result = tie.cast<float>() * numbers;
+    result = graded_decoder::of_numbers(numbers);
   } else {
     result = solve(coded.normal, coded.right, old, refinement.ridge);
   }

@@ -44,8 +44,7 @@ void check_graded(MatrixView<const float> decoder, int block_bits) {
   for (Index row = 0; row < decoder.rows; ++row) {
     const int i = static_cast<int>(row % block_bits);
     const GradedBit bit = graded_bit(i);
-    int last = i;
-    while (graded_bit(last).weight > 1) ++last;
+    const int last = graded_last_bit(i);
     for (Index c = 0; c < decoder.cols; ++c) {
       const float given = decoder(row, c);
       const float needed = float(bit.weight) * decoder(row - i + last, c);
@@ -223,10 +222,9 @@ ValueCodecConfig ValueCodecConfig::paper(int num_channels, int bits) {
 }
 
 void ValueCodecWeights::derive_graded_rows(Index channels) {
-  const Index num_bits = static_cast<Index>(decoder.size()) / channels;
+  const auto num_bits = static_cast<int>(static_cast<Index>(decoder.size()) / channels);
   for (Index bit = 0; bit < num_bits; ++bit) {
-    Index last = bit;
-    while (graded_bit(static_cast<int>(last)).weight > 1) ++last;
+    const Index last = graded_last_bit(static_cast<int>(bit));
     const auto weight = static_cast<float>(graded_bit(static_cast<int>(bit)).weight);
     for (Index c = 0; c < channels; ++c)
       decoder[static_cast<std::size_t>(bit * channels + c)] =

@@ -18,6 +18,12 @@ COMMVQ_HOST_DEVICE constexpr GradedBit graded_bit(int bit) {
   return {bit / 8 * 4 + kOfByte[bit % 8].number, kOfByte[bit % 8].weight};
 }
 
+/// The last bit of the number that bit `bit` belongs to, of weight 1.
+constexpr int graded_last_bit(int bit) {
+  while (graded_bit(bit).weight > 1) ++bit;
+  return bit;
+}
+
 /// Bits of number `number` of a code: 3, 2, 2 and 1 of a byte.
 constexpr int graded_bits(int number) {
   int bits = 0;
