@@ -53,14 +53,7 @@ template <class Epilogue>
 void multiply_by(const EncoderView& encoder, const Weights& weights, const std::uint16_t* inputs,
                  Index num_tokens, int num_terms, const Epilogue& epilogue, cudaStream_t stream) {
   const int num_blocks = encoder.values.num_blocks;
-  const MatrixProduct product{inputs,
-                              inputs + num_blocks * num_tokens * weights.num_inputs,
-                              weights.hi,
-                              weights.lo,
-                              num_tokens,
-                              weights.num_inputs,
-                              weights.num_padded_outputs,
-                              num_terms};
+  const MatrixProduct product(weights, inputs, num_blocks, num_tokens, num_terms);
   if (num_tokens <= kSmallTileTokens) {
     launch_product<false>(product, num_blocks, epilogue, stream);
   } else if (encoder.warpgroup_processors == 0 ||

@@ -17,6 +17,19 @@ struct MatrixProduct {
   int num_inputs;
   int num_padded_outputs;
   int num_terms;  ///< 1 or 3; 2: the inputs have no rest
+
+  /// Of each of `num_blocks` blocks; `inputs` is [2][num_blocks][num_rows][num_inputs], numbers and
+  /// then rests.
+  MatrixProduct(const Weights& weights, const std::uint16_t* inputs, int num_blocks, Index rows,
+                int terms)
+      : inputs_hi(inputs),
+        inputs_lo(inputs + num_blocks * rows * weights.num_inputs),
+        weights_hi(weights.hi),
+        weights_lo(weights.lo),
+        num_rows(rows),
+        num_inputs(weights.num_inputs),
+        num_padded_outputs(weights.num_padded_outputs),
+        num_terms(terms) {}
 };
 
 /// GELU, as the host computes it in float: x Phi(x), where the tail 1 - Phi(|x|) is taken off |x|.

@@ -167,7 +167,7 @@ __device__ __forceinline__ void polish_places(const float* gram, int num_bits, i
 
 /// Polishes the code of one value: `num_bits` is kBits, unless that is 0. `bit(i)` reads a bit of
 /// the code as 0 or 1, `store(i, bit)` writes it.
-template <int kBits, bool kGraded = false, class Bit, class Store>
+template <int kBits, bool kGraded, class Bit, class Store>
 __device__ __forceinline__ void polish_code(const float* gram, int num_bits, int sweeps,
                                             const float* value_products, const float* sum_products,
                                             unsigned char* memory, Bit bit, Store store) {

@@ -70,72 +70,53 @@ __device__ __forceinline__ void wgmma_wait(T (&c)[kEights][kNumbers]) {
     }
 }
 
+/// c += a b, or c = a b unless `adds`: then c need not be set. SUMS names those of c, A, B and ADDS
+/// the ones after them.
+#define COMMVQ_WGMMA_OF(NUMBER, EIGHTS, NUMBERS, INSTRUCTION, SUMS, A, B, ADDS, ...)             \
+  __device__ __forceinline__ void wgmma(NUMBER(&c)[EIGHTS][NUMBERS], const std::uint32_t(&a)[4], \
+                                        std::uint64_t b, bool adds) {                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADDS                                        \
+                 ", 0;\nwgmma.mma_async.sync.aligned." INSTRUCTION ".f16.f16 {" SUMS "}, {" A    \
+                 "}, " B ", p, 1, 1, 0;\n}\n"                                                    \
+                 : __VA_ARGS__                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));          \
+  }
+
 #define COMMVQ_EIGHT(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-#define COMMVQ_HALF_EIGHT(i) "+r"(c[i][0]), "+r"(c[i][1])
-
-/// Unless it adds, c is overwritten and need not be set.
-__device__ __forceinline__ void wgmma(float (&c)[2][4], const std::uint32_t (&a)[4],
-                                      std::uint64_t b, bool adds) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;\n}\n"
-      : COMMVQ_EIGHT(0), COMMVQ_EIGHT(1)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
-}
-__device__ __forceinline__ void wgmma(float (&c)[8][4], const std::uint32_t (&a)[4],
-                                      std::uint64_t b, bool adds) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%"
-      "25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}\n"
-      : COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2), COMMVQ_EIGHT(3), COMMVQ_EIGHT(4),
-        COMMVQ_EIGHT(5), COMMVQ_EIGHT(6), COMMVQ_EIGHT(7)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
-}
-
-__device__ __forceinline__ void wgmma(float (&c)[16][4], const std::uint32_t (&a)[4],
-                                      std::uint64_t b, bool adds) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%"
-      "25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%"
-      "48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, p, "
-      "1, 1, 0;\n}\n"
-      : COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2), COMMVQ_EIGHT(3), COMMVQ_EIGHT(4),
-        COMMVQ_EIGHT(5), COMMVQ_EIGHT(6), COMMVQ_EIGHT(7), COMMVQ_EIGHT(8), COMMVQ_EIGHT(9),
-        COMMVQ_EIGHT(10), COMMVQ_EIGHT(11), COMMVQ_EIGHT(12), COMMVQ_EIGHT(13), COMMVQ_EIGHT(14),
-        COMMVQ_EIGHT(15)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
-}
-
-/// With c in pairs of fp16, of columns 2q and 2q + 1: row g, then row g + 8.
-__device__ __forceinline__ void wgmma(std::uint32_t (&c)[6][2], const std::uint32_t (&a)[4],
-                                      std::uint64_t b, bool adds) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %17, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n48k16.f16.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11}, {%12,%13,%14,%15}, %16, p, 1, 1, 0;\n}\n"
-      : COMMVQ_HALF_EIGHT(0), COMMVQ_HALF_EIGHT(1), COMMVQ_HALF_EIGHT(2), COMMVQ_HALF_EIGHT(3),
-        COMMVQ_HALF_EIGHT(4), COMMVQ_HALF_EIGHT(5)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
-}
-__device__ __forceinline__ void wgmma(std::uint32_t (&c)[10][2], const std::uint32_t (&a)[4],
-                                      std::uint64_t b, bool adds) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %25, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n80k16.f16.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19}, {%20,%21,%22,%23}, "
-      "%24, p, 1, 1, 0;\n}\n"
-      : COMMVQ_HALF_EIGHT(0), COMMVQ_HALF_EIGHT(1), COMMVQ_HALF_EIGHT(2), COMMVQ_HALF_EIGHT(3),
-        COMMVQ_HALF_EIGHT(4), COMMVQ_HALF_EIGHT(5), COMMVQ_HALF_EIGHT(6), COMMVQ_HALF_EIGHT(7),
-        COMMVQ_HALF_EIGHT(8), COMMVQ_HALF_EIGHT(9)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));
-}
-#undef COMMVQ_HALF_EIGHT
+COMMVQ_WGMMA_OF(float, 2, 4, "m64n16k16.f32", "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12",
+                "%13", COMMVQ_EIGHT(0), COMMVQ_EIGHT(1))
+COMMVQ_WGMMA_OF(
+    float, 8, 4, "m64n64k16.f32",
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+    "%24,%25,%26,%27,%28,%29,%30,%31",
+    "%32,%33,%34,%35", "%36", "%37", COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2),
+    COMMVQ_EIGHT(3), COMMVQ_EIGHT(4), COMMVQ_EIGHT(5), COMMVQ_EIGHT(6), COMMVQ_EIGHT(7))
+COMMVQ_WGMMA_OF(
+    float, 16, 4, "m64n128k16.f32",
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+    "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,"
+    "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",
+    "%64,%65,%66,%67", "%68", "%69", COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2),
+    COMMVQ_EIGHT(3), COMMVQ_EIGHT(4), COMMVQ_EIGHT(5), COMMVQ_EIGHT(6), COMMVQ_EIGHT(7),
+    COMMVQ_EIGHT(8), COMMVQ_EIGHT(9), COMMVQ_EIGHT(10), COMMVQ_EIGHT(11), COMMVQ_EIGHT(12),
+    COMMVQ_EIGHT(13), COMMVQ_EIGHT(14), COMMVQ_EIGHT(15))
 #undef COMMVQ_EIGHT
+
+// With c in pairs of fp16, of columns 2q and 2q + 1: row g, then row g + 8.
+#define COMMVQ_HALF_EIGHT(i) "+r"(c[i][0]), "+r"(c[i][1])
+COMMVQ_WGMMA_OF(std::uint32_t, 6, 2, "m64n48k16.f16", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11",
+                "%12,%13,%14,%15", "%16", "%17", COMMVQ_HALF_EIGHT(0), COMMVQ_HALF_EIGHT(1),
+                COMMVQ_HALF_EIGHT(2), COMMVQ_HALF_EIGHT(3), COMMVQ_HALF_EIGHT(4),
+                COMMVQ_HALF_EIGHT(5))
+COMMVQ_WGMMA_OF(std::uint32_t, 10, 2, "m64n80k16.f16",
+                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19",
+                "%20,%21,%22,%23", "%24", "%25", COMMVQ_HALF_EIGHT(0), COMMVQ_HALF_EIGHT(1),
+                COMMVQ_HALF_EIGHT(2), COMMVQ_HALF_EIGHT(3), COMMVQ_HALF_EIGHT(4),
+                COMMVQ_HALF_EIGHT(5), COMMVQ_HALF_EIGHT(6), COMMVQ_HALF_EIGHT(7),
+                COMMVQ_HALF_EIGHT(8), COMMVQ_HALF_EIGHT(9))
+#undef COMMVQ_HALF_EIGHT
+
+#undef COMMVQ_WGMMA_OF
 
 #endif
 

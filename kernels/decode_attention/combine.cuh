@@ -14,7 +14,7 @@ namespace commvq::cuda::combine {
 using Config = CombineConfig;
 
 /// Chunks of the sums.
-__device__ inline int num_chunks(const Problem& p) {
+__host__ __device__ inline int num_chunks(const Problem& p) {
   return (p.num_sums + Config::kChunk - 1) / Config::kChunk;
 }
 

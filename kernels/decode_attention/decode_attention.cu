@@ -101,8 +101,8 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   }
   // A block for each chunk where there are few rows; with many, as many as run at once.
   p.num_counters = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
-  p.num_combine_blocks = std::clamp(view.num_multiprocessors / p.num_counters, 1,
-                                    divide_up(p.num_sums, CombineConfig::kChunk));
+  p.num_combine_blocks =
+      std::clamp(view.num_multiprocessors / p.num_counters, 1, combine::num_chunks(p));
   return p;
 }
 

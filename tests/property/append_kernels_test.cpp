@@ -152,14 +152,7 @@ class HostAppend {
   void multiply_by(const Weights& weights, const std::uint16_t* inputs, Index tokens, int terms,
                    const Epilogue& epilogue) {
     const int num_blocks = view_.values.num_blocks;
-    const MatrixProduct product{inputs,
-                                inputs + num_blocks * tokens * weights.num_inputs,
-                                weights.hi,
-                                weights.lo,
-                                tokens,
-                                weights.num_inputs,
-                                weights.num_padded_outputs,
-                                terms};
+    const MatrixProduct product(weights, inputs, num_blocks, tokens, terms);
     const TileConfig tile = small_ ? kSmallTile : kLargeTile;
     const simt::Dim grid{static_cast<unsigned>(weights.num_padded_outputs / tile.cols),
                          static_cast<unsigned>((tokens + tile.rows - 1) / tile.rows),

@@ -16,7 +16,7 @@ __device__ __forceinline__ std::uint32_t transposed(std::uint32_t fragment) {
 
 /// What a warp has gathered: lane 4g + q holds row q's largest score and a share of its sum, and
 /// some sums of the values: of bits from 16 kLaneWords g on, fours after each other, bits 0, 2, 1
-/// and 3; or of the numbers of bytes 2 g and 2 g + 1 of sixteen, see `add_graded_values`.
+/// and 3; or of the numbers of bytes 2 g and 2 g + 1 of sixteen, see `add_numbers`.
 template <class Shape>
 struct Gathered {
   static constexpr int kFours = Shape::kValueSums / 32;
