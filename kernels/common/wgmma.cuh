@@ -85,6 +85,9 @@ __device__ __forceinline__ void wgmma_wait(T (&c)[kEights][kNumbers]) {
 #define COMMVQ_EIGHT(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 COMMVQ_WGMMA_OF(float, 2, 4, "m64n16k16.f32", "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12",
                 "%13", COMMVQ_EIGHT(0), COMMVQ_EIGHT(1))
+COMMVQ_WGMMA_OF(float, 4, 4, "m64n32k16.f32",
+                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20",
+                "%21", COMMVQ_EIGHT(0), COMMVQ_EIGHT(1), COMMVQ_EIGHT(2), COMMVQ_EIGHT(3))
 COMMVQ_WGMMA_OF(
     float, 8, 4, "m64n64k16.f32",
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"

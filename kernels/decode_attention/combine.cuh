@@ -4,252 +4,320 @@
 #include "common/memory.cuh"
 #include "decode_attention/config.hpp"
 #include "decode_attention/problem.cuh"
-#include "decode_attention/value_sums.cuh"
 
 /// Merges what the parts gathered over the tokens, applies the value decoder and adds the exact
-/// tokens. A thread block takes some chunks of sums for some rows of one sequence and KV head;
-/// the last one to finish adds up what the blocks of these rows found.
+/// tokens. A thread block takes some rows of one sequence and KV head and some chunks of sums,
+/// every thread one sum of a row at a time, for which it weighs all parts by itself: what it waits
+/// for is three reads that depend on each other, and little else runs meanwhile. Where thread
+/// blocks share the chunks, the last one to finish adds up what they found.
 namespace commvq::cuda::combine {
 
-using Config = CombineConfig;
+constexpr int kRows = CombineConfig::kRows;
+static_assert(kRows == 4, "a float4 holds a sum of all rows");
 
-/// Chunks of the sums.
-__host__ __device__ inline int num_chunks(const Problem& p) {
-  return (p.num_sums + Config::kChunk - 1) / Config::kChunk;
-}
+/// For sums that all heads share, of heads of kDim_ channels.
+template <int kDim_>
+struct SharedSums {
+  static constexpr int kDim = kDim_;
+  static constexpr int kThreads = 2 * kDim;
+  static constexpr int kSums = CombineConfig::kChunk;             ///< at once
+  static constexpr bool kPerHead = false;                         ///< there may be more chunks
+  static constexpr int kExactPieces = ExactConfig::kMaxPieces;    ///< at most
+  static constexpr int kPartsAtOnce = CombineConfig::kSomeParts;  ///< of which sums are read
+};
+/// For kSums_ sums of every head of 128 channels.
+template <int kSums_>
+struct HeadSums {
+  static constexpr int kDim = 128;
+  static constexpr int kThreads = 512;
+  static constexpr int kSums = kSums_;
+  static constexpr bool kPerHead = true;
+  static constexpr int kExactPieces = ExactWarpsConfig::kMaxPieces;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kPartsAtOnce = CombineConfig::kSomeParts;
+#else
+  static constexpr int kPartsAtOnce = CombineConfig::kMostParts;
+#endif
+};
 
+/// Threads of a channel, among which a chunk's part of its column of the decoder is shared out.
+template <class Shape>
+constexpr int kShares = Shape::kThreads / Shape::kDim;
+/// Outputs, of a row and channel each, that a thread finishes.
+template <class Shape>
+constexpr int kOutputs = kRows / kShares<Shape>;
+
+template <class Shape>
 struct Shared {
-  alignas(16) float sums[Config::kChunk][Config::kRows];
-  float shares[Config::kRows][Config::kThreads];
-  float exact_weights[Config::kRows][kMaxExactPieces];
-  RowSum totals[Config::kRows];
+  float4 sums[Shape::kSums];  ///< of all rows
+  RowSum coded[kRows];
+  float shares[kShares<Shape>][kRows][Shape::kDim];
   unsigned finished;
 };
 
-/// Factors that bring every part's sums to the row's maximum: `[kRows][parts]`, and the row's
-/// total.
-__device__ __forceinline__ void weigh_parts(const Problem& p, PartRange parts, int seq,
-                                            int first_row, int rows, float* factors,
-                                            Shared& shared) {
-  const int lane = threadIdx.x % 32;
-  const int num_parts = parts.count();
-  for (int row = threadIdx.x / 32; row < rows; row += Config::kThreads / 32) {
-    const RowSum* const exact =
-        p.exact_sums + (Index{seq} * p.num_rows + first_row + row) * p.num_exact_pieces;
-    const auto sum_of = [&](int i) {
-      return p.part_sums[(Index{parts.first} + i + seq) * p.row_stride + first_row + row];
-    };
-    float largest = -INFINITY;
-    for (int i = lane; i < p.num_exact_pieces; i += 32) largest = exact[i].max;
-    for (int i = lane; i < num_parts; i += 32) largest = fmaxf(largest, sum_of(i).max);
-    for (int step = 16; step > 0; step /= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    float sum = 0;
-    for (int i = lane; i < num_parts; i += 32) {
-      const RowSum part = sum_of(i);
-      const float factor = part.max == -INFINITY ? 0.0f : exp2f(part.max - largest);
-      factors[row * num_parts + i] = factor;
-      sum += part.sum * factor;
-    }
-    for (int i = lane; i < p.num_exact_pieces; i += 32) {
-      const float factor = exact[i].max == -INFINITY ? 0.0f : exp2f(exact[i].max - largest);
-      shared.exact_weights[row][i] = factor;
-      sum += exact[i].sum * factor;
-    }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (lane == 0) shared.totals[row] = {largest, sum};
-  }
-}
+/// What a thread block takes.
+struct Place {
+  int seq;
+  int head;
+  int first_row;  ///< of the head's
+  int rows;
+  int row_block;  ///< of the call
+  int block;      ///< among those that share the chunks
+  int first_call_row;
 
-/// Sums of one bit or number of one row over all parts, some parts at once. The first are read
-/// before their factors are known.
-struct PartSums {
-  static constexpr int kAtOnce = Config::kPartsAtOnce;
-  float some[kAtOnce];
-
-  __device__ __forceinline__ void load(const Problem& p, PartRange parts, int seq, int row, int bit,
-                                       int first) {
-    const float* const source =
-        p.value_sums + ((Index{parts.first} + first + seq) * p.row_stride + row) * p.num_sums + bit;
-    const Index stride = Index{p.row_stride} * p.num_sums;
-    const int left = parts.count() - first;
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) some[j] = j < left ? source[j * stride] : 0;
-  }
-  __device__ __forceinline__ float sum(const float* factors, int num_factors) const {
-    float total = 0;
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-      if (j < num_factors) total += some[j] * factors[j];
-    return total;
-  }
+  __device__ __forceinline__ explicit Place(const Problem& p)
+      : seq(static_cast<int>(blockIdx.z)),
+        head(static_cast<int>(blockIdx.y)),
+        first_row(static_cast<int>(blockIdx.x) / p.num_combine_blocks * kRows),
+        rows(min(kRows, p.rows_per_head - first_row)),
+        row_block((seq * p.num_kv_heads + head) * ((p.rows_per_head + kRows - 1) / kRows) +
+                  first_row / kRows),
+        block(static_cast<int>(blockIdx.x) % p.num_combine_blocks),
+        first_call_row(head * p.rows_per_head + first_row) {}
 };
 
-/// A thread's share of the value decoder: channel threadIdx.x % dim of the head; the bits of the
-/// chunk are shared out among the threads of a channel, and read some at a time.
-struct DecoderColumn {
-  static constexpr int kAtOnce = Config::kChunk / 4;
-  const float* column;  ///< of the thread's first bit
-  Index stride;         ///< to its next bit
-  int row_size;         ///< channels of the decoder's rows
-  int lanes;            ///< threads of a channel
-  int lane;
-
-  __device__ DecoderColumn(const Problem& p, const float* decoder, int head, int first_bit)
-      : lanes(Config::kThreads / p.head_dim), lane(threadIdx.x / p.head_dim) {
-    row_size = p.num_kv_heads * p.head_dim;
-    column =
-        decoder + Index{first_bit + lane} * row_size + head * p.head_dim + threadIdx.x % p.head_dim;
-    stride = Index{lanes} * row_size;
-  }
-  __device__ void next_chunk() { column += Index{Config::kChunk} * row_size; }
-  __device__ void load(int first, float (&entries)[kAtOnce]) const {
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      entries[i] = lane + (first + i) * lanes < Config::kChunk ? column[(first + i) * stride] : 0;
-  }
-};
-
-/// Adds a chunk's share of the output, its sums times its rows of the decoder, of which `entries`
-/// are the first, to the thread's channel of all rows.
-__device__ __forceinline__ void decode_chunk(const DecoderColumn& decoder,
-                                             float (&entries)[DecoderColumn::kAtOnce],
-                                             const Shared& shared,
-                                             float (&outputs)[Config::kRows]) {
-#pragma unroll 1
-  for (int first = 0; decoder.lane + first * decoder.lanes < Config::kChunk;
-       first += DecoderColumn::kAtOnce) {
-    if (first > 0) decoder.load(first, entries);
-#pragma unroll
-    for (int i = 0; i < DecoderColumn::kAtOnce; ++i) {
-      const int bit = min(decoder.lane + (first + i) * decoder.lanes, Config::kChunk - 1);
-#pragma unroll
-      for (int row = 0; row < Config::kRows; ++row)
-        outputs[row] += shared.sums[bit][row] * entries[i];
-    }
-  }
+/// Numbers that count in powers of two, relative to the largest of these.
+__device__ __forceinline__ float relative(float number, float largest) {
+  return exp2_approx(number - fmaxf(largest, -1e30f));
 }
 
-/// What the threads of channel `d` have of a row.
-__device__ __forceinline__ float output_of(const Problem& p, const Shared& shared, int row, int d) {
-  float sum = 0;
-#pragma unroll 4
-  for (int i = d; i < Config::kThreads; i += p.head_dim) sum += shared.shares[row][i];
-  return sum;
-}
+/// One sum of a row of the call over all parts, and the row's total.
+template <class Shape>
+struct Merged {
+  RowSum total{-INFINITY, 0};
+  float value = 0;
 
-/// Adds up the blocks' outputs, or this only block's, and the exact tokens, divides, and writes the
-/// rows.
-__device__ __forceinline__ void finish(const Problem& p, bool valid, int seq, int head,
-                                       int first_head_row, int rows, int num_blocks,
-                                       const Shared& shared) {
-  const int dim = p.head_dim;
-  const int num_q_heads = p.num_kv_heads * p.group;
-  for (int item = threadIdx.x; item < rows * dim; item += Config::kThreads) {
-    const int row = item / dim, d = item % dim;
-    const int head_row = first_head_row + row;
-    const Index call_row = Index{seq} * p.num_rows + Index{head} * p.rows_per_head + head_row;
-    float sum = num_blocks == 1 ? output_of(p, shared, row, d) : 0;
-    if (num_blocks > 1)
-#pragma unroll 8
-      for (int block = 0; block < num_blocks; ++block)
-        sum += __ldcg(p.block_outputs + (call_row * num_blocks + block) * dim + d);
-#pragma unroll 4
-    for (int piece = 0; piece < p.num_exact_pieces; ++piece)
-      sum += shared.exact_weights[row][piece] *
-             p.exact_outputs[(call_row * p.num_exact_pieces + piece) * dim + d];
-    const Index target = (Index{seq} * p.num_query_tokens + head_row / p.group) * num_q_heads +
-                         head * p.group + head_row % p.group;
-    const RowSum total = shared.totals[row];
-    store_float(p.output, p.type, target * dim + d, valid ? __fdividef(sum, total.sum) : NAN);
-    if (d == 0 && p.lse != nullptr)
-      p.lse[target] = valid ? (total.max + log2f(total.sum)) * 0.693147180559945f : NAN;
-  }
-}
-
-/// The share of the chunks of this thread block in the output of its rows. `entries` are the first
-/// of the first chunk, to which `decoder` points.
-__device__ __forceinline__ void decode_chunks(const Problem& p, PartRange parts, int seq, int head,
-                                              int first_row, int rows, DecoderColumn& decoder,
-                                              float (&entries)[DecoderColumn::kAtOnce],
-                                              float* factors, Shared& shared) {
-  const int chunks = num_chunks(p), num_parts = parts.count();
-  const int first_chunk = part_begin(chunks, blockIdx.x, gridDim.x);
-  const int end_chunk = part_begin(chunks, blockIdx.x + 1, gridDim.x);
-  const int bit = threadIdx.x % Config::kChunk, row = threadIdx.x / Config::kChunk;
-  for (int i = threadIdx.x; i < Config::kRows * Config::kChunk; i += Config::kThreads)
-    shared.sums[i / Config::kRows][i % Config::kRows] = 0;
-  float outputs[Config::kRows] = {};
+  __device__ __forceinline__ Merged(const Problem& p, PartRange parts, int seq, int row, int sum) {
+    constexpr int kAtOnce = Shape::kPartsAtOnce;
 #pragma unroll 1
-  for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
-    const int chunk_bit = chunk * Config::kChunk + bit;
-    PartSums some;
-    if (row < rows) some.load(p, parts, seq, first_row + row, chunk_bit, 0);
-    if (chunk == first_chunk) {
-      weigh_parts(p, parts, seq, first_row, rows, factors, shared);
-    } else {
-      decoder.next_chunk();
-      decoder.load(0, entries);
-    }
-    __syncthreads();
-    if (row < rows) {
-      const float* const row_factors = factors + row * num_parts;
-      float sum = some.sum(row_factors, num_parts);
-#pragma unroll 1
-      for (int i = some.kAtOnce; i < num_parts; i += some.kAtOnce) {
-        some.load(p, parts, seq, first_row + row, chunk_bit, i);
-        sum += some.sum(row_factors + i, num_parts - i);
+    for (int first = 0; first < parts.count(); first += kAtOnce) {
+      const Index slot = (Index{parts.first} + first + seq) * p.row_stride + row;
+      const RowSum* const totals = p.part_sums + slot;
+      const float* const values = p.value_sums + slot * p.num_sums + sum;
+      const Index stride = Index{p.row_stride} * p.num_sums;
+      RowSum some_totals[kAtOnce];
+      float some[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const bool is_part = first + i < parts.count();
+        some_totals[i] = is_part ? totals[Index{i} * p.row_stride] : RowSum{-INFINITY, 0};
+        some[i] = is_part ? values[i * stride] : 0;
       }
-      shared.sums[bit][row] = sum * value_sums::kSumScale;
-    }
-    __syncthreads();
-    decode_chunk(decoder, entries, shared, outputs);
-  }
+      float largest = total.max;
 #pragma unroll
-  for (int i = 0; i < Config::kRows; ++i) shared.shares[i][threadIdx.x] = outputs[i];
+      for (const RowSum& part : some_totals) largest = fmaxf(largest, part.max);
+      const float keep = relative(total.max, largest);
+      total = {largest, total.sum * keep};
+      value *= keep;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float factor = relative(some_totals[i].max, largest);
+        total.sum += some_totals[i].sum * factor;
+        value += some[i] * factor;
+      }
+    }
+  }
+};
+
+/// What the exact tokens give a channel of a row of the call.
+template <class Shape>
+struct Exact {
+  RowSum totals[Shape::kExactPieces];
+  float outputs[Shape::kExactPieces];
+
+  __device__ __forceinline__ void load(const Problem& p, int seq, int row, int channel) {
+    const Index first = (Index{seq} * p.num_rows + row) * p.num_exact_pieces;
+    const RowSum* const from = p.exact_sums + first;
+    const float* const of_channel = p.exact_outputs + first * Shape::kDim + channel;
+#pragma unroll
+    for (int i = 0; i < Shape::kExactPieces; ++i) {
+      totals[i] = i < p.num_exact_pieces ? from[i] : RowSum{-INFINITY, 0};
+      outputs[i] = i < p.num_exact_pieces ? of_channel[i * Shape::kDim] : 0;
+    }
+  }
+  /// Adds them to what the coded tokens give.
+  __device__ __forceinline__ void add_to(RowSum& total, float& output) const {
+    const float before = total.max;
+#pragma unroll
+    for (const RowSum& piece : totals) total.max = fmaxf(total.max, piece.max);
+    const float keep = relative(before, total.max);
+    total.sum *= keep;
+    output *= keep;
+#pragma unroll
+    for (int i = 0; i < Shape::kExactPieces; ++i) {
+      const float factor = relative(totals[i].max, total.max);
+      total.sum += totals[i].sum * factor;
+      output += outputs[i] * factor;
+    }
+  }
+};
+
+/// A thread's share of a chunk of the decoder: every kShares-th entry of its channel, read
+/// some at once.
+template <class Shape>
+struct DecoderShare {
+  static constexpr int kAtOnce =
+      Shape::kSums / kShares<Shape> < 16 ? Shape::kSums / kShares<Shape> : 16;
+  const float* column;  ///< of the thread's first sum
+  Index row_size;
+  float entries[kAtOnce];
+
+  __device__ __forceinline__ DecoderShare(const Problem& p, const float* decoder, int head,
+                                          int first_sum)
+      : row_size(Shape::kPerHead ? Shape::kDim : p.num_kv_heads * Shape::kDim) {
+    const int channel = static_cast<int>(threadIdx.x) % Shape::kDim;
+    const int share = static_cast<int>(threadIdx.x) / Shape::kDim;
+    column = decoder + (first_sum + share) * row_size + (Shape::kPerHead ? 0 : head * Shape::kDim) +
+             channel;
+  }
+  __device__ __forceinline__ void load(int first) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) entries[i] = column[row_size * (first + i * kShares<Shape>)];
+  }
+  __device__ __forceinline__ void next_chunk() {
+    column += Shape::kSums * row_size;
+    load(0);
+  }
+  /// Adds the entries times the sums, of all rows. The first entries have been read.
+  __device__ __forceinline__ void decode(const float4 (&sums)[Shape::kSums], float4& outputs) {
+    const int share = static_cast<int>(threadIdx.x) / Shape::kDim;
+#pragma unroll 1
+    for (int first = 0; first < Shape::kSums; first += kShares<Shape> * kAtOnce) {
+      if (first > 0) load(first);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float4 four = sums[first + i * kShares<Shape> + share];
+        outputs.x += four.x * entries[i];
+        outputs.y += four.y * entries[i];
+        outputs.z += four.z * entries[i];
+        outputs.w += four.w * entries[i];
+      }
+    }
+  }
+};
+
+/// Chunks of the sums that thread blocks share.
+template <class Shape>
+__host__ __device__ int num_chunks(const Problem& p) {
+  return Shape::kPerHead ? 1 : (p.num_sums + Shape::kSums - 1) / Shape::kSums;
+}
+
+/// A chunk's sums of the rows over all parts.
+template <class Shape>
+__device__ __forceinline__ void merge_chunk(const Problem& p, const Place& place, PartRange parts,
+                                            int first_sum, Shared<Shape>& shared) {
+#pragma unroll 1
+  for (int item = threadIdx.x; item < kRows * Shape::kSums; item += Shape::kThreads) {
+    const int row = item / Shape::kSums, sum = item % Shape::kSums;
+    const Merged<Shape> merged(p, parts, place.seq, place.first_call_row + min(row, place.rows - 1),
+                               first_sum + sum);
+    (&shared.sums[sum].x)[row] = merged.value;
+    if (sum == 0) shared.coded[row] = merged.total;
+  }
 }
 
 /// Writes this block's outputs for the one that finishes, and counts it. True for the last one.
-__device__ __forceinline__ bool hand_over(const Problem& p, int seq, int head, int first_row,
-                                          int rows, Shared& shared) {
-  const int dim = p.head_dim;
-  for (int item = threadIdx.x; item < rows * dim; item += Config::kThreads)
-    p.block_outputs[((Index{seq} * p.num_rows + first_row + item / dim) * gridDim.x + blockIdx.x) *
-                        dim +
-                    item % dim] = output_of(p, shared, item / dim, item % dim);
+template <class Shape>
+__device__ __forceinline__ bool hand_over(const Problem& p, const Place& place, float* outputs,
+                                          Index stride, const float (&mine)[kOutputs<Shape>],
+                                          Shared<Shape>& shared) {
+#pragma unroll
+  for (int i = 0; i < kOutputs<Shape>; ++i)
+    outputs[place.block * Shape::kDim + i * kShares<Shape> * stride] = mine[i];
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) shared.finished = atomicAdd(p.counters + blockIdx.z * gridDim.y + head, 1);
+  if (threadIdx.x == 0) shared.finished = atomicAdd(p.counters + place.row_block, 1);
   __syncthreads();
-  if (shared.finished + 1 != gridDim.x) return false;
+  if (static_cast<int>(shared.finished) + 1 != p.num_combine_blocks) return false;
   __threadfence();
   return true;
 }
 
-__device__ __forceinline__ void run(const Problem& p, const float* decoder, float* factors) {
-  constexpr int kRows = Config::kRows;
-  __shared__ Shared shared;
-  const int head = blockIdx.y;
-  const int row_blocks = (p.rows_per_head + kRows - 1) / kRows;
-  const int seq = blockIdx.z / row_blocks;
-  const int first_head_row = blockIdx.z % row_blocks * kRows;
-  const int rows = min(kRows, p.rows_per_head - first_head_row);
-  const int first_row = head * p.rows_per_head + first_head_row;
-  const int num_blocks = static_cast<int>(gridDim.x);
-  DecoderColumn column(p, decoder, head,
-                       part_begin(num_chunks(p), blockIdx.x, num_blocks) * Config::kChunk);
-  float entries[DecoderColumn::kAtOnce];
-  column.load(0, entries);  // while the previous kernel ends
-  wait_for_previous_kernel();
-  const int total = total_blocks(p);
-  const bool valid = fits(p, total) && p.seq_lens[seq] >= p.num_query_tokens;
+__device__ __forceinline__ void store(const Problem& p, const Place& place, bool valid, int row,
+                                      int channel, RowSum total, float output) {
+  const int head_row = place.first_row + row;
+  const Index target =
+      (Index{place.seq} * p.num_query_tokens + head_row / p.group) * (p.num_kv_heads * p.group) +
+      place.head * p.group + head_row % p.group;
+  store_float(p.output, p.type, target * p.head_dim + channel,
+              valid ? __fdividef(output, total.sum) : NAN);
+  if (channel == 0 && p.lse != nullptr)
+    p.lse[target] = valid ? (total.max + log2f(total.sum)) * 0.693147180559945f : NAN;
+}
 
-  if (valid)
-    decode_chunks(p, parts_of(p, total, seq), seq, head, first_row, rows, column, entries, factors,
-                  shared);
+template <class Shape>
+__device__ __forceinline__ void run(const Problem& p, const float* decoder) {
+  __shared__ Shared<Shape> shared;
+  constexpr int kDim = Shape::kDim;
+  const Place place(p);
+  const int channel = static_cast<int>(threadIdx.x) % kDim, share = threadIdx.x / kDim;
+  const int chunks = num_chunks<Shape>(p);
+  const int first_chunk = part_begin(chunks, place.block, p.num_combine_blocks);
+  const int end_chunk = part_begin(chunks, place.block + 1, p.num_combine_blocks);
+  int first_sum = (Shape::kPerHead ? place.head : first_chunk) * Shape::kSums;
+  DecoderShare<Shape> decoder_share(p, decoder, place.head, first_sum);
+  decoder_share.load(0);  // while the previous kernel ends
+  wait_for_previous_kernel();
+  // A thread finishes the outputs of its channel and rows share, share + kShares, ...
+  Exact<Shape> exact[kOutputs<Shape>];
+#pragma unroll
+  for (int i = 0; i < kOutputs<Shape>; ++i)
+    exact[i].load(p, place.seq,
+                  place.first_call_row + min(share + i * kShares<Shape>, place.rows - 1), channel);
+  const int total = total_blocks(p);
+  const bool valid = fits(p, total) && p.seq_lens[place.seq] >= p.num_query_tokens;
+  const PartRange parts = valid ? parts_of(p, total, place.seq) : PartRange{};
+  float4 outputs{};
+#pragma unroll 1
+  for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    if (chunk > first_chunk) {
+      __syncthreads();  // nobody needs the last chunk's sums any more
+      decoder_share.next_chunk();
+      first_sum += Shape::kSums;
+    }
+    merge_chunk(p, place, parts, first_sum, shared);
+    __syncthreads();
+    decoder_share.decode(shared.sums, outputs);
+  }
+  shared.shares[share][0][channel] = outputs.x;
+  shared.shares[share][1][channel] = outputs.y;
+  shared.shares[share][2][channel] = outputs.z;
+  shared.shares[share][3][channel] = outputs.w;
   __syncthreads();
-  if (num_blocks > 1 && !hand_over(p, seq, head, first_row, rows, shared)) return;
-  finish(p, valid, seq, head, first_head_row, rows, num_blocks, shared);
+  float mine[kOutputs<Shape>] = {};
+#pragma unroll
+  for (int i = 0; i < kOutputs<Shape>; ++i)
+#pragma unroll
+    for (int other = 0; other < kShares<Shape>; ++other)
+      mine[i] += shared.shares[other][share + i * kShares<Shape>][channel];
+  if (p.num_combine_blocks > 1) {
+    // [row][block][channel]
+    const Index stride = Index{p.num_combine_blocks} * kDim;
+    float* const all =
+        p.block_outputs + (Index{place.row_block} * kRows + share) * stride + channel;
+    if (!hand_over<Shape>(p, place, all, stride, mine, shared)) return;
+#pragma unroll
+    for (int i = 0; i < kOutputs<Shape>; ++i) {
+      mine[i] = 0;
+#pragma unroll 8
+      for (int block = 0; block < p.num_combine_blocks; ++block)
+        mine[i] += __ldcg(all + block * kDim + i * kShares<Shape> * stride);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kOutputs<Shape>; ++i) {
+    const int row = share + i * kShares<Shape>;
+    if (row >= place.rows) break;
+    RowSum row_total = shared.coded[row];
+    exact[i].add_to(row_total, mine[i]);
+    store(p, place, valid, row, channel, row_total, mine[i]);
+  }
+}
+
+/// The grid of a launch.
+inline dim3 grid_of(const Problem& p) {
+  return dim3(static_cast<unsigned>(p.num_combine_blocks * ((p.rows_per_head + kRows - 1) / kRows)),
+              static_cast<unsigned>(p.num_kv_heads), static_cast<unsigned>(p.batch));
 }
 
 }  // namespace commvq::cuda::combine

@@ -24,15 +24,14 @@ struct KeyScoresConfig {
   static constexpr int kRowAlignment = 128 << 7;
 };
 
-/// Tuning values of the value kernel: a thread block adds up kChunkBits code bits for kRows rows;
-/// its warps are four groups of kWarpBits bits times four that take turns at the blocks of tokens.
+/// Tuning values of the value kernel: a thread block adds up kChunkBits code bits for kRows rows.
 struct ValueSumsConfig {
   static constexpr int kThreads = 512;
-  static constexpr int kWarpBits = 64;
-  static constexpr int kBitGroups = 4;
-  static constexpr int kTokenGroups = 4;
-  static constexpr int kChunkBits = kWarpBits * kBitGroups;
+  static constexpr int kWarpBits = 32;
+  static constexpr int kChunkBits = kThreads / 32 * kWarpBits;
   static constexpr int kRows = 32;
+  static constexpr int kRoundBlocks = 4;  ///< that are multiplied at once
+  static constexpr int kStages = 4;       ///< rounds in shared memory
 };
 
 /// Tuning values of the kernel for binary codes.
@@ -40,18 +39,15 @@ struct BinaryAttentionConfig {
   static constexpr int kTileTokens = 256;  ///< that share queries at the nodes
   static constexpr int kTileWarps = 4;     ///< that share a tile: some blocks of it each
   static constexpr int kRows = 4;          ///< query heads at once
-  static constexpr int kCombineThreads = 512;
-  static constexpr int kPartsAtOnce = 16;  ///< of which a thread of the combination reads sums
 };
 
-/// Tuning values of the kernel that merges parts and applies the value decoder: a thread for each
-/// row and sum of a chunk.
+/// Tuning values of the kernel that merges parts and applies the value decoder.
 struct CombineConfig {
-  static constexpr int kRows = 8;
-  static constexpr int kChunk = 64;
-  static constexpr int kThreads = kRows * kChunk;
-  /// Parts of which a thread reads sums at once: as many as there are registers for.
-  static constexpr int kPartsAtOnce = 34;
+  static constexpr int kRows = 4;
+  static constexpr int kChunk = 64;  ///< sums at once, where all heads share them
+  /// Parts of which a thread reads sums at once, and most that there are registers for.
+  static constexpr int kSomeParts = 11;
+  static constexpr int kMostParts = 16;
 };
 
 /// Into how many pieces one query's exact tokens are cut at most, where thread blocks are idle.

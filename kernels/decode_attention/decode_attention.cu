@@ -25,11 +25,11 @@ __global__ void __launch_bounds__(ValueSumsConfig::kThreads, 1)
   value_sums::run(problem, memory);
 }
 
-__global__ void __launch_bounds__(CombineConfig::kThreads)
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
     combine_kernel(const __grid_constant__ Problem problem, const float* decoder) {
-  extern __shared__ float factors[];
   let_next_kernel_start();
-  combine::run(problem, decoder, factors);
+  combine::run<Shape>(problem, decoder);
 }
 
 int divide_up(int value, int unit) {
@@ -95,14 +95,17 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
       1, view.num_multiprocessors / (chunks * divide_up(p.num_rows, ValueSumsConfig::kRows)));
+  p.num_combine_blocks = 1;
   if (binary) {
     p.num_value_parts = p.num_key_parts;
     return p;
   }
   // A block for each chunk where there are few rows; with many, as many as run at once.
-  p.num_counters = p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
-  p.num_combine_blocks =
-      std::clamp(view.num_multiprocessors / p.num_counters, 1, combine::num_chunks(p));
+  const int row_blocks_in_all =
+      p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
+  p.num_combine_blocks = std::clamp(2 * view.num_multiprocessors / row_blocks_in_all, 1,
+                                    divide_up(p.num_sums, CombineConfig::kChunk));
+  if (p.num_combine_blocks > 1) p.num_counters = row_blocks_in_all;
   return p;
 }
 
@@ -138,7 +141,8 @@ std::size_t place(Problem& p, const CodebooksView& view, void* memory) {
   p.part_sums = workspace.take<RowSum>(parts * p.row_stride);
   p.exact_outputs = workspace.take<float>(batch_rows * p.num_exact_pieces * p.head_dim);
   p.exact_sums = workspace.take<RowSum>(batch_rows * p.num_exact_pieces);
-  p.block_outputs = workspace.take<float>(batch_rows * p.num_combine_blocks * p.head_dim);
+  p.block_outputs = workspace.take<float>(Index{p.num_counters} * CombineConfig::kRows *
+                                          p.num_combine_blocks * p.head_dim);
   p.counters = workspace.take<std::uint32_t>(p.num_counters);
   return workspace.used();
 }
@@ -163,13 +167,6 @@ Status check_limits(const CodebooksView& view, const DecodeLimits& limits) {
             limits.num_q_heads / heads, heads, ExactConfig::kMaxGroup};
   if (limits.total_tokens < 1 || limits.total_tokens > (Index{1} << 35))
     return invalid("total_tokens", limits.total_tokens, "it must be in [1, 2^35]");
-  const int rows = limits.num_q_heads * limits.num_query_tokens;
-  const int row_blocks = divide_up(rows / heads, CombineConfig::kRows);
-  if (Index{limits.batch} * row_blocks > 65535)
-    return {StatusCode::kUnsupported,
-            "batch %d with %d query tokens and %d query heads a KV head: batch times rows / 8 must "
-            "not exceed 65535",
-            limits.batch, limits.num_query_tokens, limits.num_q_heads / heads};
   return {};
 }
 
@@ -310,13 +307,17 @@ cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
                       stream, p);
 }
 
-cudaError_t combine_parts(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
-  constexpr int kRows = CombineConfig::kRows;
-  const dim3 grid(p.num_combine_blocks, p.num_kv_heads,
-                  p.batch * divide_up(p.rows_per_head, kRows));
-  const int shared_bytes = static_cast<int>(sizeof(float)) * kRows * p.num_value_parts;
-  return launch_early(combine_kernel, grid, CombineConfig::kThreads, shared_bytes, stream, p,
+template <int kDim>
+cudaError_t combine_heads(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
+  using Shape = combine::SharedSums<kDim>;
+  return launch_early(combine_kernel<Shape>, combine::grid_of(p), Shape::kThreads, 0, stream, p,
                       view.decoder);
+}
+
+cudaError_t combine_parts(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
+  if (p.head_dim == 64) return combine_heads<64>(view, p, stream);
+  if (p.head_dim == 128) return combine_heads<128>(view, p, stream);
+  return combine_heads<256>(view, p, stream);
 }
 
 }  // namespace

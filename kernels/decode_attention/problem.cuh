@@ -10,7 +10,7 @@ namespace commvq::cuda {
 /// Tokens whose weights lie together in the workspace.
 constexpr int kBlockTokens = 32;
 /// Fewest blocks of a part of the values, but for the last sequence's end.
-constexpr int kLeastValueBlocks = 4;
+constexpr int kLeastValueBlocks = 8;
 
 /// The largest score of a row over some tokens, in powers of two and with the value's scale
 /// included where there is one, and the sum of the exponentials relative to it.

@@ -1,8 +1,8 @@
 #pragma once
 
-#include "common/barrier.cuh"
 #include "common/memory.cuh"
 #include "common/mma.cuh"
+#include "common/wgmma.cuh"
 #include "decode_attention/config.hpp"
 #include "decode_attention/problem.cuh"
 
@@ -13,14 +13,19 @@
 /// block. A mask leaves bit s of either half: as fp16 numbers these are bit * 2^(s - 24), operands
 /// of a matrix product as they are. The weights take 2^(3 - s % 4) to make up for it: the word is
 /// shifted by whole fours.
+///
+/// A thread block works in rounds of some blocks. Each of its warps has some bits of them all; all
+/// warps together bring the next round's weights to the rows' maxima, into shared memory, where
+/// they are the other operand of every warp.
 namespace commvq::cuda::value_sums {
 
 using Config = ValueSumsConfig;
 
-constexpr int kTiles = Config::kWarpBits / 16;  ///< of bits
-constexpr int kLaneBits = Config::kWarpBits / 8;
+constexpr int kRoundBlocks = Config::kRoundBlocks;
 constexpr int kRowTiles = Config::kRows / 8;
-/// What a sum is to be multiplied by: 2^21.
+constexpr int kWarpTiles = Config::kWarpBits / 16;
+constexpr int kStages = Config::kStages;
+/// What products with the bits are to be multiplied by: 2^21.
 constexpr float kSumScale = 2097152.0f;
 /// What the weights of tokens s, s + 8, s + 16 and s + 24 of a block take.
 __device__ __forceinline__ float weight_factor(int s) {
@@ -36,259 +41,310 @@ __device__ __forceinline__ void merge(RowSum& total, RowSum other) {
   total.max = largest;
 }
 
-/// Largest score of each row over the blocks `[first, first + count)` and what they sum to.
-/// Leaves the maxima in `maxima`, shared, `[kRows]`.
-__device__ inline RowSum merge_blocks(const Problem& p, Index first, int count, int first_row,
-                                      int rows, RowSum* scratch, float* maxima) {
-  // Thread t: row t % 32, every sixteenth block from t / 32 on, some of them at once.
-  const int row = threadIdx.x % Config::kRows;
-  constexpr int kLanes = Config::kThreads / Config::kRows;
-  constexpr int kAtOnce = 6;
+/// Threads that share the blocks of a row.
+constexpr int kRowThreads = Config::kThreads / Config::kRows;
+using MergeScratch = RowSum[kRowThreads][Config::kRows + 1];
+
+/// Largest score of row `threadIdx.x / kRowThreads` over the blocks `[first, first + count)` and
+/// what they sum to, the same for all its threads. `scratch` is shared.
+__device__ __forceinline__ RowSum merge_blocks(const Problem& p, Index first, int count,
+                                               int first_row, int rows, MergeScratch& scratch) {
+  // First thread t takes row t % kRows, every kRowThreads-th block from t / kRows on, some at once.
+  constexpr int kAtOnce = 8;
+  const int row = threadIdx.x % Config::kRows, begin = threadIdx.x / Config::kRows;
   RowSum total = {-INFINITY, 0};
   if (row < rows) {
     const RowSum* const sums = p.block_sums + first * p.row_stride + first_row + row;
-    for (int i = threadIdx.x / Config::kRows; i < count; i += kLanes * kAtOnce) {
+#pragma unroll 1
+    for (int i = begin; i < count; i += kRowThreads * kAtOnce) {
       RowSum some[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j)
-        some[j] = i + j * kLanes < count ? sums[Index{i + j * kLanes} * p.row_stride]
-                                         : RowSum{-INFINITY, 0};
+        some[j] = i + j * kRowThreads < count ? sums[Index{i + j * kRowThreads} * p.row_stride]
+                                              : RowSum{-INFINITY, 0};
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) merge(total, some[j]);
     }
   }
-  scratch[threadIdx.x] = total;
+  scratch[begin][row] = total;
   __syncthreads();
-  if (threadIdx.x < Config::kRows) {
-    for (int i = 1; i < kLanes; ++i) merge(total, scratch[i * Config::kRows + row]);
-    maxima[row] = total.max == -INFINITY ? 0.0f : total.max;
-  }
-  __syncthreads();
+  total = scratch[threadIdx.x % kRowThreads][threadIdx.x / kRowThreads];
+#pragma unroll
+  for (int step = 1; step < kRowThreads; step *= 2)
+    merge(total, {__shfl_xor_sync(~0u, total.max, step), __shfl_xor_sync(~0u, total.sum, step)});
   return total;
 }
 
-/// What the two warps of a token group multiply for one block, as it lies in shared memory.
+/// A round's blocks as they are copied: every warp copies its own bits, every thread the weights
+/// that it scales.
 struct Stage {
-  uint4 bits[2][Config::kBitGroups][Config::kWarpBits / 8];  ///< [half of the block]: 16-bit words
-  uint4 weights[Config::kRows][4];                           ///< sixteen pairs of fp16
-  RowSum sums[Config::kRows];
+  static constexpr int kWarps = Config::kThreads / 32;
+  /// [half of the block]: 16-bit words.
+  std::uint32_t bits[kWarps][kRoundBlocks][2][Config::kWarpBits / 2];
+  uint4 weights[Config::kThreads];  ///< four pairs of fp16
+  float maxima[Config::kThreads];   ///< of the weights' rows in their blocks
 };
-constexpr int kStages = 6;
 
-/// What a lane copies of each block that its token group takes: 16 bytes of its warp's bits, of the
-/// group's weights, and of their sums.
-class BlockCopy {
+/// Weights of a round relative to the maxima, as an operand: matrices of eight rows of weights x
+/// eight tokens, a row's sixteen bytes after the other. Word q of step i, half h is the weight of
+/// tokens s and s + 16, s = 4 q + 2 i + h.
+using Weights = std::uint32_t[kRoundBlocks][2][2][kRowTiles][32];
+
+struct Shared {
+  alignas(128) Weights weights[2];
+  alignas(128) Stage stages[kStages];
+  MergeScratch scratch;
+  float maxima[Config::kRows];
+  Cursor cursor;
+};
+constexpr int kSharedBytes = sizeof(Shared);
+
+/// The block of a round, and the row, whose weights this thread copies and scales: a warp takes
+/// eight rows of a block, a lane four pairs, 4 q and on.
+__device__ __forceinline__ int weights_block() {
+  return static_cast<int>(threadIdx.x) / (4 * Config::kRows);
+}
+__device__ __forceinline__ int weights_row() {
+  return static_cast<int>(threadIdx.x) / 4 % Config::kRows;
+}
+
+/// What a thread copies of each round.
+class RoundCopy {
  public:
-  __device__ __forceinline__ BlockCopy(const Problem& p, const Cursor& cursor, int group, int bit,
-                                       int first_row)
-      : table_(p.block_table + Index{cursor.seq} * p.max_blocks), length_(p.seq_lens[cursor.seq]) {
-    const int lane = threadIdx.x % 32, bit_group = threadIdx.x / 32 % Config::kBitGroups;
-    const int rows_left = p.row_stride - first_row;
-    const Index block = Index{cursor.index} + group;
-    const int vector = 32 * bit_group + lane;
-    copies_weights_ = vector / 4 < rows_left;
-    weights_ = p.weights + (block * p.row_stride + first_row + vector / 4) * 16 + vector % 4 * 4;
-    copies_sums_ = bit_group == 0 && lane < Config::kRows / 2 && lane * 2 < rows_left;
-    sums_ = p.block_sums + block * p.row_stride + first_row + lane * 2;
-    copies_bits_ = lane < 2 * kVectors;
-    token_ = (cursor.block + group) * kBlockTokens + 16 * (lane / kVectors);
-    const int first_bit = bit + lane % kVectors * 8;
-    bits_ = p.page.value_codes + 2 * (first_bit < p.page.num_code_bits ? first_bit : 0);
+  __device__ __forceinline__ RoundCopy(const Problem& p, const Cursor& cursor, int count,
+                                       int first_bit, int first_row)
+      : page_stride_(p.page_stride),
+        blocks_left_(count),
+        last_token_(p.seq_lens[cursor.seq] - 1),
+        table_(p.block_table + Index{cursor.seq} * p.max_blocks),
+        shift_(p.page.shift) {
+    const Index row = Index{cursor.index + weights_block()} * p.row_stride + first_row;
+    // Rows beyond the last one are not there; any will do.
+    const int in_rows = min(weights_row(), p.row_stride - first_row - 1);
+    weights_ = p.weights + (row + in_rows) * 16 + threadIdx.x % 4 * 4;
+    sums_ = p.block_sums + row + in_rows;
+    row_stride_ = p.row_stride;
+    const int bit = first_bit + Config::kWarpBits * (static_cast<int>(threadIdx.x) / 32) +
+                    8 * (lane() % kHalfVectors);
+    token_ = (cursor.block + bits_block()) * kBlockTokens + 16 * (lane() / kHalfVectors % 2);
+    const int slot = token_ & (p.page.size - 1);
+    bits_ = p.pages + p.page.value_codes + slot / 16 * 2 * p.page.num_code_bits +
+            2 * (bit < p.page.num_code_bits ? bit : 0);
+    find_page();
   }
-  /// Starts copying the next block.
-  __device__ __forceinline__ void next(const Problem& p, Stage& stage) {
-    const int lane = threadIdx.x % 32, bit_group = threadIdx.x / 32 % Config::kBitGroups;
-    if (copies_bits_) {
-      // The second half may lie beyond the last page; its weights are zero, so any bits will do.
-      const int token = token_ < length_ ? token_ : token_ - 16;
-      const std::uint8_t* const page = p.pages + table_[token >> p.page.shift] * p.page_stride;
-      const int slot = token & (p.page.size - 1);
-      copy_async_16(shared_address(&stage.bits[lane / kVectors][bit_group][lane % kVectors]),
-                    page + (bits_ + slot / 16 * 2 * p.page.num_code_bits));
+  /// Starts copying the next round.
+  __device__ __forceinline__ void next(Stage& stage) {
+    if (weights_block() < blocks_left_) {
+      copy_async_16(shared_address(&stage.weights[threadIdx.x]), weights_);
+      copy_async_4(shared_address(&stage.maxima[threadIdx.x]), &sums_->max);
     }
-    const int vector = 32 * bit_group + lane;
-    if (copies_weights_)
-      copy_async_16(shared_address(&stage.weights[vector / 4][vector % 4]), weights_);
-    if (copies_sums_) copy_async_16(shared_address(&stage.sums[lane * 2]), sums_);
-    token_ += Config::kTokenGroups * kBlockTokens;
-    weights_ += Config::kTokenGroups * 16 * p.row_stride;
-    sums_ += Config::kTokenGroups * p.row_stride;
+    if (lane() < kBitVectors && bits_block() < blocks_left_)
+      copy_async_16(shared_address(&stage.bits[threadIdx.x / 32][0][0][lane() * 4]),
+                    bits_ + page_ * page_stride_);
+    commit_copies();
+    blocks_left_ -= kRoundBlocks;
+    token_ += kRoundTokens;
+    find_page();
+    weights_ += kRoundBlocks * 16 * row_stride_;
+    sums_ += kRoundBlocks * row_stride_;
   }
 
  private:
-  static constexpr int kVectors = Config::kWarpBits / 8;  ///< of bits of sixteen tokens
-  static_assert(Config::kRows * 4 == 32 * Config::kBitGroups, "a lane copies 16 bytes of weights");
+  static constexpr int kRoundTokens = kRoundBlocks * kBlockTokens;
+  static constexpr int kHalfVectors = Config::kWarpBits / 8;  ///< of sixteen tokens
+  static constexpr int kBitVectors = kRoundBlocks * 2 * kHalfVectors;
+  static_assert(kBitVectors <= 32);
+  static_assert(kRoundBlocks * Config::kRows * 4 == Config::kThreads, "16 bytes of weights each");
+  static_assert(kRoundTokens % 128 == 0, "a thread's slot is the same in all rounds");
 
+  Index page_stride_;
+  int blocks_left_;
+  int last_token_;
   const std::int32_t* table_;
-  int length_;
-  int token_;
-  int bits_;
-  bool copies_bits_, copies_weights_, copies_sums_;
+  int shift_;
+  int token_;  ///< first one of the sixteen
+  int page_;   ///< read a round ahead
+  int row_stride_;
+  const std::uint8_t* bits_;  ///< if they were in page 0
   const std::uint32_t* weights_;
   const RowSum* sums_;
+
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  static __device__ __forceinline__ int bits_block() { return lane() / (2 * kHalfVectors); }
+  /// The second half may lie beyond the last page; its weights are zero, so any bits will do.
+  __device__ __forceinline__ void find_page() {
+    page_ = table_[min(token_, last_token_) >> shift_];
+  }
 };
 
-/// Weights of rows g, 8 + g, ... relative to `maxima`: lane 4g + q holds tokens 4q to 4q + 3 of
-/// either half.
-__device__ __forceinline__ void load_weights(const Stage& stage, const float (&maxima)[kRowTiles],
-                                             std::uint32_t (&weights)[kRowTiles][4]) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+/// Brings this thread's weights of a round, of which `count` blocks are there, to the row's
+/// maximum.
+__device__ __forceinline__ void scale_weights(const Stage& stage, int count, float maximum,
+                                              Weights& weights) {
+  const uint4 raw = stage.weights[threadIdx.x];
+  const __half2 factor = __float2half2_rn(exp2_approx(stage.maxima[threadIdx.x] - maximum));
+  const std::uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+  const int tile = weights_row() / 8, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int t = 0; t < kRowTiles; ++t) {
-    const __half2 factor = __float2half2_rn(exp2_approx(stage.sums[8 * t + g].max - maxima[t]));
-    const uint4 v = stage.weights[8 * t + g][q];
-    const std::uint32_t raw[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) weights[t][i] = as_bits(__hmul2(as_half2(raw[i]), factor));
-  }
+  for (int i = 0; i < 4; ++i)
+    weights[weights_block()][i / 2][i % 2][tile][lane] =
+        weights_block() < count ? as_bits(__hmul2(as_half2(pairs[i]), factor)) : 0;
+  show_to_async_units();
 }
 
-/// Lane 4g + q holds bits kLaneBits g and those after it of its warp.
-__device__ __forceinline__ void multiply(const Stage& stage,
-                                         const std::uint32_t (&weights)[kRowTiles][4],
-                                         float (&sums)[kTiles][kRowTiles][4]) {
-  const int g = threadIdx.x % 32 / 4, shift = threadIdx.x % 4 * 4;
-  const int bit_group = threadIdx.x / 32 % Config::kBitGroups;
-  // Bits 2 i (rows 0-7 of fragment i) and 2 i + 1 (rows 8-15) of the lane's.
-  std::uint32_t first[kTiles], second[kTiles];
-#pragma unroll
-  for (int vector = 0; vector < kLaneBits / 8; ++vector) {
-    const uint4 low = stage.bits[0][bit_group][kLaneBits / 8 * g + vector];
-    const uint4 high = stage.bits[1][bit_group][kLaneBits / 8 * g + vector];
-    const std::uint32_t lows[4] = {low.x, low.y, low.z, low.w};
-    const std::uint32_t highs[4] = {high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      first[4 * vector + i] = __byte_perm(lows[i] >> shift, highs[i] >> shift, 0x5410);
-      second[4 * vector + i] = __byte_perm(lows[i] >> shift, highs[i] >> shift, 0x7632);
-    }
-  }
-  // All sums take turns, so that no product waits for the one before it.
+/// The sums of a warp's bits: lane 4g + q has bits 16 i + 2 g and the next of every tile i.
+using Sums = float[kWarpTiles][kRowTiles][4];
+
+/// Sixteen bits of a block as operands: of two steps, of eight pairs of tokens each.
+using BitOperand = std::uint32_t[2][4];
+
+__device__ __forceinline__ void load_bits(const Stage& stage, int block, int tile,
+                                          BitOperand& operand) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, shift = threadIdx.x % 4 * 4;
+  const std::uint32_t low = stage.bits[warp][block][0][8 * tile + g] >> shift;
+  const std::uint32_t high = stage.bits[warp][block][1][8 * tile + g] >> shift;
+  const std::uint32_t first = __byte_perm(low, high, 0x5410);
+  const std::uint32_t second = __byte_perm(low, high, 0x7632);
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     const std::uint32_t mask = 0x00010001u << (2 * step);
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int t = 0; t < kRowTiles; ++t)
-        mma_16x8x16(sums[tile][t], first[tile] & mask, second[tile] & mask, first[tile] & mask << 1,
-                    second[tile] & mask << 1, weights[t][2 * step], weights[t][2 * step + 1]);
+    operand[step][0] = first & mask, operand[step][1] = second & mask;
+    operand[step][2] = first & mask << 1, operand[step][3] = second & mask << 1;
   }
 }
 
-/// Adds up the sums of the token groups and writes them. `scratch` holds two groups' sums,
-/// `[2][kBitGroups][kTiles * kRowTiles * 4][32]` floats.
-__device__ inline void store(const Problem& p, Index slot, int first_bit, int first_row, int rows,
-                             float (&sums)[kTiles][kRowTiles][4], float* scratch) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int bit_group = warp % Config::kBitGroups, token_group = warp / Config::kBitGroups;
-  constexpr int kSums = kTiles * kRowTiles * 4;
-  for (int groups = Config::kTokenGroups / 2; groups > 0; groups /= 2) {
-    float* const mine =
-        scratch + ((token_group % groups) * Config::kBitGroups + bit_group) * kSums * 32 + lane;
-    if (token_group >= groups && token_group < 2 * groups) {
+/// Adds the products of a round's bits with its weights.
+__device__ __forceinline__ void multiply(const Stage& stage, const Weights& weights, Sums& sums) {
+  constexpr int kStepBytes = sizeof(weights[0][0]), kHalfBytes = kStepBytes / 2;
+#if COMMVQ_WGMMA
+  const WgmmaOperand operand(shared_address(&weights), kHalfBytes, 128);
+  constexpr int kAtOnce = kRoundBlocks / kWarpTiles;  // blocks: operands of more take registers
 #pragma unroll
-      for (int i = 0; i < kSums; ++i)
-        mine[i * 32] = sums[i / (4 * kRowTiles)][i / 4 % kRowTiles][i % 4];
-    }
-    __syncthreads();
-    if (token_group < groups) {
+  for (int first = 0; first < kRoundBlocks; first += kAtOnce) {
+    BitOperand bits[kAtOnce][kWarpTiles];
 #pragma unroll
-      for (int i = 0; i < kSums; ++i)
-        sums[i / (4 * kRowTiles)][i / 4 % kRowTiles][i % 4] += mine[i * 32];
-    }
-    __syncthreads();
+    for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+      for (int tile = 0; tile < kWarpTiles; ++tile)
+        load_bits(stage, first + i, tile, bits[i][tile]);
+    wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+#pragma unroll
+        for (int tile = 0; tile < kWarpTiles; ++tile)
+          wgmma(sums[tile], bits[i][tile][step], operand.at((2 * (first + i) + step) * kStepBytes),
+                true);
+    wgmma_commit();
+#pragma unroll
+    for (auto& of_tile : sums) wgmma_wait<0>(of_tile);
   }
-  if (token_group != 0) return;
-  const int g = lane / 4, q = lane % 4;
-  const int bit = first_bit + bit_group * Config::kWarpBits + kLaneBits * g;
-  if (bit >= p.page.num_code_bits) return;
+#else
+  // Lane 8 i + j reads row j of matrix i.
+  const int lane = threadIdx.x % 32;
+  const std::uint32_t place = shared_address(&weights[0][0][0][lane / 8][lane % 8 * 4]);
 #pragma unroll
-  for (int t = 0; t < kRowTiles; ++t)
+  for (int block = 0; block < kRoundBlocks; ++block) {
+    BitOperand bits[kWarpTiles];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int row = 8 * t + 2 * q + e;
-      if (row >= rows) continue;
-      float* const target =
-          p.value_sums + (slot * p.row_stride + first_row + row) * p.num_sums + bit;
+    for (int tile = 0; tile < kWarpTiles; ++tile) load_bits(stage, block, tile, bits[tile]);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-        *reinterpret_cast<float2*>(target + 2 * tile) =
-            make_float2(sums[tile][t][e], sums[tile][t][2 + e]);
+    for (int step = 0; step < 2; ++step) {
+      const std::uint32_t at = place + (2 * block + step) * kStepBytes;
+      const uint4 first = load_matrices(at), second = load_matrices(at + kHalfBytes);
+#pragma unroll
+      for (int tile = 0; tile < kWarpTiles; ++tile) {
+        const std::uint32_t(&a)[4] = bits[tile][step];
+        mma_16x8x16(sums[tile][0], a[0], a[1], a[2], a[3], first.x, second.x);
+        mma_16x8x16(sums[tile][1], a[0], a[1], a[2], a[3], first.y, second.y);
+        mma_16x8x16(sums[tile][2], a[0], a[1], a[2], a[3], first.z, second.z);
+        mma_16x8x16(sums[tile][3], a[0], a[1], a[2], a[3], first.w, second.w);
+      }
     }
+  }
+#endif
 }
 
-/// A sequence's blocks in one part: every token group takes each fourth of them.
-__device__ __forceinline__ void add_segment(const Problem& p, const Cursor& cursor, int count,
-                                            int first_bit, int first_row,
-                                            const float (&maxima)[kRowTiles], Stage* stages,
-                                            const Barrier& barrier, int& turns_done,
-                                            float (&sums)[kTiles][kRowTiles][4]) {
-  const int warp = threadIdx.x / 32;
-  const int bit = first_bit + warp % Config::kBitGroups * Config::kWarpBits;
-  const int group = warp / Config::kBitGroups;
-  BlockCopy copy(p, cursor, group, bit, first_row);
-  const int turns = (count - group + Config::kTokenGroups - 1) / Config::kTokenGroups;
-#pragma unroll 1
-  for (int turn = 0; turn < kStages - 1; ++turn) {
-    if (turn < turns) copy.next(p, stages[turn]);
-    commit_copies();
+/// Writes a warp's sums.
+__device__ __forceinline__ void store(const Problem& p, Index slot, int first_bit, int first_row,
+                                      int rows, const Sums& sums) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int tile = 0; tile < kWarpTiles; ++tile) {
+    const int bit = first_bit + Config::kWarpBits * warp + 16 * tile + 2 * g;
+    if (bit >= p.page.num_code_bits) return;
+#pragma unroll
+    for (int t = 0; t < kRowTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = 8 * t + 2 * q + e;
+        if (row >= rows) continue;
+        float* const target =
+            p.value_sums + (slot * p.row_stride + first_row + row) * p.num_sums + bit;
+        *reinterpret_cast<float2*>(target) =
+            make_float2(sums[tile][t][e] * kSumScale, sums[tile][t][2 + e] * kSumScale);
+      }
   }
+}
+
+/// Adds up a sequence's blocks in one part, whose first rounds are being copied.
+__device__ __forceinline__ void add_rounds(Shared& shared, RoundCopy& copy, int count,
+                                           float maximum, Sums& sums) {
+  wait_for_copies_but<kStages - 2>();
+  scale_weights(shared.stages[0], count, maximum, shared.weights[0]);
+  int left = count;
 #pragma unroll 1
-  for (int turn = 0; turn < turns; ++turn) {
-    wait_for_copies_but<kStages - 2>();
-    barrier.arrive();
-    barrier.wait(turns_done++ % 2);
-    if (turn + kStages - 1 < turns) copy.next(p, stages[(turn + kStages - 1) % kStages]);
-    commit_copies();
-    const Stage& stage = stages[turn % kStages];
-    std::uint32_t weights[kRowTiles][4];
-    load_weights(stage, maxima, weights);
-    multiply(stage, weights, sums);
+  while (left > 0) {
+    // Where a round's data lie are constants.
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      if (left <= 0) break;
+      left -= kRoundBlocks;
+      wait_for_copies_but<kStages - 3>();
+      __syncthreads();  // the round's weights are there, and nobody reads the last one's any more
+      copy.next(shared.stages[(i + kStages - 1) % kStages]);
+      scale_weights(shared.stages[(i + 1) % kStages], left, maximum, shared.weights[(i + 1) % 2]);
+      multiply(shared.stages[i], shared.weights[i % 2], sums);
+    }
   }
   wait_for_copies();
+  __syncthreads();
 }
 
 /// `memory` is shared: `kSharedBytes`.
 __device__ inline void run(const Problem& p, std::uint8_t* memory) {
-  __shared__ RowSum merge_scratch[Config::kThreads];
-  __shared__ float shared_maxima[Config::kRows];
-  __shared__ std::uint64_t barriers[Config::kTokenGroups];  // of a token group's warps
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Stage* const stages = reinterpret_cast<Stage*>(memory) + warp / Config::kBitGroups * kStages;
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int first_bit = blockIdx.y * Config::kChunkBits;
   const int first_row = blockIdx.z * Config::kRows;
   const int rows = min(Config::kRows, p.num_rows - first_row);
-  const int total = total_blocks(p);
-  Cursor cursor = part_cursor(p, total, static_cast<int>(blockIdx.x), value_parts(p, total));
-  if (cursor.done()) return;
-  const Barrier barrier(&barriers[warp / Config::kBitGroups]);
-  if (threadIdx.x < Config::kTokenGroups)
-    Barrier(&barriers[threadIdx.x]).init(32 * Config::kBitGroups);
+  if (threadIdx.x < 32) {
+    const int total = total_blocks(p);
+    const Cursor begin = part_cursor(p, total, static_cast<int>(blockIdx.x), value_parts(p, total));
+    if (threadIdx.x == 0) shared.cursor = begin;
+  }
   __syncthreads();
-  int turns_done = 0;
+  Cursor cursor = shared.cursor;
 #pragma unroll 1
   while (!cursor.done()) {
     const int count = cursor.count(INT_MAX);
     const Index slot = Index{blockIdx.x} + cursor.seq;
-    const RowSum total_sum =
-        merge_blocks(p, cursor.index, count, first_row, rows, merge_scratch, shared_maxima);
-    if (blockIdx.y == 0 && threadIdx.x < rows)
-      p.part_sums[slot * p.row_stride + first_row + threadIdx.x] = total_sum;
-    float maxima[kRowTiles];
+    RoundCopy copy(p, cursor, count, first_bit, first_row);
 #pragma unroll
-    for (int t = 0; t < kRowTiles; ++t) maxima[t] = shared_maxima[8 * t + lane / 4];
-    float sums[kTiles][kRowTiles][4] = {};
-    add_segment(p, cursor, count, first_bit, first_row, maxima, stages, barrier, turns_done, sums);
-    __syncthreads();  // the stages' memory serves the sums now
-    store(p, slot, first_bit, first_row, rows, sums, reinterpret_cast<float*>(memory));
+    for (int stage = 0; stage < kStages - 1; ++stage) copy.next(shared.stages[stage]);
+    const RowSum merged = merge_blocks(p, cursor.index, count, first_row, rows, shared.scratch);
+    const int row = threadIdx.x / kRowThreads;
+    if (threadIdx.x % kRowThreads == 0) {
+      shared.maxima[row] = merged.max == -INFINITY ? 0.0f : merged.max;
+      if (blockIdx.y == 0 && row < rows)
+        p.part_sums[slot * p.row_stride + first_row + row] = merged;
+    }
+    __syncthreads();
+    Sums sums = {};
+    add_rounds(shared, copy, count, shared.maxima[weights_row()], sums);
+    store(p, slot, first_bit, first_row, rows, sums);
     cursor.advance(p, count);
   }
 }
-
-/// The sums of two token groups take turns with the stages in shared memory.
-constexpr int kScratchBytes = 2 * Config::kBitGroups * kTiles * kRowTiles * 4 * 32 * 4;
-constexpr int kStageBytes = Config::kTokenGroups * kStages * static_cast<int>(sizeof(Stage));
-constexpr int kSharedBytes = kScratchBytes > kStageBytes ? kScratchBytes : kStageBytes;
 
 }  // namespace commvq::cuda::value_sums

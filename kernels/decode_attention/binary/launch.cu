@@ -2,8 +2,8 @@
 
 #include "common/launch.cuh"
 #include "decode_attention/binary/attention.cuh"
-#include "decode_attention/binary/combine.cuh"
 #include "decode_attention/binary/shared_bytes.hpp"
+#include "decode_attention/combine.cuh"
 #include "decode_attention/exact_warps.cuh"
 #include "decode_attention/kernels.cuh"
 
@@ -58,11 +58,11 @@ auto with_shape(const BinaryKeys& keys, Visit visit) {
   return keys.graded ? with_eights(std::true_type{}) : with_eights(std::false_type{});
 }
 
-template <int kSums>
-__global__ void __launch_bounds__(BinaryAttentionConfig::kCombineThreads)
-    binary_combine_kernel(const __grid_constant__ Problem problem, const float* decoder) {
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
+    combine_heads_kernel(const __grid_constant__ Problem problem, const float* decoder) {
   let_next_kernel_start();
-  binary_combine::run<kSums>(problem, decoder);
+  combine::run<Shape>(problem, decoder);
 }
 
 template <class Shape>
@@ -82,9 +82,9 @@ cudaError_t launch(const binary_attention::Arguments& arguments, const float* de
   if (error == cudaSuccess)
     error = launch_early(kernel, grid, Shape::kThreads, bytes, stream, arguments);
   if (error != cudaSuccess) return error;
-  return launch_early(binary_combine_kernel<Shape::kValueSums>,
-                      dim3(row_blocks, heads, static_cast<unsigned>(p.batch)),
-                      BinaryAttentionConfig::kCombineThreads, 0, stream, p, decoder);
+  using CombineShape = combine::HeadSums<Shape::kValueSums>;
+  return launch_early(combine_heads_kernel<CombineShape>, combine::grid_of(p),
+                      CombineShape::kThreads, 0, stream, p, decoder);
 }
 
 }  // namespace
