@@ -44,4 +44,24 @@ inline ModelCodecs example_codecs() {
   return codecs;
 }
 
+/// Codecs of one layer whose bits are graded on both sides: a byte of each key head and of the
+/// values.
+inline ModelCodecs graded_codecs() {
+  testing_support::Rng rng(6);
+  ModelCodecs codecs;
+  codecs.rope.pairs = {4, 4, RopeLayout::kHalfSplit};
+  codecs.num_kv_heads = 2;
+  codecs.model_digest = "d";
+  KeyCodecConfig keys;
+  keys.pairs = codecs.rope.pairs;
+  keys.group_pairs = 2;
+  keys.codebook_size = 2;
+  keys.num_stages = 4;
+  keys.tied = false;
+  keys.graded = true;
+  codecs.layers = {{testing_support::random_key_codec(rng, keys, codecs.num_kv_heads),
+                    testing_support::random_value_codec(rng, 8, 1, 2, 1, true)}};
+  return codecs;
+}
+
 }  // namespace commvq::fuzz

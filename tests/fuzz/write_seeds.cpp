@@ -72,6 +72,7 @@ void write_codebooks() {
     one.layers = {all.layers[i]};
     write_codecs("layer" + std::to_string(i), one);
   }
+  write_codecs("graded", fuzz::graded_codecs());
   ModelCodecs scaled = all;
   scaled.layers = {{nullptr, nullptr}};
   scaled.rope.scaling = RopeScaling::kLlama3;
