@@ -1,6 +1,7 @@
 // Decode attention on the device against the formula in double precision.
 #include "commvq/cuda/decode_attention.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -65,12 +66,13 @@ TEST_P(DecodeAttentionCases, MatchesDoublePrecision) {
   ASSERT_TRUE(decode_attention(setup.codebooks(), setup.call()).ok());
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
   const std::vector<float> again = setup.output();
-  std::size_t differing = 0, last = 0;
-  for (std::size_t i = 0; i < first.size(); ++i)
-    if (first[i] != again[i]) ++differing, last = i;
-  EXPECT_EQ(differing, 0u) << "of " << first.size() << " numbers differ from the same call's, up to"
-                           << " number " << last << ", which is " << again[last] << " and was "
-                           << first[last];
+  const auto place = std::mismatch(first.begin(), first.end(), again.begin()).first;
+  if (place != first.end()) {
+    const auto i = static_cast<std::size_t>(place - first.begin());
+    ADD_FAILURE() << "number " << i << " of " << first.size() << " is " << again[i] << ", and was "
+                  << first[i] << " after the same call before; read once more it is "
+                  << setup.output()[i];
+  }
 }
 
 std::vector<DecodeCase> all_cases() {
