@@ -55,6 +55,15 @@ struct Shared {
   unsigned finished;
 };
 
+/// Thread blocks among which the rows of a KV head are shared out.
+__host__ __device__ inline int row_blocks(const Problem& p) {
+  return (p.rows_per_head + kRows - 1) / kRows;
+}
+/// Chunks of the sums that all heads share.
+__host__ __device__ inline int num_chunks(const Problem& p) {
+  return (p.num_sums + CombineConfig::kChunk - 1) / CombineConfig::kChunk;
+}
+
 /// What a thread block takes.
 struct Place {
   int seq;
@@ -70,8 +79,7 @@ struct Place {
         head(static_cast<int>(blockIdx.y)),
         first_row(static_cast<int>(blockIdx.x) / p.num_combine_blocks * kRows),
         rows(min(kRows, p.rows_per_head - first_row)),
-        row_block((seq * p.num_kv_heads + head) * ((p.rows_per_head + kRows - 1) / kRows) +
-                  first_row / kRows),
+        row_block((seq * p.num_kv_heads + head) * row_blocks(p) + first_row / kRows),
         block(static_cast<int>(blockIdx.x) % p.num_combine_blocks),
         first_call_row(head * p.rows_per_head + first_row) {}
 };
@@ -196,12 +204,6 @@ struct DecoderShare {
   }
 };
 
-/// Chunks of the sums that thread blocks share.
-template <class Shape>
-__host__ __device__ int num_chunks(const Problem& p) {
-  return Shape::kPerHead ? 1 : (p.num_sums + Shape::kSums - 1) / Shape::kSums;
-}
-
 /// A chunk's sums of the rows over all parts.
 template <class Shape>
 __device__ __forceinline__ void merge_chunk(const Problem& p, const Place& place, PartRange parts,
@@ -251,7 +253,7 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder) {
   constexpr int kDim = Shape::kDim;
   const Place place(p);
   const int channel = static_cast<int>(threadIdx.x) % kDim, share = threadIdx.x / kDim;
-  const int chunks = num_chunks<Shape>(p);
+  const int chunks = Shape::kPerHead ? 1 : num_chunks(p);
   const int first_chunk = part_begin(chunks, place.block, p.num_combine_blocks);
   const int end_chunk = part_begin(chunks, place.block + 1, p.num_combine_blocks);
   int first_sum = (Shape::kPerHead ? place.head : first_chunk) * Shape::kSums;
@@ -314,10 +316,20 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder) {
   }
 }
 
-/// The grid of a launch.
-inline dim3 grid_of(const Problem& p) {
-  return dim3(static_cast<unsigned>(p.num_combine_blocks * ((p.rows_per_head + kRows - 1) / kRows)),
-              static_cast<unsigned>(p.num_kv_heads), static_cast<unsigned>(p.batch));
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
+    combine_kernel(const __grid_constant__ Problem problem, const float* decoder) {
+  let_next_kernel_start();
+  run<Shape>(problem, decoder);
+}
+
+/// Launches the combination of a call whose parts the stream's previous kernel gathers. Returns the
+/// launch's error.
+template <class Shape>
+cudaError_t launch(const Problem& p, const float* decoder, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.num_combine_blocks * row_blocks(p)),
+                  static_cast<unsigned>(p.num_kv_heads), static_cast<unsigned>(p.batch));
+  return launch_early(combine_kernel<Shape>, grid, Shape::kThreads, 0, stream, p, decoder);
 }
 
 }  // namespace commvq::cuda::combine

@@ -25,13 +25,6 @@ __global__ void __launch_bounds__(ValueSumsConfig::kThreads, 1)
   value_sums::run(problem, memory);
 }
 
-template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
-    combine_kernel(const __grid_constant__ Problem problem, const float* decoder) {
-  let_next_kernel_start();
-  combine::run<Shape>(problem, decoder);
-}
-
 int divide_up(int value, int unit) {
   return (value + unit - 1) / unit;
 }
@@ -101,10 +94,9 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
     return p;
   }
   // A block for each chunk where there are few rows; with many, as many as run at once.
-  const int row_blocks_in_all =
-      p.batch * p.num_kv_heads * divide_up(p.rows_per_head, CombineConfig::kRows);
-  p.num_combine_blocks = std::clamp(2 * view.num_multiprocessors / row_blocks_in_all, 1,
-                                    divide_up(p.num_sums, CombineConfig::kChunk));
+  const int row_blocks_in_all = p.batch * p.num_kv_heads * combine::row_blocks(p);
+  p.num_combine_blocks =
+      std::clamp(2 * view.num_multiprocessors / row_blocks_in_all, 1, combine::num_chunks(p));
   if (p.num_combine_blocks > 1) p.num_counters = row_blocks_in_all;
   return p;
 }
@@ -307,17 +299,11 @@ cudaError_t sum_values(const Problem& p, cudaStream_t stream) {
                       stream, p);
 }
 
-template <int kDim>
-cudaError_t combine_heads(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
-  using Shape = combine::SharedSums<kDim>;
-  return launch_early(combine_kernel<Shape>, combine::grid_of(p), Shape::kThreads, 0, stream, p,
-                      view.decoder);
-}
-
 cudaError_t combine_parts(const CodebooksView& view, const Problem& p, cudaStream_t stream) {
-  if (p.head_dim == 64) return combine_heads<64>(view, p, stream);
-  if (p.head_dim == 128) return combine_heads<128>(view, p, stream);
-  return combine_heads<256>(view, p, stream);
+  using namespace combine;
+  if (p.head_dim == 64) return launch<SharedSums<64>>(p, view.decoder, stream);
+  if (p.head_dim == 128) return launch<SharedSums<128>>(p, view.decoder, stream);
+  return launch<SharedSums<256>>(p, view.decoder, stream);
 }
 
 }  // namespace

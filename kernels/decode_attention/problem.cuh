@@ -77,7 +77,7 @@ struct Problem {
   RowSum* part_sums;        ///< [num_value_parts + batch][row_stride]
   float* exact_outputs;     ///< [batch][num_rows][num_exact_pieces][head_dim]
   RowSum* exact_sums;       ///< [batch][num_rows][num_exact_pieces]
-  float* block_outputs;     ///< [batch][num_rows][num_combine_blocks][head_dim]
+  float* block_outputs;     ///< [num_counters][CombineConfig::kRows][num_combine_blocks][head_dim]
   std::uint32_t* counters;  ///< [batch][num_kv_heads][row blocks]
   int num_counters;
 

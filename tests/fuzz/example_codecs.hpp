@@ -6,14 +6,20 @@
 
 namespace commvq::fuzz {
 
-/// Codecs of a very small model: layers coded on both sides, on either and on none, tied and untied
-/// keys, weights, 1-bit and 2-bit values, polished and not.
-inline ModelCodecs example_codecs() {
-  testing_support::Rng rng(5);
+/// A very small model, without layers.
+inline ModelCodecs small_model() {
   ModelCodecs codecs;
   codecs.rope.pairs = {4, 4, RopeLayout::kHalfSplit};
   codecs.num_kv_heads = 2;
   codecs.model_digest = "d";
+  return codecs;
+}
+
+/// Codecs of it: layers coded on both sides, on either and on none, tied and untied keys, weights,
+/// 1-bit and 2-bit values, polished and not.
+inline ModelCodecs example_codecs() {
+  testing_support::Rng rng(5);
+  ModelCodecs codecs = small_model();
   KeyCodecConfig tied;
   tied.pairs = codecs.rope.pairs;
   tied.group_pairs = 1;
@@ -44,14 +50,11 @@ inline ModelCodecs example_codecs() {
   return codecs;
 }
 
-/// Codecs of one layer whose bits are graded on both sides: a byte of each key head and of the
-/// values.
+/// Codecs of one layer of it whose bits are graded on both sides: a byte of each key head and of
+/// the values.
 inline ModelCodecs graded_codecs() {
   testing_support::Rng rng(6);
-  ModelCodecs codecs;
-  codecs.rope.pairs = {4, 4, RopeLayout::kHalfSplit};
-  codecs.num_kv_heads = 2;
-  codecs.model_digest = "d";
+  ModelCodecs codecs = small_model();
   KeyCodecConfig keys;
   keys.pairs = codecs.rope.pairs;
   keys.group_pairs = 2;

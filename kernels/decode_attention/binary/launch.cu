@@ -59,13 +59,6 @@ auto with_shape(const BinaryKeys& keys, Visit visit) {
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
-    combine_heads_kernel(const __grid_constant__ Problem problem, const float* decoder) {
-  let_next_kernel_start();
-  combine::run<Shape>(problem, decoder);
-}
-
-template <class Shape>
 cudaError_t launch(const binary_attention::Arguments& arguments, const float* decoder,
                    cudaStream_t stream) {
   const Problem& p = arguments.problem;
@@ -82,9 +75,7 @@ cudaError_t launch(const binary_attention::Arguments& arguments, const float* de
   if (error == cudaSuccess)
     error = launch_early(kernel, grid, Shape::kThreads, bytes, stream, arguments);
   if (error != cudaSuccess) return error;
-  using CombineShape = combine::HeadSums<Shape::kValueSums>;
-  return launch_early(combine_heads_kernel<CombineShape>, combine::grid_of(p),
-                      CombineShape::kThreads, 0, stream, p, decoder);
+  return combine::launch<combine::HeadSums<Shape::kValueSums>>(p, decoder, stream);
 }
 
 }  // namespace
