@@ -19,6 +19,12 @@ class Barrier {
   __device__ void init(int arrivals) const {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(address_), "r"(arrivals) : "memory");
   }
+  /// By one thread, after any other use and before the memory serves something else. Without it a
+  /// device that returns from another process's work may write the barrier back over what took its
+  /// place.
+  __device__ void end() const {
+    asm volatile("mbarrier.inval.shared.b64 [%0];\n" ::"r"(address_) : "memory");
+  }
   /// What this thread wrote and read before is done for those who waited.
   __device__ void arrive() const {
     asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}\n" ::"r"(address_)
