@@ -83,7 +83,7 @@ __device__ __forceinline__ void write_key_codes(const DevicePageLayout& layout, 
       for (int k = first_bit / layout.code_bits; k < plane.num_books; ++k) {
         const int shift = k * layout.code_bits - first_bit;
         if (shift >= 32) break;
-        const std::uint32_t code = coded ? codes[token * stride + plane.first_book + k] : 0;
+        const std::uint32_t code = coded ? codes[token * stride + plane.book(k)] : 0;
         bits |= shift >= 0 ? code << shift : code >> -shift;
       }
       write_key_word(layout, plane, head, PagePlace(layout, pages, targets.places[token]), word,

@@ -29,6 +29,17 @@ __device__ __forceinline__ void mma_16x8x16(std::uint32_t (&c)[2], std::uint32_t
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/// c += a b with a [16][32] unsigned bytes (row-major fragment), b [32][8] signed bytes
+/// (column-major fragment) and c [16][8] integers. Lane 4g + q holds a0 (row g, columns 4q to
+/// 4q + 3), a1 (row g + 8), a2 and a3 (columns 4q + 16 and on); b0 (rows 4q to 4q + 3 of column g),
+/// b1 (rows 4q + 16 and on); c as above.
+__device__ __forceinline__ void mma_16x8x32(int (&c)[4], uint4 a, const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]));
+}
+
 /// Four matrices of 8 rows x 16 bytes from shared memory: lane 8 i + j names the address of row j
 /// of matrix i, and lane 4 g + q gets word q of row g of every one.
 __device__ __forceinline__ uint4 load_matrices(std::uint32_t row_address) {

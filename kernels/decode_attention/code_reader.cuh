@@ -17,120 +17,88 @@ struct KeyCodes {
   int tails;  ///< bytes from the page's start
 };
 
-/// A compile-time book number.
-template <int kBook>
-struct Book {
-  static constexpr int kNumber = kBook;
+/// Where rows have 4 bits: the codes of one plane and head in a page.
+struct alignas(16) StageCodesPlace {
+  int words;  ///< bytes from the page's start to the first token's
+  int tails;  ///< likewise
+  int num_words;
+  int tail_bits;  ///< a multiple of four
+
+  __device__ __forceinline__ StageCodesPlace(const KeyCodes& codes, int head, int page_size)
+      : words(codes.words + head * page_size * codes.num_words * 4),
+        tails(codes.tails + head * page_size / 16 * codes.tail_bits * 2),
+        num_words(codes.num_words),
+        tail_bits(codes.tail_bits) {}
+  __device__ __forceinline__ const std::uint8_t* words_of(const std::uint8_t* page,
+                                                          unsigned slot) const {
+    return page + (static_cast<unsigned>(words) + slot * static_cast<unsigned>(num_words) * 4);
+  }
+  __device__ __forceinline__ const std::uint8_t* tail_of(const std::uint8_t* page,
+                                                         unsigned slot) const {
+    return page + (static_cast<unsigned>(tails) + slot * static_cast<unsigned>(tail_bits) / 32 * 4);
+  }
 };
 
-/// The codes of one token and plane whose shape is known at compile time: a few registers, from
-/// which every code is one shift and one mask.
-template <int kCodeBits, int kNumBooks>
-class FixedCodes {
+/// The codes of one token that a lane needs where rows have 4 bits: of one plane of four, of
+/// kGroups stages or one less, twelve bits each, for the lines of kGroups groups. A few registers.
+template <int kGroups>
+class StageCodes {
  public:
-  /// Any bits are codes: none can lead beyond a book.
+  static constexpr int kRowBits = 4;
+  /// Halves of a block that are one piece of code: two where registers allow.
+  static constexpr int kHalvesAtOnce = kGroups < 6 ? 2 : 1;
+  /// Any bits are codes: none can lead beyond a book, and rows of books that are not there are
+  /// zeros.
   static constexpr bool kAnyBitsAreCodes = true;
 
-  /// `index` is head * page_size + slot.
-  __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
-                                        int index) {
-    fetch_at(page + (codes.words + index * (kWords * 4)),
-             page + (codes.tails + index * kTail / 32 * 4));
-  }
-  /// The codes of a token and of the sixteenth after it, on the same page.
-  __device__ __forceinline__ static void fetch_two(const KeyCodes& codes, const std::uint8_t* page,
-                                                   int index, FixedCodes (&two)[2]) {
-    static_assert(kTail % 2 == 0);
-    const std::uint8_t* const words = page + (codes.words + index * (kWords * 4));
-    const std::uint8_t* const tail = page + (codes.tails + index * kTail / 32 * 4);
-    two[0].fetch_at(words, tail);
-    two[1].fetch_at(words + 16 * kWords * 4, tail + 16 * kTail / 8);
+  __device__ __forceinline__ void fetch(const std::uint8_t* words, const std::uint8_t* tail) {
+    // What lies behind belongs to the page as well: norms follow the tails.
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
+    words_[kWords] = reinterpret_cast<const std::uint32_t*>(tail)[0];
+    next_tail_ = reinterpret_cast<const std::uint32_t*>(tail)[1];
   }
 
-  /// Uses what was fetched of `index`: until then the loads may be under way.
-  __device__ __forceinline__ void finish(const KeyCodes&, int index) {
-    words_[kWords] =
-        __funnelshift_r(words_[kWords], next_tail_, static_cast<std::uint32_t>(index * kTail));
+  /// Uses what was fetched: until then the loads may be under way. Of the token's slot only what is
+  /// left of a division by eight, `slot`, matters.
+  __device__ __forceinline__ void finish(const StageCodesPlace& place, int slot) {
+    const std::uint32_t tail = __funnelshift_r(words_[kWords], next_tail_,
+                                               static_cast<std::uint32_t>(slot * place.tail_bits));
+    words_[kWords] = tail;
+    // A stage less may take a word less.
+    if constexpr (kWords > 0)
+      if (place.num_words < kWords) words_[kWords - 1] = tail;
+    const bool has_last = place.num_words * 32 + place.tail_bits == kGroups * kStageBits;
+    last_ = has_last ? of_stage(kGroups - 1) : of_stage(0);
   }
 
-  /// Address of the code's row at 128 bytes a row, less the book's distance from the first one;
-  /// `part` is the rows' address, which leaves the bits of a code free, and the place in the row.
-  template <int kBook>
-  __device__ __forceinline__ std::uint32_t row_address(Book<kBook> book, std::uint32_t part) const {
-    return row_address(shifted(book), part);
-  }
-  /// The same of a `shifted` code.
-  __device__ __forceinline__ static std::uint32_t row_address(std::uint32_t shifted,
-                                                              std::uint32_t part) {
-    return (shifted & (((1u << kCodeBits) - 1) << 7)) | part;
-  }
-  /// The code times 128, among other bits.
-  template <int kBook>
-  __device__ __forceinline__ std::uint32_t shifted(Book<kBook>) const {
-    constexpr int kBit = kBook * kCodeBits;
-    constexpr int kWord = kBit / 32;
-    constexpr int kShift = kBit % 32;
-    if constexpr (kShift + kCodeBits > 32) {
-      return __funnelshift_r(words_[kWord], words_[kWord + 1], kShift - 7);
-    } else if constexpr (kShift >= 7) {
-      return words_[kWord] >> (kShift - 7);
-    } else {
-      return words_[kWord] << (7 - kShift);
-    }
-  }
-
-  /// Calls function(book, the next one or, at the end, the same) for every second book.
-  template <class Function>
-  __device__ __forceinline__ static void for_each_two_books(Function function) {
-    visit_two<0>(function);
-  }
-  /// Bytes that the lines of one number take, for all centroids.
-  static constexpr int kLineBytes = 128 << kCodeBits;
-  /// Numbers of lines, where two books share one.
-  static constexpr int kTwoBookLines = (kNumBooks + 1) / 2;
-  /// Sixteen bytes at `address`, as `row_address` gives it, in lines kLine.
-  template <int kLine>
-  __device__ __forceinline__ static uint4 load_line(std::uint32_t address) {
-    return load_shared_16<kLine * kLineBytes>(address);
+  /// The two codes of the lane's line in group `group`, a constant after unrolling: the lowest bits
+  /// of what is returned. In the place of a stage that the plane lacks, there are second numbers of
+  /// its first one.
+  __device__ __forceinline__ std::uint32_t of_line(int group) const {
+    return group + 1 < kGroups ? of_stage(group) : last_;
   }
 
  private:
-  static constexpr int kWords = (kNumBooks * kCodeBits - 1) / 32;
-  static constexpr int kTail = kNumBooks * kCodeBits - kWords * 32;
+  static constexpr int kStageBits = 12;
+  static constexpr int kWords = (kGroups * kStageBits - 1) / 32;
 
   std::uint32_t words_[kWords + 1];
   std::uint32_t next_tail_;
+  std::uint32_t last_;
 
-  __device__ __forceinline__ void fetch_at(const std::uint8_t* words, const std::uint8_t* tail) {
-    if constexpr (kWords == 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(words);
-      words_[0] = v.x, words_[1] = v.y, words_[2] = v.z, words_[3] = v.w;
-    } else if constexpr (kWords == 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(words);
-      words_[0] = v.x, words_[1] = v.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
-    }
-    const auto* const two = reinterpret_cast<const std::uint32_t*>(tail);
-    words_[kWords] = two[0];
-    // The next word belongs to the page as well: norms follow the tails.
-    next_tail_ = 32 % kTail == 0 ? 0 : two[1];
-  }
-
-  template <int kBook, class Function>
-  __device__ __forceinline__ static void visit_two(Function function) {
-    if constexpr (kBook < kNumBooks) {
-      constexpr bool kIsTwo = kBook + 1 < kNumBooks;
-      function(Book<kBook>(), Book<kBook + kIsTwo>());
-      visit_two<kBook + 2>(function);
-    }
+  __device__ __forceinline__ std::uint32_t of_stage(int group) const {
+    const auto word = [&](int i) { return i <= kWords ? words_[i] : 0; };
+    const int bit = kStageBits * group;
+    return __funnelshift_r(word(bit / 32), word(bit / 32 + 1), bit % 32);
   }
 };
 
-/// Codes of any shape: each is read from the page when it is used.
+/// Codes of any shape, where rows have 8 bits: each is read from the page when it is used.
 class AnyCodes {
  public:
+  static constexpr int kRowBits = 8;
+  static constexpr int kHalvesAtOnce = 2;
   static constexpr bool kAnyBitsAreCodes = false;
 
   __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
@@ -142,11 +110,6 @@ class AnyCodes {
     tail_ = __funnelshift_r(tail[0], tail[1], static_cast<std::uint32_t>(bit));
   }
 
-  __device__ __forceinline__ void finish(const KeyCodes&, int) {}
-
-  __device__ __forceinline__ static uint4 load(int, std::uint32_t address) {
-    return load_shared_16<0>(address);
-  }
   __device__ __forceinline__ std::uint32_t row_address(int book, std::uint32_t part) const {
     return part + (book * codes_->codebook_size + code(book)) * 128;
   }

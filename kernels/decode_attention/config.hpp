@@ -20,8 +20,8 @@ struct KeyScoresConfig {
   /// Warps that turn the queries of one step; they take turns.
   static constexpr int kTurningWarps = 4;
   /// Rows begin at a multiple of this in shared memory, so that a code's place in its address is
-  /// free: 128 bytes times the largest codebook with a kernel of its own.
-  static constexpr int kRowAlignment = 128 << 7;
+  /// free: 128 bytes times the codebook that has kernels of its own.
+  static constexpr int kRowAlignment = 128 * 64;
 };
 
 /// Tuning values of the value kernel: a thread block adds up kChunkBits code bits for kRows rows.

@@ -35,8 +35,8 @@ void cut_exact_for_blocks(const CodebooksView& view, Problem& p) {
       std::clamp(view.num_multiprocessors / (p.num_kv_heads * p.batch * p.num_query_tokens), 1,
                  ExactConfig::kMaxPieces);
   const KeySlice& slice = view.slices[0];
-  const int books = view.layout.planes[slice.plane].num_books * slice.num_planes;
-  p.exact_cost = std::max(1, ExactConfig::kCostInRows / (books + ExactConfig::kCodedCostInRows));
+  p.exact_cost =
+      std::max(1, ExactConfig::kCostInRows / (slice.num_books + ExactConfig::kCodedCostInRows));
 }
 /// Cuts them so that all warps of the blocks that score no keys have some, or of all blocks.
 void cut_exact_for_warps(const CodebooksView& view, Problem& p) {
@@ -248,10 +248,9 @@ Problem problem_of(const DeviceCodebooks& codebooks, const DecodeAttention& call
   return p;
 }
 
-KeyScoresLauncher launcher_of(const DevicePageLayout& layout, const KeySlice& slice) {
-  if (slice.row_bits == 8) return byte_rows_launcher(slice.width);
-  const int books = layout.planes[slice.plane].num_books;
-  return slice.num_planes == 1 ? one_plane_launcher(books) : two_planes_launcher(books);
+KeyScoresLauncher launcher_of(const KeySlice& slice) {
+  return slice.row_bits == 8 ? byte_rows_launcher(slice.width)
+                             : narrow_rows_launcher(KeySlice::narrow_groups(slice.num_books));
 }
 
 KeyCodes codes_of(const DevicePageLayout& layout, const KeyPlane& plane) {
@@ -275,10 +274,9 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
         std::max(key_scores::shared_bytes(slice),
                  exact_tokens::Shared<KeyScoresConfig::kThreads>::bytes(p.head_dim, p.group));
     key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}};
-    for (int plane = 0; plane < slice.num_planes; ++plane)
+    for (int plane = 0; plane < view.layout.planes_at_once; ++plane)
       arguments.codes[plane] = codes_of(view.layout, view.layout.planes[slice.plane + plane]);
-    const cudaError_t error =
-        launcher_of(view.layout, slice)(arguments, grid, shared_bytes, stream);
+    const cudaError_t error = launcher_of(slice)(arguments, grid, shared_bytes, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

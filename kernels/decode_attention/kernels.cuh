@@ -14,10 +14,8 @@ using KeyScoresLauncher = cudaError_t (*)(const key_scores::Arguments& arguments
 /// For keys whose rows, of `width` pairs, 64 or 32, have 8 bits.
 KeyScoresLauncher byte_rows_launcher(int width);
 
-/// For books of 64 rows of 64 pairs in 4 bits: one plane of an even number of books, or two planes
-/// of kLeastPairedBooks or more books each. Null for other numbers.
-KeyScoresLauncher one_plane_launcher(int num_books);
-KeyScoresLauncher two_planes_launcher(int num_books);
+/// For keys whose rows, of 64 centroids and 64 pairs, have 4 bits: of up to four stages a group.
+KeyScoresLauncher narrow_rows_launcher(int num_groups);
 
 /// Launches attention over binary codes, beside it over the exact tokens, and the combination of
 /// both with the values' decoder, `[num_kv_heads][sums of a head][128]`.

@@ -5,10 +5,12 @@
 #include "common/memory.cuh"
 #include "common/mma.cuh"
 #include "common/rope.cuh"
+#include "decode_attention/byte_rows.cuh"
 #include "decode_attention/code_reader.cuh"
 #include "decode_attention/config.hpp"
+#include "decode_attention/narrow_rows.cuh"
+#include "decode_attention/pair_keys.cuh"
 #include "decode_attention/problem.cuh"
-#include "decode_attention/row_sums.cuh"
 #include "decode_attention/scores.cuh"
 #include "decode_attention/value_sums.cuh"
 
@@ -33,9 +35,6 @@ using Config = KeyScoresConfig;
 static_assert(Config::kStepTokens <= KeySlice::kTurnTokens,
               "every place within a step needs its turn of RoPE");
 
-/// Planes that one launch adds up.
-constexpr int kMaxPlanes = 2;
-
 /// How the slices of a head's pairs and books take turns at the same scores.
 enum class Turn { kOnly, kFirst, kMiddle, kLast };
 
@@ -43,8 +42,7 @@ struct Arguments {
   Problem problem;
   KeySlice slice;
   Turn turn;
-  KeyCodes codes[kMaxPlanes];
-  std::uint32_t one = 1;  ///< see `NarrowSums`
+  KeyCodes codes[4];  ///< of the slice's planes
 };
 
 /// What a thread block works on.
@@ -94,9 +92,11 @@ struct Shared {
   uint4 queries[Config::kBuffers][kBufferVectors];  ///< turned to the first token of a step
   float2 unit_queries[Config::kMaxRows][kWidth];    ///< times the pairs' units, brought to about 1
   float2 eight_turns[kWidth];                       ///< RoPE by 8 tokens
-  uint2 zero_points[kMaxPlanes][kWidth / 8 * 4];
-  std::uint32_t unit_ratios[kWidth / 8 * 4];   ///< of the second plane
+  uint2 zero_points[kWidth / 8 * 4];
   alignas(8) float factors[Config::kMaxRows];  ///< from sums of products to scores
+  StageCodesPlace code_places[4];
+  RowPlace row_places[32];
+  LineWeights line_weights;
   int lags[Config::kMaxRows];                  ///< how far a row's position is from the last one
   std::uint64_t full[Config::kBuffers];
   std::uint64_t empty[Config::kBuffers];
@@ -161,7 +161,7 @@ __device__ void load_queries(const Arguments& a, Shared<kWidth>& shared, int seq
       shared.unit_queries[row][lane + 32 * i] =
           make_float2(query[i].x * factor, query[i].y * factor);
     if (lane == 0) {
-      shared.factors[row] = p.score_scale / factor;
+      shared.factors[row] = p.score_scale / factor * (a.slice.row_bits == 4 ? 512.0f : 1.0f);
       shared.lags[row] = p.num_query_tokens - 1 - query_token;
     }
   }
@@ -230,42 +230,86 @@ struct TokenTurns {
   }
 };
 
-/// A byte of each of two sums as fp16 numbers, less what stands for zero: bytes 0 and 1 with
-/// selector 0x4140, 2 and 3 with 0x4342.
-__device__ __forceinline__ __half2 less_zero(std::uint32_t sums, unsigned selector,
-                                             std::uint32_t zero) {
-  // A byte under 0x64 is the fp16 number 1024 + byte.
-  return __hsub2(as_half2(__byte_perm(sums, 0x64646464u, selector)), as_half2(zero));
+/// Products of sixteen of a warp's keys with the queries, [tile][lane's elements].
+using Products = float[Config::kTiles][4];
+
+/// Turns pairs 8k and on of the keys and adds their products with the queries of kTiles tiles for a
+/// half of a step, whose fragments begin at `queries`.
+template <int kTiles, int kWidth>
+__device__ __forceinline__ void multiply(const PairKeys& keys, int k,
+                                         const TokenTurns<kWidth>& turns, const uint4* queries,
+                                         Products& products) {
+  const __half2 c = turns.cosine[k], s = turns.sine[k];
+  std::uint32_t turned[4];
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    turned[t] = as_bits(__hfma2(keys.real[t], c, __hneg2(__hmul2(keys.imag[t], s))));
+    turned[2 + t] = as_bits(__hfma2(keys.real[t], s, __hmul2(keys.imag[t], c)));
+  }
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const uint4* const fragments =
+        queries + tile * Shared<kWidth>::kTileVectors + k / 2 * 32 + threadIdx.x % 32;
+    const uint2 query = reinterpret_cast<const uint2*>(fragments)[k % 2];
+    mma_16x8x16(products[tile], turned[0], turned[1], turned[2], turned[3], query.x, query.y);
+  }
 }
 
-/// Products of sixteen of a warp's keys with the queries of a tile: the sums of rows become fp16
-/// and are turned, 16 channels at a time. `lane_queries` is the lane's first fragment.
-template <int kWidth, int kPlanes>
-__device__ __forceinline__ void multiply(const std::uint32_t (&sums)[kPlanes][2][kWidth / 8],
-                                         const Shared<kWidth>& shared,
-                                         const TokenTurns<kWidth>& turns, const uint4* lane_queries,
-                                         float (&scores)[4]) {
-  const int q = threadIdx.x % 4;
+/// What stands for zero, of a lane's pairs 8k + 2q and the next.
+template <int kWidth>
+__device__ __forceinline__ uint2 zero_of(const Shared<kWidth>& shared, int k) {
+  return shared.zero_points[k * 4 + threadIdx.x % 4];
+}
+
+/// The same of all pairs, from sums of rows of 8 bits.
+template <int kWidth>
+__device__ __forceinline__ void multiply_all(const ByteRowSums<kWidth>& sums,
+                                             const Shared<kWidth>& shared,
+                                             const TokenTurns<kWidth>& turns, const uint4* queries,
+                                             int num_rows, Products& products) {
+  const auto multiply_with = [&](auto multiply_one) {
 #pragma unroll
-  for (int k = 0; k < kWidth / 8; ++k) {
-    const uint2 zero = shared.zero_points[0][k * 4 + q];
-    std::uint32_t keys[4];
+    for (int k = 0; k < kWidth / 8; ++k)
+      multiply_one(sums.keys(k, zero_of(shared, k)), k, turns, queries, products);
+  };
+  if (num_rows <= Config::kTileRows) {
+    multiply_with(multiply<1, kWidth>);
+  } else {
+    multiply_with(multiply<2, kWidth>);
+  }
+}
+
+/// The same from rows of 4 bits, sixteen pairs at a time.
+template <int kGroups>
+__device__ __forceinline__ void multiply_all(const NarrowRows<kGroups>& rows,
+                                             const Shared<64>& shared, const TokenTurns<64>& turns,
+                                             const uint4* queries, int num_rows,
+                                             Products& products) {
+  const LaneWeights weights(shared.line_weights);
+  // The next part's first rows are read before this one's branch, where registers allow.
+  constexpr bool kReadAhead = kGroups < 6;
+  uint4 firsts[2];
+#pragma unroll
+  for (int part = 0; part < 4; ++part) {
+    PairKeys keys[2];
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      __half2 real = less_zero(sums[0][t][k], 0x4140, zero.x);
-      __half2 imag = less_zero(sums[0][t][k], 0x4342, zero.y);
-      if constexpr (kPlanes == 2) {
-        const uint2 other = shared.zero_points[1][k * 4 + q];
-        const __half2 ratio = as_half2(shared.unit_ratios[k * 4 + q]);
-        real = __hfma2(less_zero(sums[1][t][k], 0x4140, other.x), ratio, real);
-        imag = __hfma2(less_zero(sums[1][t][k], 0x4342, other.y), ratio, imag);
-      }
-      const __half2 c = turns.cosine[k], s = turns.sine[k];
-      keys[t] = as_bits(__hfma2(real, c, __hneg2(__hmul2(imag, s))));
-      keys[2 + t] = as_bits(__hfma2(real, s, __hmul2(imag, c)));
+      if (part == 0 || !kReadAhead) firsts[t] = rows.first(t, 16 * part);
+      const NarrowSums sums = rows.sums(weights, t, 16 * part, firsts[t]);
+      if (kReadAhead && part < 3) firsts[t] = rows.first(t, 16 * (part + 1));
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        sums.get(i, zero_of(shared, 2 * part + i), keys[i].real[t], keys[i].imag[t]);
     }
-    const uint2 query = reinterpret_cast<const uint2*>(lane_queries + k / 2 * 32)[k % 2];
-    mma_16x8x16(scores, keys[0], keys[1], keys[2], keys[3], query.x, query.y);
+    // A branch a part, which keeps the compiler from making room for the next one's sums by spills.
+    const auto multiply_with = [&](auto multiply_one) {
+      for (int i = 0; i < 2; ++i) multiply_one(keys[i], 2 * part + i, turns, queries, products);
+    };
+    if (num_rows <= Config::kTileRows) {
+      multiply_with(multiply<1, 64>);
+    } else {
+      multiply_with(multiply<2, 64>);
+    }
   }
 }
 
@@ -363,63 +407,73 @@ struct LaneTokens {
 
   /// Starts reading the codes of head `head` of tokens `half` and `half` + 2 of the four.
   __device__ __forceinline__ void fetch_codes(const Problem& p, const KeyCodes& codes, int head,
-                                              int half, Reader (&readers)[2]) const {
-    if constexpr (Reader::kAnyBitsAreCodes)
-      if (are_on_one_page(p)) {
-        const int slot = slot_of(p, first) + 8 * half;
-        Reader::fetch_two(codes, page_of(p, first), head * p.page.size + slot, readers);
-        return;
-      }
+                                              int half, AnyCodes (&readers)[2]) const {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const int at = token(p, half + 2 * t);
       readers[t].fetch(codes, page_of(p, at), head * p.page.size + slot_of(p, at));
     }
   }
-  /// Uses what was fetched: until then the loads may be under way.
-  __device__ __forceinline__ void finish_codes(const Problem& p, const KeyCodes& codes, int head,
-                                               int half, Reader (&readers)[2]) const {
+  template <int kGroups>
+  __device__ __forceinline__ void fetch_codes(const Problem& p, const StageCodesPlace& place, int,
+                                              int half, StageCodes<kGroups> (&readers)[2]) const {
+    if (are_on_one_page(p)) {
+      const std::uint8_t* const page = page_of(p, first);
+      const int slot = slot_of(p, first) + 8 * half;
+      const std::uint8_t* const words = place.words_of(page, slot);
+      const std::uint8_t* const tail = place.tail_of(page, slot);
+      readers[0].fetch(words, tail);
+      readers[1].fetch(words + 16 * 4 * place.num_words, tail + 16 / 8 * place.tail_bits);
+      return;
+    }
 #pragma unroll
-    for (int t = 0; t < 2; ++t)
-      readers[t].finish(codes, head * p.page.size + slot_of(p, token(p, half + 2 * t)));
+    for (int t = 0; t < 2; ++t) {
+      const int at = token(p, half + 2 * t);
+      readers[t].fetch(place.words_of(page_of(p, at), slot_of(p, at)),
+                       place.tail_of(page_of(p, at), slot_of(p, at)));
+    }
   }
+
   /// The tokens' key norms and value scales, all bf16.
   __device__ __forceinline__ void fetch_scales(const Problem& p, int head,
                                                std::uint16_t (&norms)[4],
                                                std::uint16_t (&scales)[4]) const {
-    const std::uint8_t* page = page_of(p, first < last ? first : last);
+    const int norms_at = p.page.key_norms + head * p.page.norm_stride;
+    const auto fetch = [&](int t, const std::uint8_t* page, int slot) {
+      norms[t] = *reinterpret_cast<const std::uint16_t*>(page + (norms_at + 2 * slot));
+      scales[t] = *reinterpret_cast<const std::uint16_t*>(page + (p.page.value_scales + 2 * slot));
+    };
+    if (are_on_one_page(p)) {
+      const std::uint8_t* const page = page_of(p, first) + 2 * slot_of(p, first);
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const int at = token(p, t);
-      if (!are_on_one_page(p)) page = page_of(p, at);
-      const int offset = 2 * slot_of(p, at);
-      norms[t] = *reinterpret_cast<const std::uint16_t*>(
-          page + (p.page.key_norms + head * p.page.norm_stride + offset));
-      scales[t] = *reinterpret_cast<const std::uint16_t*>(page + (p.page.value_scales + offset));
+      for (int t = 0; t < 4; ++t) fetch(t, page, 8 * t);
+      return;
     }
+#pragma unroll
+    for (int t = 0; t < 4; ++t) fetch(t, page_of(p, token(p, t)), slot_of(p, token(p, t)));
   }
 };
 
-/// Scores of a lane's row and tokens from the products of both halves, which hold two rows of one
-/// token; `norms` are the tokens'.
-__device__ __forceinline__ void gather_scores(const float (&products)[2][4],
-                                              const std::uint16_t (&norms)[4], float factor,
-                                              float (&scores)[4]) {
+/// Products of a lane's row with its tokens, [tile][token].
+using LaneProducts = float[Config::kTiles][4];
+
+/// Those of tokens `half` and `half` + 2 from the products of a half, of which a lane has two rows
+/// of one token.
+__device__ __forceinline__ void gather(const Products& products, int half, LaneProducts& gathered) {
   const bool is_second = threadIdx.x % 4 >= 2;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float kept = is_second ? products[half][3] : products[half][0];
-    const float other = __shfl_xor_sync(~0u, is_second ? products[half][2] : products[half][1], 2);
-    scores[half] = is_second ? other : kept;
-    scores[half + 2] = is_second ? kept : other;
+  for (int tile = 0; tile < Config::kTiles; ++tile) {
+    const float(&of)[4] = products[tile];
+    const float kept = is_second ? of[3] : of[0];
+    const float other = __shfl_xor_sync(~0u, is_second ? of[2] : of[1], 2);
+    gathered[tile][half] = is_second ? other : kept;
+    gathered[tile][half + 2] = is_second ? kept : other;
   }
-#pragma unroll
-  for (int t = 0; t < 4; ++t) scores[t] *= bf16_to_float(norms[t]) * factor;
 }
 
 /// Products of a block to weights or, with other slices to come, raw scores.
 __device__ __forceinline__ void score_block(const Arguments& a, const Block& block,
-                                            const float (&products)[Config::kTiles][2][4],
+                                            const LaneProducts& products,
                                             const std::uint16_t (&norms)[4],
                                             const std::uint16_t (&scales)[4], const float* factors,
                                             const int* lags, const Place& place) {
@@ -431,7 +485,9 @@ __device__ __forceinline__ void score_block(const Arguments& a, const Block& blo
     const bool is_row = row < place.rows;
     const int call_row = place.head * p.rows_per_head + place.first_row + row;
     float scores[4];
-    gather_scores(products[tile], norms, factors[row], scores);
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+      scores[t] = products[tile][t] * (bf16_to_float(norms[t]) * factors[row]);
     if (a.turn != Turn::kOnly) {
       if (is_row) add_slices(p, a.turn, block, call_row, scores);
       if (a.turn != Turn::kLast) continue;
@@ -459,12 +515,12 @@ __device__ __forceinline__ void turn_if_due(const Arguments& a, Shared<kWidth>& 
 }
 
 /// Scores the blocks of `shared.segment`, step by step.
-template <int kWidth, class Reader, int kRowBits, int kPlanes>
+template <int kWidth, class Reader>
 __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& shared,
                                             std::uint32_t rows,
                                             const TokenTurns<kWidth>& token_turns) {
   const Problem& p = a.problem;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const Segment& segment = shared.segment;
 
   // The warp's block in a step; the last block where it has none.
@@ -473,12 +529,17 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     return LaneTokens<Reader>(p, segment.seq, segment.first_token + block * kBlockTokens,
                               segment.last_token);
   };
-  // Queries are turned a step ahead; a plane's codes are read while others are added up.
-  Reader readers[kPlanes][2];
+  const auto& codes = [&]() -> const auto& {
+    if constexpr (Reader::kRowBits == 8) {
+      return a.codes[0];
+    } else {
+      return shared.code_places[threadIdx.x % 4];
+    }
+  }();
+  // Queries are turned a step ahead; codes are read while others' rows are added up.
+  Reader readers[2];
   turn_if_due(a, shared, 0);
-#pragma unroll
-  for (int plane = 0; plane < kPlanes; ++plane)
-    tokens_of(0).fetch_codes(p, a.codes[plane], segment.place.head, 0, readers[plane]);
+  tokens_of(0).fetch_codes(p, codes, segment.place.head, 0, readers);
 #pragma unroll 1
   for (int step = 0; step < segment.num_steps; ++step) {
     const bool last_step = step + 1 == segment.num_steps;
@@ -492,47 +553,48 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
       empty.arrive();
       break;
     }
-    float products[Config::kTiles][2][4] = {};
+    LaneProducts gathered;
     std::uint16_t norms[4], scales[4];
-#pragma unroll
+#pragma unroll(Reader::kHalvesAtOnce)
     for (int half = 0; half < 2; ++half) {
-      std::uint32_t sums[kPlanes][2][kWidth / 8];
-#pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        Reader(&of_plane)[2] = readers[plane];
-        tokens_of(step).finish_codes(p, a.codes[plane], segment.place.head, half, of_plane);
-        sum_rows<kWidth, kRowBits, kPlanes>(rows, plane, a.one, of_plane[0], of_plane[1],
-                                            sums[plane]);
+      const uint4* const queries = shared.queries[buffer] + half * Shared<kWidth>::kHalfVectors;
+      const auto fetch_next = [&] {
         if (half == 0) {
-          tokens_of(step).fetch_codes(p, a.codes[plane], segment.place.head, 1, of_plane);
+          tokens_of(step).fetch_codes(p, codes, segment.place.head, 1, readers);
         } else if (!last_step) {
-          tokens_of(step + 1).fetch_codes(p, a.codes[plane], segment.place.head, 0, of_plane);
+          tokens_of(step + 1).fetch_codes(p, codes, segment.place.head, 0, readers);
         }
-      }
-      if (half == 0) {
-        full.wait(number / Config::kBuffers % 2);
+      };
+      Products products = {};
+      const auto multiply_with_all = [&](const auto& decoded) {
+        fetch_next();
+        if (half == 0) full.wait(number / Config::kBuffers % 2);
+        multiply_all(decoded, shared, token_turns, queries, segment.place.rows, products);
+      };
+      if constexpr (Reader::kRowBits == 8) {
+        multiply_with_all(ByteRowSums<kWidth>(rows, readers[0], readers[1]));
       } else {
-        tokens_of(step).fetch_scales(p, segment.place.head, norms, scales);
+        for (Reader& reader : readers) reader.finish(codes, static_cast<int>(threadIdx.x) % 32 / 4);
+        multiply_with_all(NarrowRows(shared.row_places[threadIdx.x % 32], readers));
       }
-#pragma unroll
-      for (int tile = 0; tile < Config::kTiles; ++tile)
-        if (tile * Config::kTileRows < segment.place.rows)
-          multiply<kWidth, kPlanes>(sums, shared, token_turns,
-                                    shared.queries[buffer] + tile * Shared<kWidth>::kTileVectors +
-                                        half * Shared<kWidth>::kHalfVectors + lane,
-                                    products[tile][half]);
+      if (half == 1) tokens_of(step).fetch_scales(p, segment.place.head, norms, scales);
+      if (half == 0) {
+        gather(products, 0, gathered);
+      } else {
+        gather(products, 1, gathered);
+      }
     }
     empty.arrive();
 
     const int token = tokens_of(step).first;
     const Block block{segment.seq, segment.index + step * Config::kStepBlocks + warp, token,
                       token >= segment.seen_begin && token + kBlockTokens <= segment.seen_end};
-    score_block(a, block, products, norms, scales, shared.factors, shared.lags, segment.place);
+    score_block(a, block, gathered, norms, scales, shared.factors, shared.lags, segment.place);
   }
 }
 
 /// What depends on the codebooks alone comes before the previous kernel of the stream has ended.
-template <int kWidth, class Reader, int kRowBits, int kPlanes>
+template <int kWidth, class Reader>
 __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   const Problem& p = a.problem;
   Shared<kWidth>& shared = *reinterpret_cast<Shared<kWidth>*>(memory);
@@ -551,11 +613,18 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
        i += Config::kThreads)
     shared.queries[0][i] = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kPlanes * kWidth / 2; i += Config::kThreads)
-    shared.zero_points[0][i] =
-        reinterpret_cast<const uint2*>(a.slice.zero_points + head * kPlanes * kWidth)[i];
-  if (kPlanes > 1 && threadIdx.x < kWidth / 2)
-    shared.unit_ratios[threadIdx.x] = a.slice.unit_ratios[head * (kWidth / 2) + threadIdx.x];
+  for (int i = threadIdx.x; i < kWidth / 2; i += Config::kThreads)
+    shared.zero_points[i] = reinterpret_cast<const uint2*>(a.slice.zero_points + head * kWidth)[i];
+  if (Reader::kRowBits == 4 && threadIdx.x < 32) {
+    if (threadIdx.x < 4)
+      shared.code_places[threadIdx.x] =
+          StageCodesPlace(a.codes[threadIdx.x], head, p.page.size);
+    shared.row_places[threadIdx.x] = RowPlace(static_cast<int>(threadIdx.x), rows);
+    for (int j = 0; j < 3; ++j)
+      shared.line_weights[j][threadIdx.x] =
+          line_weight(a.slice.line_weights + head * KeySlice::kNarrowWeights, j,
+                      static_cast<int>(threadIdx.x));
+  }
   if (threadIdx.x < Config::kMaxRows) shared.factors[threadIdx.x] = 0, shared.lags[threadIdx.x] = 0;
   if (threadIdx.x < kWidth)
     shared.eight_turns[threadIdx.x] =
@@ -586,7 +655,7 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     load_queries<kWidth>(a, shared, shared.cursor.seq, shared.place);
     wait_for_copies();
     __syncthreads();
-    run_segment<kWidth, Reader, kRowBits, kPlanes>(a, shared, rows, token_turns);
+    run_segment<kWidth, Reader>(a, shared, rows, token_turns);
     if (threadIdx.x == 0) {
       shared.num_steps += shared.segment.num_steps;
       shared.cursor.advance(p, shared.segment.count);

@@ -10,11 +10,11 @@ namespace commvq::cuda {
 
 /// Thread blocks (part and head, block of rows) score coded keys; in the first slice they and
 /// num_exact_blocks others also attend over the exact tokens.
-template <int kWidth, class Reader, int kRowBits, int kPlanes>
+template <int kWidth, class Reader>
 __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     key_scores_kernel(const __grid_constant__ key_scores::Arguments arguments) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (kRowBits == 4)
+  if constexpr (Reader::kRowBits == 4)
     return;  // too little shared memory: see DevicePageLayout::key_row_bits
 #endif
   extern __shared__ __align__(128) std::uint8_t shared_memory[];
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
   const bool first_slice =
       arguments.turn == key_scores::Turn::kOnly || arguments.turn == key_scores::Turn::kFirst;
   if (block < problem.num_kv_heads * problem.num_key_parts) {
-    key_scores::run<kWidth, Reader, kRowBits, kPlanes>(arguments, shared_memory);
+    key_scores::run<kWidth, Reader>(arguments, shared_memory);
   } else {
     wait_for_previous_kernel();
   }
@@ -33,26 +33,14 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     run_exact_items<KeyScoresConfig::kThreads>(problem, block, shared_memory);
 }
 
-template <int kWidth, class Reader, int kRowBits, int kPlanes>
+template <int kWidth, class Reader>
 cudaError_t launch_key_scores(const key_scores::Arguments& arguments, dim3 grid, int shared_bytes,
                               cudaStream_t stream) {
-  const auto kernel = key_scores_kernel<kWidth, Reader, kRowBits, kPlanes>;
+  const auto kernel = key_scores_kernel<kWidth, Reader>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, grid, KeyScoresConfig::kThreads, shared_bytes, stream, arguments);
-}
-
-/// Launchers of kPlanes planes of 64 rows in 4 bits, by number of books: kFirst, kFirst + kStep,
-/// ...
-template <int kPlanes, int kFirst, int kStep, int... kIndices>
-KeyScoresLauncher narrow_launcher(int num_books, std::integer_sequence<int, kIndices...>) {
-  static constexpr KeyScoresLauncher kLaunchers[] = {
-      launch_key_scores<64, FixedCodes<6, kFirst + kStep * kIndices>, 4, kPlanes>...};
-  const int index = (num_books - kFirst) / kStep;
-  const bool is_there = num_books >= kFirst && (num_books - kFirst) % kStep == 0 &&
-                        index < static_cast<int>(sizeof...(kIndices));
-  return is_there ? kLaunchers[index] : nullptr;
 }
 
 }  // namespace commvq::cuda

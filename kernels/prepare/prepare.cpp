@@ -36,15 +36,8 @@ class Image {
 
 /// Offsets of one slice's arrays in the image.
 struct SliceOffsets {
-  Index rows, units, zero_points, unit_ratios, token_turns;
+  Index rows, units, zero_points, line_weights, token_turns;
 };
-
-/// See `KeySlice::unit_ratios`.
-void append_ratios(const std::vector<float>& units, const std::vector<float>& others,
-                   std::vector<std::uint16_t>& ratios) {
-  for (std::size_t i = 0; i < units.size(); ++i)
-    ratios.push_back(to_fp16(units[i] == 0 ? 0.0f : others[i] / units[i]));
-}
 
 /// See `KeySlice::token_turns`.
 std::vector<std::uint16_t> token_turns_of(const Rope& rope, const KeySlice& slice) {
@@ -70,22 +63,24 @@ SliceOffsets add_slice(const KeyCodec& codec, const Rope& rope, const DevicePage
                        KeySlice& slice, Image& image) {
   std::vector<std::int8_t> rows;
   std::vector<float> units;
-  std::vector<std::uint16_t> zero_points, unit_ratios;
+  std::vector<std::uint16_t> zero_points;
+  std::vector<std::uint8_t> line_weights;
   const auto append = [](auto& to, const auto& from) {
     to.insert(to.end(), from.begin(), from.end());
   };
   for (int head = 0; head < layout.num_kv_heads; ++head) {
-    const auto integers = integer_slices(codec.codebook(head), layout, slice.plane,
-                                         slice.first_pair, slice.num_pairs);
-    for (const IntegerKeySlice& plane : integers) {
-      append(rows, plane.image());
-      append(zero_points, plane.zero_points());
-    }
-    append(units, integers[0].units);
-    if (slice.num_planes > 1) append_ratios(integers[0].units, integers[1].units, unit_ratios);
+    const IntegerKeySlice integers(codec.codebook(head), layout, slice.plane, slice.first_pair,
+                                   slice.num_pairs);
+    slice.num_books = integers.num_books;
+    append(rows, integers.image());
+    append(zero_points, integers.zero_points());
+    append(units, integers.units);
+    std::vector<int> weights = integers.line_weights;
+    weights.resize(KeySlice::kNarrowWeights);
+    append(line_weights, weights);
   }
   slice.row_bytes = static_cast<Index>(rows.size()) / layout.num_kv_heads;
-  return {image.add(rows), image.add(units), image.add(zero_points), image.add(unit_ratios),
+  return {image.add(rows), image.add(units), image.add(zero_points), image.add(line_weights),
           image.add(token_turns_of(rope, slice))};
 }
 
@@ -95,15 +90,12 @@ std::vector<SliceOffsets> add_slices(const KeyCodec& keys, const Rope& rope, Cod
   const int g = keys.config().group_pairs;
   const int width = slice_width(keys.config());
   std::vector<SliceOffsets> offsets;
-  int planes = 0;
-  for (int plane = 0; plane < view.layout.num_planes; plane += planes) {
-    planes = planes_of_slice(view.layout, plane);
+  for (int plane = 0; plane < view.layout.num_planes; plane += view.layout.planes_at_once) {
     for (int first = 0; first < g; first += width) {
       require(view.num_slices < CodebooksView::kMaxSlices, "the key codec needs more than ",
               CodebooksView::kMaxSlices, " slices on the device; use larger groups");
       KeySlice& slice = view.slices[view.num_slices++];
       slice.plane = plane;
-      slice.num_planes = planes;
       slice.row_bits = view.layout.key_row_bits;
       slice.first_pair = view.layout.planes[plane].group * g + first;
       slice.num_pairs = std::min(width, g - first);
@@ -118,9 +110,7 @@ void point_to(const std::uint8_t* base, const SliceOffsets& at, KeySlice& slice)
   slice.rows = reinterpret_cast<const std::int8_t*>(base + at.rows);
   slice.units = reinterpret_cast<const float*>(base + at.units);
   slice.zero_points = reinterpret_cast<const std::uint32_t*>(base + at.zero_points);
-  slice.unit_ratios = slice.num_planes > 1
-                          ? reinterpret_cast<const std::uint32_t*>(base + at.unit_ratios)
-                          : nullptr;
+  slice.line_weights = base + at.line_weights;
   slice.token_turns = reinterpret_cast<const std::uint32_t*>(base + at.token_turns);
 }
 

@@ -36,6 +36,28 @@ void for_each_piece(const DevicePageLayout& layout, const KeyPlane& plane, int h
   }
 }
 
+/// Without places in a page.
+KeyPlane whole_plane(int group, int first_book, int num_books) {
+  KeyPlane plane{};
+  plane.group = group;
+  plane.first_book = first_book;
+  plane.num_books = num_books;
+  plane.stage_step = plane.last_step = 1;
+  return plane;
+}
+/// The i-th of the four planes of some books.
+KeyPlane fourth_plane(int group, int first_book, int num_books, int i) {
+  const int stages = num_books / 2, most = divide_up(stages, 4), missing = 4 * most - stages;
+  KeyPlane plane{};
+  plane.group = group;
+  plane.num_books = 2 * (i < missing ? most - 1 : most);
+  // With one stage in all, it belongs to the last plane.
+  plane.first_book = first_book + 2 * (most == 1 ? i - missing : i);
+  plane.stage_step = 4;
+  plane.last_step = i < missing ? 4 : 4 - missing;
+  return plane;
+}
+
 }  // namespace
 
 Index key_plane_bytes(int compute_capability) {
@@ -66,18 +88,20 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
   require(values.num_channels == num_kv_heads * head_dim, "the value codec has ",
           values.num_channels, " channels; the keys have ", num_kv_heads, " heads of ", head_dim);
   const int width = slice_width(keys);
-  const int step = width == 32 ? 2 : 1;  // books that share a line
-  const Index bytes_per_step = IntegerKeySlice::image_bytes(width, 8, false, step, codebook_size);
+  int step = width == 32 ? 2 : 1;  // books that share a line
+  const Index bytes_per_step = IntegerKeySlice::image_bytes(width, 8, step, codebook_size);
   require(bytes_per_step <= plane_bytes, "codebook_size is ", codebook_size,
           "; one book of the device's integers takes ", bytes_per_step,
           " bytes of shared memory, of which ", plane_bytes, " are there");
   int most = static_cast<int>(std::min<Index>(plane_bytes / bytes_per_step, num_books)) * step;
-  if (width == 64 && codebook_size == 64 && plane_bytes >= kMostNarrowBooks * bytes_per_step) {
+  if (width == 64 && codebook_size == 64 && plane_bytes >= kMostNarrowBooks / 2 * bytes_per_step) {
     key_row_bits = 4;
+    planes_at_once = 4;
+    step = 2;
     most = kMostNarrowBooks;
   }
-  const int per_group = divide_up(num_books, most);
-  num_planes = num_groups * per_group;
+  const int turns = divide_up(num_books, most);  // of kernels, for one group
+  num_planes = num_groups * turns * planes_at_once;
   require(num_planes <= kMaxPlanes, "the key codec needs ", num_planes,
           " planes of codes on the device (", num_groups, " groups of ", num_books, " books of ",
           codebook_size, " centroids); at most ", kMaxPlanes, " are supported");
@@ -85,18 +109,20 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
   require(
       bits * page_size <= kMaxPageBits, "a page of ", page_size, " tokens of ", bits,
       " bits each is larger than the 60 MiB that the device's offsets reach; use smaller pages");
+  for (int turn = 0, first_book = 0; turn < num_groups * turns; ++turn) {
+    if (turn % turns == 0) first_book = 0;
+    // As even as the step allows.
+    const int left = num_books - first_book, turns_left = turns - turn % turns;
+    const int books = std::min(left, divide_up(divide_up(left, turns_left), step) * step);
+    for (int i = 0; i < planes_at_once; ++i)
+      planes[turn * planes_at_once + i] =
+          planes_at_once == 1 ? whole_plane(turn / turns, first_book, books)
+                              : fourth_plane(turn / turns, first_book, books, i);
+    first_book += books;
+  }
   int at = 0;
   for (int i = 0; i < num_planes; ++i) {
     KeyPlane& plane = planes[i];
-    plane.group = i / per_group;
-    const int in_group = i % per_group;
-    plane.place = key_row_bits == 4 ? in_group % 2 : 0;
-    plane.first_book = in_group == 0 ? 0 : planes[i - 1].first_book + planes[i - 1].num_books;
-    // As even as the step allows, and of those added up together each as many.
-    const int left = num_books - plane.first_book, planes_left = per_group - in_group;
-    plane.num_books = plane.place == 1
-                          ? planes[i - 1].num_books
-                          : std::min(left, divide_up(divide_up(left, planes_left), step) * step);
     plane.num_words = (plane.num_books * code_bits - 1) / 32;
     plane.tail_bits = plane.num_books * code_bits - plane.num_words * 32;
     plane.words_offset = at;
@@ -130,10 +156,9 @@ void put_token(const DevicePageLayout& layout, std::uint8_t* page, int slot,
     for (int p = 0; p < layout.num_planes; ++p) {
       const KeyPlane& plane = layout.planes[p];
       const std::uint16_t* const codes =
-          key_codes + (head * layout.num_groups + plane.group) * layout.num_books +
-          plane.first_book;
+          key_codes + (head * layout.num_groups + plane.group) * layout.num_books;
       for_each_piece(layout, plane, head, slot, [&](Index bit, int k, int shift, int width) {
-        put_bits(page, bit, width, static_cast<std::uint32_t>(codes[k]) >> shift);
+        put_bits(page, bit, width, static_cast<std::uint32_t>(codes[plane.book(k)]) >> shift);
       });
     }
   for (int i = 0; i < layout.norms_per_token; ++i)
@@ -150,12 +175,12 @@ void get_token(const DevicePageLayout& layout, const std::uint8_t* page, int slo
   for (int head = 0; head < layout.num_kv_heads; ++head)
     for (int p = 0; p < layout.num_planes; ++p) {
       const KeyPlane& plane = layout.planes[p];
-      std::uint16_t* const codes = key_codes +
-                                   (head * layout.num_groups + plane.group) * layout.num_books +
-                                   plane.first_book;
-      std::fill_n(codes, plane.num_books, std::uint16_t{0});
+      std::uint16_t* const codes =
+          key_codes + (head * layout.num_groups + plane.group) * layout.num_books;
       for_each_piece(layout, plane, head, slot, [&](Index bit, int k, int shift, int width) {
-        codes[k] |= static_cast<std::uint16_t>(get_bits(page, bit, width) << shift);
+        std::uint16_t& code = codes[plane.book(k)];
+        if (shift == 0) code = 0;
+        code |= static_cast<std::uint16_t>(get_bits(page, bit, width) << shift);
       });
     }
   for (int i = 0; i < layout.norms_per_token; ++i)

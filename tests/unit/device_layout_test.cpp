@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "commvq/core/error.hpp"
+#include "commvq/cuda/device_codebooks.hpp"
 #include "commvq/cuda/integer_codebook.hpp"
 #include "commvq/cuda/page_layout.hpp"
 #include "commvq/value_codec/value_codec.hpp"
@@ -110,43 +111,40 @@ TEST_P(DeviceLayout, APageHoldsItsBitsAndLittleMore) {
   for (int i = 0; i < layout.num_planes; ++i) {
     const KeyPlane& plane = layout.planes[i];
     EXPECT_EQ(plane.num_books * layout.code_bits, plane.num_words * 32 + plane.tail_bits);
-    EXPECT_LE(IntegerKeySlice::image_bytes(slice_width(config), 8, false, plane.num_books,
-                                           layout.codebook_size),
-              GetParam().plane_bytes);
+    if (layout.key_row_bits == 8) {
+      EXPECT_LE(IntegerKeySlice::image_bytes(slice_width(config), 8, plane.num_books,
+                                             layout.codebook_size),
+                GetParam().plane_bytes);
+    }
     plane_bits += plane.num_books * layout.code_bits;
   }
   EXPECT_EQ(plane_bits, config.bits_per_head());
 }
 
-TEST_P(DeviceLayout, SumsOfIntegersStayInAByteAndDecodeToTheCodebook) {
+TEST_P(DeviceLayout, SumsOfIntegersKeepToTheirBoundAndDecodeToTheCodebook) {
   const Shape& shape = GetParam();
   const DevicePageLayout layout = layout_of(shape);
   Rng rng(2);
   const auto codec = testing_support::random_key_codec(rng, key_config(shape), shape.num_kv_heads);
   const KeyCodebook<float>& codebook = codec->codebook(0);
-  const int width = slice_width(codebook.config);
-  const int row_bits = layout.key_row_bits;
-  for (int i = 0; i < layout.num_planes; ++i) {
-    const KeyPlane& plane = layout.planes[i];
-    const int num_pairs = std::min(width, shape.group_pairs);
-    const IntegerKeySlice slice(codebook, plane, plane.group * shape.group_pairs, num_pairs, width,
-                                row_bits);
-    for (int channel = 0; channel < 2 * width; ++channel) {
+  const bool narrow = layout.key_row_bits == 4;
+  for (int plane = 0; plane < layout.num_planes; plane += layout.planes_at_once) {
+    const IntegerKeySlice slice(codebook, layout, plane,
+                                layout.planes[plane].group * shape.group_pairs,
+                                std::min(slice_width(codebook.config), shape.group_pairs));
+    for (int channel = 0; channel < 2 * slice.width; ++channel) {
       int most = 0;
       for (int book = 0; book < slice.num_books; ++book) {
         int largest = 0;
         for (int c = 0; c < slice.codebook_size; ++c) {
           const int entry = slice.rows[static_cast<std::size_t>(
-              (book * slice.codebook_size + c) * 2 * width + channel)];
-          if (row_bits == 4) {
-            EXPECT_GE(entry, 0);
-            EXPECT_LE(entry, plane.place == 0 && book < 2 ? 30 : 15);
-          }
+              (book * slice.codebook_size + c) * 2 * slice.width + channel)];
+          EXPECT_TRUE(!narrow || entry >= 0);
           largest = std::max(largest, std::abs(entry));
         }
         most += largest;
       }
-      EXPECT_LE(most, row_bits == 4 ? 255 : 127) << "plane " << i << " channel " << channel;
+      EXPECT_LE(most, narrow ? 2047 : 127) << "plane " << plane << " channel " << channel;
     }
   }
   const KeyCodec rounded = rounded_to_integers(*codec, layout);
@@ -180,66 +178,92 @@ TEST_P(DeviceLayout, SumsOfIntegersStayInAByteAndDecodeToTheCodebook) {
   }
 }
 
-/// What the kernel adds up of some rows of an image: sums of bytes, `[width / 8][4 threads]` words.
-std::vector<std::uint32_t> add_rows(const IntegerKeySlice& slice, const std::vector<int>& codes) {
+/// Sums of some rows of an image in 8 bits as the kernel adds them up, four to a 32-bit word,
+/// `[2][width]`.
+std::vector<int> add_byte_rows(const IntegerKeySlice& slice, const std::vector<int>& codes) {
   const std::vector<std::int8_t> image = slice.image();
-  const bool narrow = slice.row_bits == 4;
-  const int per_line = 64 * 8 / (slice.width * slice.row_bits);
+  const int per_line = 64 / slice.width;
   const auto words = static_cast<std::size_t>(slice.width / 2);
-  std::vector<std::uint32_t> low(words, narrow ? 0 : 0x80808080u), high(words, 0);
-  const bool split = slice.is_split;
-  for (int piece = split ? -2 : 0; piece < slice.num_books; ++piece) {
-    const int book = piece < 0 ? piece + 2 : piece;
-    const int line = piece < 0 ? 0 : (split ? 1 : 0) + book / per_line;
-    const std::int8_t* const row =
-        image.data() + (line * slice.codebook_size + codes[static_cast<std::size_t>(book)]) * 128 +
-        book % per_line * (128 / per_line);
-    for (std::size_t w = 0; w < (narrow ? words / 2 : words); ++w) {
+  std::vector<std::uint32_t> sums(words, 0x80808080u);
+  for (int book = 0; book < slice.num_books; ++book)
+    for (std::size_t w = 0; w < words; ++w) {
       std::uint32_t word;
-      std::memcpy(&word, row + 4 * w, 4);
-      low[w] += narrow ? word & 0x0f0f0f0fu : word;
-      high[w] += word >> 4 & 0x0f0f0f0fu;
+      std::memcpy(&word,
+                  image.data() +
+                      (book / per_line * slice.codebook_size +
+                       codes[static_cast<std::size_t>(book)]) *
+                          128 +
+                      book % per_line * (128 / per_line) + 4 * static_cast<int>(w),
+                  4);
+      sums[w] += word;
     }
-  }
-  // To [word k][thread q].
-  std::vector<std::uint32_t> sums(words);
-  const int pieces = narrow ? slice.width / 16 : slice.width / 8;
-  for (int k = 0; k < pieces; ++k)
-    for (int q = 0; q < 4; ++q) {
-      const auto at = static_cast<std::size_t>((k / 4 * 4 + q) * 4 + k % 4);
-      sums[static_cast<std::size_t>(k * 4 + q)] = low[at];
-      if (narrow) sums[static_cast<std::size_t>((k + pieces) * 4 + q)] = high[at];
-    }
-  return sums;
+  std::vector<int> result(2 * static_cast<std::size_t>(slice.width));
+  for (int k = 0; k < slice.width / 8; ++k)
+    for (int q = 0; q < 4; ++q)
+      for (int byte = 0; byte < 4; ++byte)
+        result[static_cast<std::size_t>(byte / 2 * slice.width + 8 * k + 2 * q + byte % 2)] =
+            static_cast<int>(sums[static_cast<std::size_t>((k / 4 * 4 + q) * 4 + k % 4)] >>
+                                 (8 * byte) &
+                             0xff) -
+            128;
+  return result;
 }
 
-TEST_P(DeviceLayout, FourIntegersAddUpInOneWord) {
+/// The same in 4 bits: four threads read the rows of a line each, the tensor units add byte b of
+/// word i of sixteen bytes, times the line's weight, to row i % 2, column 4 (i / 2) + b. The codes of
+/// a line are those of the plane of its place, the first one's where the plane has no more.
+std::vector<int> add_narrow_rows(const IntegerKeySlice& slice, const DevicePageLayout& layout,
+                                 const std::vector<int>& codes) {
+  const std::vector<std::int8_t> image = slice.image();
+  const auto width = static_cast<std::size_t>(slice.width);
+  std::vector<int> result(2 * width);
+  for (std::size_t line = 0; line < slice.line_weights.size(); ++line)
+    for (int which = 0; which < 2; ++which) {
+      const KeyPlane& plane = layout.planes[line % 4];
+      const int wanted = 2 * static_cast<int>(line / 4) + which;
+      if (plane.num_books == 0) {
+        EXPECT_EQ(slice.line_weights[line], 0);
+        continue;
+      }
+      const int code = codes[static_cast<std::size_t>(
+          plane.book(wanted < plane.num_books ? wanted : which) - slice.first_book)];
+      const std::int8_t* const row = image.data() +
+                                     static_cast<Index>(line) * KeySlice::kNarrowLineBytes +
+                                     code * 128 + which * 64;
+      const std::size_t weight_at = std::min(line, std::size_t{8} + line % 4);
+      const int weight = slice.line_weights[weight_at];
+      EXPECT_EQ(weight, slice.line_weights[line]);
+      for (std::size_t at = 0; at < 64; ++at) {
+        const std::size_t part = at / 16, word = at % 16 / 4, byte = at % 4;
+        const std::size_t pair = 16 * part + 8 * (word % 2) + 4 * (word / 2) + byte;
+        const int both = static_cast<std::uint8_t>(row[at]);
+        result[pair] += (both & 15) * weight;
+        result[width + pair] += (both >> 4) * weight;
+      }
+    }
+  return result;
+}
+
+TEST_P(DeviceLayout, ImagesAddUpToTheRows) {
   const Shape& shape = GetParam();
   const DevicePageLayout layout = layout_of(shape);
   Rng rng(3);
   const auto codec = testing_support::random_key_codec(rng, key_config(shape), 1);
   const int width = slice_width(codec->config());
-  const int row_bits = layout.key_row_bits;
-  const IntegerKeySlice slice(codec->codebook(0), layout.planes[0], 0,
-                              std::min(width, shape.group_pairs), width, row_bits);
+  const IntegerKeySlice slice(codec->codebook(0), layout, 0, 0,
+                              std::min(width, shape.group_pairs));
   for (int trial = 0; trial < 20; ++trial) {
     std::vector<int> expected(static_cast<std::size_t>(2 * width), 0), codes;
     for (int book = 0; book < slice.num_books; ++book) {
       codes.push_back(static_cast<int>(rng() % static_cast<unsigned>(slice.codebook_size)));
       for (int i = 0; i < 2 * width; ++i)
-        expected[static_cast<std::size_t>(i)] += slice.rows[static_cast<std::size_t>(
-            (book * slice.codebook_size + codes.back()) * 2 * width + i)];
+        expected[static_cast<std::size_t>(i)] +=
+            slice.rows[static_cast<std::size_t>(
+                (book * slice.codebook_size + codes.back()) * 2 * width + i)];
     }
-    const std::vector<std::uint32_t> words = add_rows(slice, codes);
-    for (int k = 0; k < width / 8; ++k)
-      for (int q = 0; q < 4; ++q)
-        for (int byte = 0; byte < 4; ++byte) {
-          const std::uint32_t word = words[static_cast<std::size_t>(k * 4 + q)];
-          const int value = static_cast<int>(word >> (8 * byte) & 0xff) - (row_bits == 4 ? 0 : 128);
-          EXPECT_EQ(
-              value,
-              expected[static_cast<std::size_t>(byte / 2 * width + 8 * k + 2 * q + byte % 2)]);
-        }
+    EXPECT_EQ(
+        slice.row_bits == 4 ? add_narrow_rows(slice, layout, codes) : add_byte_rows(slice, codes),
+        expected);
   }
 }
 
@@ -251,7 +275,7 @@ TEST(KeyRowBits, AreFourForThePresetsAtHeadDim128) {
         KeyCodecConfig::commvq_1bit(pairs), KeyCodecConfig::commvq_2bit(pairs)}) {
     const DevicePageLayout layout(config, 8, values, 64, key_plane_bytes(90));
     EXPECT_EQ(layout.key_row_bits, 4) << config.num_stages;
-    EXPECT_EQ(planes_of_slice(layout, 0), config.num_stages > 11 ? 2 : 1);
+    EXPECT_EQ(layout.num_planes, 4) << config.num_stages;
     // With less shared memory a plane holds fewer books.
     const DevicePageLayout small(config, 8, values, 64, key_plane_bytes(86));
     EXPECT_EQ(small.key_row_bits, 8) << config.num_stages;
@@ -265,26 +289,27 @@ TEST(KeyPlaneBytes, FollowTheSharedMemoryOfABlock) {
   EXPECT_LT(key_plane_bytes(86), key_plane_bytes(80));
 }
 
-/// Stages up to the most that the device takes, and slices of one or two planes that have kernels.
-TEST(KeyRowBits, PlanesOfAnyNumberOfStagesAreAddedUpTwoAtATime) {
+/// Stages up to the most that the device takes: every one in one plane, of which four share the
+/// stages of a kernel.
+TEST(KeyRowBits, PlanesOfAnyNumberOfStagesHoldEveryStageOnce) {
   for (int stages = 1; stages <= 176; ++stages) {
     const DevicePageLayout layout = layout_of({128, 64, 64, stages, 8, 1, 64, 176 * 1024});
     ASSERT_EQ(layout.key_row_bits, 4);
-    int books = 0;
-    for (int plane = 0; plane < layout.num_planes; plane += planes_of_slice(layout, plane)) {
-      const int planes = planes_of_slice(layout, plane);
-      const int of_each = layout.planes[plane].num_books;
-      EXPECT_LE(of_each, layout.kMostNarrowBooks) << stages;
-      if (planes == 2) {
-        EXPECT_GE(of_each, layout.kLeastPairedBooks) << stages;
-        EXPECT_EQ(of_each, layout.planes[plane + 1].num_books) << stages;
-      } else {
-        EXPECT_EQ(of_each % 2, 0) << stages;
-        EXPECT_EQ(plane + 1, layout.num_planes) << stages;
+    std::vector<int> seen(2 * static_cast<std::size_t>(stages));
+    for (int first = 0; first < layout.num_planes; first += layout.planes_at_once) {
+      int books = 0;
+      for (int i = 0; i < layout.planes_at_once; ++i) {
+        const KeyPlane& plane = layout.planes[first + i];
+        books += plane.num_books;
+        for (int k = 0; k < plane.num_books; ++k) ++seen[static_cast<std::size_t>(plane.book(k))];
+        // A thread of a kernel for so many groups of stages has one of each, but for the last.
+        const int most = layout.planes[first + layout.planes_at_once - 1].num_books;
+        EXPECT_LE(plane.num_books, most);
+        EXPECT_GE(plane.num_books + 2, most);
       }
-      books += planes * of_each;
+      EXPECT_LE(books, layout.kMostNarrowBooks) << stages;
     }
-    EXPECT_EQ(books, 2 * stages);
+    EXPECT_THAT(seen, testing::Each(1)) << stages;
   }
 }
 

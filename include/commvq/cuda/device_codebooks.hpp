@@ -12,28 +12,33 @@ struct RopeConfig;
 
 namespace commvq::cuda {
 
-/// Rows of one plane or two for up to `width` pairs of their group, as the decode kernel adds them
-/// up.
+/// Rows of some books for up to `width` pairs of their group, as one decode kernel adds them up.
 struct KeySlice {
-  int plane;                ///< of the page layout, the first
-  int num_planes;           ///< 1 or, with rows of 4 bits, 2
+  int plane;                ///< of the page layout, the first of `planes_at_once`
+  int num_books;            ///< of these planes
   int row_bits;             ///< 8 or 4
   int first_pair;           ///< of the head
   int num_pairs;            ///< pairs of the head that it covers; the rest of `width` is zeros
   int width;                ///< 64 or 32
   Index row_bytes;          ///< of one head: the image of the kernel's shared memory
-  const std::int8_t* rows;  ///< device, [num_kv_heads][row_bytes], plane after plane
-  const float* units;       ///< device, [num_kv_heads][width], of the first plane
-  /// device, [num_kv_heads][num_planes][width] pairs of fp16, see `IntegerKeySlice::zero_points`
+  const std::int8_t* rows;  ///< device, [num_kv_heads][row_bytes]
+  const float* units;       ///< device, [num_kv_heads][width]
+  /// device, [num_kv_heads][width] pairs of fp16, see `IntegerKeySlice::zero_points`
   const std::uint32_t* zero_points;
-  /// device, [num_kv_heads][width / 8][4 threads] pairs of fp16: the second plane's units over the
-  /// first one's; null with one plane
-  const std::uint32_t* unit_ratios;
+  /// device, [num_kv_heads][kNarrowWeights], of the image's first lines; of no use with rows of 8 bits
+  const std::uint8_t* line_weights;
   /// device, [kTurnTokens][width / 8][4 threads][cosines, sines] pairs of fp16: RoPE by 0, 1, ...
   /// tokens of a thread's pairs, in the order of the rows' words
   const std::uint32_t* token_turns;
 
   static constexpr int kTurnTokens = 512;
+  /// Lines of rows of 4 bits (`IntegerKeySlice::image`): rows of a stage's two books of 64
+  /// centroids, and padding by which four threads that read a row each meet different banks.
+  static constexpr int kNarrowLineBytes = 64 * 128 + 16;
+  /// Groups of four lines that are added up together.
+  static constexpr int narrow_groups(int num_books) { return (num_books + 7) / 8; }
+  /// Weights of lines that a kernel tells apart: those of the third group are those of all others.
+  static constexpr int kNarrowWeights = 12;
 };
 
 /// Binary keys, by books of two rows, as the decode kernel that looks nothing up reads them: pairs

@@ -13,18 +13,29 @@ struct ValueCodecConfig;
 
 namespace commvq::cuda {
 
-/// Codes of some consecutive books of one group, whose rows fit a kernel's shared memory together:
-/// in 8 bits those of one plane, in 4 bits those of two, which have as many books. A book is a half
-/// stage: book 2r is A_r, 2r + 1 is B_r.
+/// Codes of some books of one group that a thread reads together, as one little-endian bit string a
+/// token. A book is a half stage: book 2r is A_r, 2r + 1 is B_r.
+///
+/// With rows of 8 bits these are consecutive books whose rows fit a kernel's shared memory together.
+/// With rows of 4 bits the stages that do are shared out among four planes, one by one; if they are
+/// no multiple of four, the first planes lack one of the last four.
 struct KeyPlane {
   int group;       ///< of pairs
-  int place;       ///< 0, or 1: the second of two that one kernel adds up
   int first_book;  ///< of the group's 2 * num_stages
   int num_books;
-  int num_words;     ///< whole 32-bit words that a token's codes fill ...
-  int tail_bits;     ///< ... and the bits that are left, in [1, 32]
+  int stage_step;  ///< from one stage to the next: 1 or 4 ...
+  int last_step;   ///< ... but to the last one
+  int num_words;   ///< whole 32-bit words that a token's codes fill ...
+  int tail_bits;   ///< ... and the bits that are left, at most 32; 0 without books
   int words_offset;  ///< bytes from the page's start to the words of head 0
   int tails_offset;  ///< likewise of the tails
+
+  /// The group's book whose code is the k-th.
+  COMMVQ_HOST_DEVICE int book(int k) const {
+    const int stage = k / 2, last = num_books / 2 - 1;
+    const int steps = stage * stage_step + (stage == last && stage > 0 ? last_step - stage_step : 0);
+    return first_book + 2 * steps + k % 2;
+  }
 };
 
 /// How the codes of `page_size` tokens of one layer lie in a page in device memory.
@@ -42,9 +53,8 @@ struct KeyPlane {
 /// the sections begin on 16 bytes. The bits are the same as in the host's `PageLayout`, in another
 /// order.
 struct COMMVQ_API DevicePageLayout {
-  static constexpr int kMaxPlanes = 16;
-  static constexpr int kMostNarrowBooks = 22;   ///< of a plane whose rows have 4 bits
-  static constexpr int kLeastPairedBooks = 12;  ///< of each where a group has two planes or more
+  static constexpr int kMaxPlanes = 32;
+  static constexpr int kMostNarrowBooks = 44;  ///< whose rows of 4 bits a kernel adds up
 
   int page_size = 64;  ///< tokens: 16, 32, 64 or 128
   int num_kv_heads = 0;
@@ -59,9 +69,10 @@ struct COMMVQ_API DevicePageLayout {
   int norms_per_token = 1;  ///< 1: over all heads; num_kv_heads: one a head
   Index plane_bytes = 0;    ///< shared memory that the 8-bit rows of one plane may take
   /// Bits of the entries of key rows: 4 for books of 64 centroids over groups of more than 32
-  /// pairs, as in the presets at head_dim 128, where kMostNarrowBooks of them in 8 bits fit
+  /// pairs, as in the presets at head_dim 128, where half of kMostNarrowBooks in 8 bits fit
   /// `plane_bytes`; else 8.
   int key_row_bits = 8;
+  int planes_at_once = 1;  ///< that one kernel adds up: 4 with rows of 4 bits
   int num_planes = 0;
   KeyPlane planes[kMaxPlanes] = {};
   int value_codes_offset = 0;  ///< bytes

@@ -3,8 +3,7 @@
 namespace commvq::cuda {
 
 KeyScoresLauncher byte_rows_launcher(int width) {
-  return width == 64 ? launch_key_scores<64, AnyCodes, 8, 1>
-                     : launch_key_scores<32, AnyCodes, 8, 1>;
+  return width == 64 ? launch_key_scores<64, AnyCodes> : launch_key_scores<32, AnyCodes>;
 }
 
 }  // namespace commvq::cuda
