@@ -58,9 +58,11 @@ struct ExactConfig {
   static constexpr int kChunkTokens = 64;
   static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
   static constexpr int kMaxPieces = 4;
-  /// Time of one exact token, and of a coded one beside its rows, in that of adding up one row.
+  /// Time of one exact token, and of a coded one beside its rows, in that of adding up one row of 8
+  /// bits, and rows that take as long as three groups of rows of 4 bits.
   static constexpr int kCostInRows = 400;
   static constexpr int kCodedCostInRows = 14;
+  static constexpr int kRowsOfThreeGroups = 16;
 };
 
 /// Tuning values of the exact tokens' attention beside binary codes, by warps.

@@ -35,8 +35,11 @@ void cut_exact_for_blocks(const CodebooksView& view, Problem& p) {
       std::clamp(view.num_multiprocessors / (p.num_kv_heads * p.batch * p.num_query_tokens), 1,
                  ExactConfig::kMaxPieces);
   const KeySlice& slice = view.slices[0];
-  p.exact_cost =
-      std::max(1, ExactConfig::kCostInRows / (slice.num_books + ExactConfig::kCodedCostInRows));
+  const int rows =
+      slice.row_bits == 8
+          ? slice.num_books
+          : KeySlice::narrow_groups(slice.num_books) * ExactConfig::kRowsOfThreeGroups / 3;
+  p.exact_cost = std::max(1, ExactConfig::kCostInRows / (rows + ExactConfig::kCodedCostInRows));
 }
 /// Cuts them so that all warps of the blocks that score no keys have some, or of all blocks.
 void cut_exact_for_warps(const CodebooksView& view, Problem& p) {

@@ -195,8 +195,8 @@ std::vector<DecodeCase> all_cases() {
   auto& norms1 = add("1bit_norm_per_head_page16", commvq1);
   norms1.page_size = 16;
   norms1.lengths = {290};
-  // As many as calibrate may give a layer: one or two planes, each number with a kernel of its own,
-  // and three or four, for which kernels take turns.
+  // As many as calibrate may give a layer: up to 22, by one kernel of six, and more, for which
+  // kernels take turns.
   std::vector<int> numbers = {25, 35, 40};
   for (int stages = 1; stages <= 22; ++stages) numbers.push_back(stages);
   for (const int stages : numbers) {

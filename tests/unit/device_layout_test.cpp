@@ -316,11 +316,12 @@ TEST(KeyRowBits, PlanesOfAnyNumberOfStagesHoldEveryStageOnce) {
 INSTANTIATE_TEST_SUITE_P(
     Shapes, DeviceLayout,
     testing::Values(Shape{128, 64, 64, 11, 8, 1, 64, 176 * 1024},        // the paper's 1 bit
-                    Shape{128, 64, 64, 21, 8, 2, 32, 176 * 1024},        // and 2 bits: two planes
+                    Shape{128, 64, 64, 21, 8, 2, 32, 176 * 1024},        // and 2 bits
                     Shape{128, 64, 64, 11, 2, 1, 16, 56 * 1024},         // little shared memory
-                    Shape{128, 64, 64, 6, 2, 1, 64, 176 * 1024, true},   // few stages
-                    Shape{128, 64, 64, 13, 2, 1, 64, 176 * 1024, true},  // planes of 13 books
-                    Shape{128, 64, 64, 40, 2, 2, 32, 176 * 1024, true},  // four planes
+                    Shape{128, 64, 64, 2, 2, 1, 64, 176 * 1024, true},   // planes without stages
+                    Shape{128, 64, 64, 6, 2, 1, 64, 176 * 1024, true},   // two split stages
+                    Shape{128, 64, 64, 13, 2, 1, 64, 176 * 1024, true},  // three
+                    Shape{128, 64, 64, 40, 2, 2, 32, 176 * 1024, true},  // kernels take turns
                     Shape{64, 32, 64, 5, 4, 1, 16, 176 * 1024},          // half-width rows
                     Shape{256, 64, 64, 11, 1, 1, 128, 176 * 1024},       // two groups
                     Shape{128, 64, 128, 4, 8, 1, 64, 176 * 1024},        // few wide books
