@@ -95,7 +95,7 @@ struct Shared {
   uint2 zero_points[kWidth / 8 * 4];
   alignas(8) float factors[Config::kMaxRows];  ///< from sums of products to scores
   StageCodesPlace code_places[4];
-  RowPlace row_places[32];
+  RowPlaces row_places[32];
   LineWeights line_weights;
   int lags[Config::kMaxRows];                  ///< how far a row's position is from the last one
   std::uint64_t full[Config::kBuffers];
@@ -287,7 +287,7 @@ __device__ __forceinline__ void multiply_all(const NarrowRows<kGroups>& rows,
                                              Products& products) {
   const LaneWeights weights(shared.line_weights);
   // The next part's first rows are read before this one's branch, where registers allow.
-  constexpr bool kReadAhead = kGroups < 6;
+  constexpr bool kReadAhead = StageCodes<kGroups>::kRegistersAreLeft;
   uint4 firsts[2];
 #pragma unroll
   for (int part = 0; part < 4; ++part) {
@@ -342,7 +342,7 @@ __device__ __forceinline__ void store_weights(const Problem& p, const Block& blo
   float largest = -INFINITY;
 #pragma unroll
   for (int t = 0; t < 4; ++t)
-    largest = fmaxf(largest, scores[t] + __log2f(fmaxf(scales[t], kLeastScale)));
+    largest = fmaxf(largest, scores[t] + log2_approx(fmaxf(scales[t], kLeastScale)));
 #pragma unroll
   for (int step = 4; step < 32; step *= 2)
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
@@ -381,14 +381,17 @@ __device__ __forceinline__ void add_slices(const Problem& p, Turn turn, const Bl
 /// Where a lane's tokens of a block lie: four of them, eight apart.
 template <class Reader>
 struct LaneTokens {
-  const std::int32_t* table;  ///< of the sequence
-  int first;                  ///< token
-  int last;                   ///< token of the sequence that has codes
+  const std::int32_t* table;   ///< of the sequence
+  int first;                   ///< token
+  int last;                    ///< token of the sequence that has codes
+  const std::uint8_t* page{};  ///< of all tokens, if they are on one and registers are left
 
   __device__ __forceinline__ LaneTokens(const Problem& p, int seq, int block_token, int last_)
       : table(p.block_table + Index{seq} * p.max_blocks),
         first(block_token + static_cast<int>(threadIdx.x) % 32 / 4),
-        last(last_) {}
+        last(last_) {
+    if (Reader::kRegistersAreLeft && are_on_one_page(p)) page = page_of(p, first);
+  }
 
   /// True if blocks lie on one page and what is read beyond the last token does no harm.
   __device__ __forceinline__ static bool are_on_one_page(const Problem& p) {
@@ -400,6 +403,9 @@ struct LaneTokens {
   }
   __device__ __forceinline__ const std::uint8_t* page_of(const Problem& p, int token) const {
     return p.pages + table[token >> p.page.shift] * p.page_stride;
+  }
+  __device__ __forceinline__ const std::uint8_t* only_page(const Problem& p) const {
+    return Reader::kRegistersAreLeft ? page : page_of(p, first);
   }
   __device__ __forceinline__ static int slot_of(const Problem& p, int token) {
     return token & (p.page.size - 1);
@@ -418,10 +424,9 @@ struct LaneTokens {
   __device__ __forceinline__ void fetch_codes(const Problem& p, const StageCodesPlace& place, int,
                                               int half, StageCodes<kGroups> (&readers)[2]) const {
     if (are_on_one_page(p)) {
-      const std::uint8_t* const page = page_of(p, first);
       const int slot = slot_of(p, first) + 8 * half;
-      const std::uint8_t* const words = place.words_of(page, slot);
-      const std::uint8_t* const tail = place.tail_of(page, slot);
+      const std::uint8_t* const words = place.words_of(only_page(p), slot);
+      const std::uint8_t* const tail = place.tail_of(only_page(p), slot);
       readers[0].fetch(words, tail);
       readers[1].fetch(words + 16 * 4 * place.num_words, tail + 16 / 8 * place.tail_bits);
       return;
@@ -439,14 +444,14 @@ struct LaneTokens {
                                                std::uint16_t (&norms)[4],
                                                std::uint16_t (&scales)[4]) const {
     const int norms_at = p.page.key_norms + head * p.page.norm_stride;
-    const auto fetch = [&](int t, const std::uint8_t* page, int slot) {
-      norms[t] = *reinterpret_cast<const std::uint16_t*>(page + (norms_at + 2 * slot));
-      scales[t] = *reinterpret_cast<const std::uint16_t*>(page + (p.page.value_scales + 2 * slot));
+    const auto fetch = [&](int t, const std::uint8_t* from, int slot) {
+      norms[t] = *reinterpret_cast<const std::uint16_t*>(from + (norms_at + 2 * slot));
+      scales[t] = *reinterpret_cast<const std::uint16_t*>(from + (p.page.value_scales + 2 * slot));
     };
     if (are_on_one_page(p)) {
-      const std::uint8_t* const page = page_of(p, first) + 2 * slot_of(p, first);
+      const std::uint8_t* const from = only_page(p) + 2 * slot_of(p, first);
 #pragma unroll
-      for (int t = 0; t < 4; ++t) fetch(t, page, 8 * t);
+      for (int t = 0; t < 4; ++t) fetch(t, from, 8 * t);
       return;
     }
 #pragma unroll
@@ -539,7 +544,8 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
   // Queries are turned a step ahead; codes are read while others' rows are added up.
   Reader readers[2];
   turn_if_due(a, shared, 0);
-  tokens_of(0).fetch_codes(p, codes, segment.place.head, 0, readers);
+  LaneTokens<Reader> tokens = tokens_of(0), next = tokens;
+  tokens.fetch_codes(p, codes, segment.place.head, 0, readers);
 #pragma unroll 1
   for (int step = 0; step < segment.num_steps; ++step) {
     const bool last_step = step + 1 == segment.num_steps;
@@ -555,14 +561,15 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     }
     LaneProducts gathered;
     std::uint16_t norms[4], scales[4];
-#pragma unroll(Reader::kHalvesAtOnce)
+#pragma unroll(Reader::kRegistersAreLeft ? 2 : 1)
     for (int half = 0; half < 2; ++half) {
       const uint4* const queries = shared.queries[buffer] + half * Shared<kWidth>::kHalfVectors;
       const auto fetch_next = [&] {
         if (half == 0) {
-          tokens_of(step).fetch_codes(p, codes, segment.place.head, 1, readers);
+          tokens.fetch_codes(p, codes, segment.place.head, 1, readers);
         } else if (!last_step) {
-          tokens_of(step + 1).fetch_codes(p, codes, segment.place.head, 0, readers);
+          next = tokens_of(step + 1);
+          next.fetch_codes(p, codes, segment.place.head, 0, readers);
         }
       };
       Products products = {};
@@ -577,7 +584,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
         for (Reader& reader : readers) reader.finish(codes, static_cast<int>(threadIdx.x) % 32 / 4);
         multiply_with_all(NarrowRows(shared.row_places[threadIdx.x % 32], readers));
       }
-      if (half == 1) tokens_of(step).fetch_scales(p, segment.place.head, norms, scales);
+      if (half == 1) tokens.fetch_scales(p, segment.place.head, norms, scales);
       if (half == 0) {
         gather(products, 0, gathered);
       } else {
@@ -586,10 +593,11 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     }
     empty.arrive();
 
-    const int token = tokens_of(step).first;
-    const Block block{segment.seq, segment.index + step * Config::kStepBlocks + warp, token,
-                      token >= segment.seen_begin && token + kBlockTokens <= segment.seen_end};
+    const Block block{
+        segment.seq, segment.index + step * Config::kStepBlocks + warp, tokens.first,
+        tokens.first >= segment.seen_begin && tokens.first + kBlockTokens <= segment.seen_end};
     score_block(a, block, gathered, norms, scales, shared.factors, shared.lags, segment.place);
+    tokens = next;
   }
 }
 
@@ -619,7 +627,7 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     if (threadIdx.x < 4)
       shared.code_places[threadIdx.x] =
           StageCodesPlace(a.codes[threadIdx.x], head, p.page.size);
-    shared.row_places[threadIdx.x] = RowPlace(static_cast<int>(threadIdx.x), rows);
+    shared.row_places[threadIdx.x] = RowPlaces(static_cast<int>(threadIdx.x), rows);
     for (int j = 0; j < 3; ++j)
       shared.line_weights[j][threadIdx.x] =
           line_weight(a.slice.line_weights + head * KeySlice::kNarrowWeights, j,
