@@ -39,7 +39,9 @@ struct ByteRowSums {
   }
 
  private:
-  __device__ __forceinline__ static bool is_odd() { return threadIdx.x / 4 % 2 != 0; }
+  __device__ __forceinline__ static bool is_odd() {
+    return threadIdx.x / 4 % 2 != 0;
+  }
   __device__ __forceinline__ static std::uint32_t part_of(std::uint32_t rows) {
     return rows + threadIdx.x % 4 * 16;
   }

@@ -45,8 +45,8 @@ template <int kGroups>
 class StageCodes {
  public:
   static constexpr int kRowBits = 4;
-  /// Registers are left for what saves some time.
-  static constexpr bool kRegistersAreLeft = kGroups < 6;
+  /// Kernels with up to so many tiles of rows have registers left for what saves some time.
+  static constexpr int kTilesWithRegisters = kGroups < 6 ? 2 : 1;
   /// Any bits are codes: none can lead beyond a book, and rows of books that are not there are
   /// zeros.
   static constexpr bool kAnyBitsAreCodes = true;
@@ -98,7 +98,7 @@ class StageCodes {
 class AnyCodes {
  public:
   static constexpr int kRowBits = 8;
-  static constexpr bool kRegistersAreLeft = true;
+  static constexpr int kTilesWithRegisters = 2;
   static constexpr bool kAnyBitsAreCodes = false;
 
   __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,

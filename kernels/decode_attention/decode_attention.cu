@@ -35,10 +35,9 @@ void cut_exact_for_blocks(const CodebooksView& view, Problem& p) {
       std::clamp(view.num_multiprocessors / (p.num_kv_heads * p.batch * p.num_query_tokens), 1,
                  ExactConfig::kMaxPieces);
   const KeySlice& slice = view.slices[0];
-  const int rows =
-      slice.row_bits == 8
-          ? slice.num_books
-          : KeySlice::narrow_groups(slice.num_books) * ExactConfig::kRowsOfThreeGroups / 3;
+  const int rows = slice.row_bits == 8 ? slice.num_books
+                                       : KeySlice::narrow_groups(slice.num_books) *
+                                             ExactConfig::kRowsOfThreeGroups / 3;
   p.exact_cost = std::max(1, ExactConfig::kCostInRows / (rows + ExactConfig::kCodedCostInRows));
 }
 /// Cuts them so that all warps of the blocks that score no keys have some, or of all blocks.
@@ -251,9 +250,12 @@ Problem problem_of(const DeviceCodebooks& codebooks, const DecodeAttention& call
   return p;
 }
 
-KeyScoresLauncher launcher_of(const KeySlice& slice) {
-  return slice.row_bits == 8 ? byte_rows_launcher(slice.width)
-                             : narrow_rows_launcher(KeySlice::narrow_groups(slice.num_books));
+KeyScoresLauncher launcher_of(const KeySlice& slice, int rows_per_head) {
+  const int tiles =
+      std::min(divide_up(rows_per_head, KeyScoresConfig::kTileRows), KeyScoresConfig::kTiles);
+  return slice.row_bits == 8
+             ? byte_rows_launcher(slice.width, tiles)
+             : narrow_rows_launcher(KeySlice::narrow_groups(slice.num_books), tiles);
 }
 
 KeyCodes codes_of(const DevicePageLayout& layout, const KeyPlane& plane) {
@@ -279,7 +281,8 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
     key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}};
     for (int plane = 0; plane < view.layout.planes_at_once; ++plane)
       arguments.codes[plane] = codes_of(view.layout, view.layout.planes[slice.plane + plane]);
-    const cudaError_t error = launcher_of(slice)(arguments, grid, shared_bytes, stream);
+    const cudaError_t error =
+        launcher_of(slice, p.rows_per_head)(arguments, grid, shared_bytes, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

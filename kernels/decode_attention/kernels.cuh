@@ -11,11 +11,12 @@ namespace commvq::cuda {
 using KeyScoresLauncher = cudaError_t (*)(const key_scores::Arguments& arguments, dim3 grid,
                                           int shared_bytes, cudaStream_t stream);
 
-/// For keys whose rows, of `width` pairs, 64 or 32, have 8 bits.
-KeyScoresLauncher byte_rows_launcher(int width);
+/// For keys whose rows, of `width` pairs, 64 or 32, have 8 bits; `num_tiles` of rows of a head, up
+/// to `KeyScoresConfig::kTiles`, share a thread block.
+KeyScoresLauncher byte_rows_launcher(int width, int num_tiles);
 
 /// For keys whose rows, of 64 centroids and 64 pairs, have 4 bits: of up to four stages a group.
-KeyScoresLauncher narrow_rows_launcher(int num_groups);
+KeyScoresLauncher narrow_rows_launcher(int num_groups, int num_tiles);
 
 /// Launches attention over binary codes, beside it over the exact tokens, and the combination of
 /// both with the values' decoder, `[num_kv_heads][sums of a head][128]`.

@@ -97,7 +97,7 @@ struct Shared {
   StageCodesPlace code_places[4];
   RowPlaces row_places[32];
   LineWeights line_weights;
-  int lags[Config::kMaxRows];                  ///< how far a row's position is from the last one
+  int lags[Config::kMaxRows];  ///< how far a row's position is from the last one
   std::uint64_t full[Config::kBuffers];
   std::uint64_t empty[Config::kBuffers];
   alignas(16) Place place;
@@ -231,14 +231,15 @@ struct TokenTurns {
 };
 
 /// Products of sixteen of a warp's keys with the queries, [tile][lane's elements].
-using Products = float[Config::kTiles][4];
+template <int kTiles>
+using Products = float[kTiles][4];
 
-/// Turns pairs 8k and on of the keys and adds their products with the queries of kTiles tiles for a
+/// Turns pairs 8k and on of the keys and adds their products with the queries of kUsed tiles for a
 /// half of a step, whose fragments begin at `queries`.
-template <int kTiles, int kWidth>
+template <int kTiles, int kUsed, int kWidth>
 __device__ __forceinline__ void multiply(const PairKeys& keys, int k,
                                          const TokenTurns<kWidth>& turns, const uint4* queries,
-                                         Products& products) {
+                                         Products<kTiles>& products) {
   const __half2 c = turns.cosine[k], s = turns.sine[k];
   std::uint32_t turned[4];
 #pragma unroll
@@ -247,7 +248,7 @@ __device__ __forceinline__ void multiply(const PairKeys& keys, int k,
     turned[2 + t] = as_bits(__hfma2(keys.real[t], s, __hmul2(keys.imag[t], c)));
   }
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int tile = 0; tile < kUsed; ++tile) {
     const uint4* const fragments =
         queries + tile * Shared<kWidth>::kTileVectors + k / 2 * 32 + threadIdx.x % 32;
     const uint2 query = reinterpret_cast<const uint2*>(fragments)[k % 2];
@@ -262,32 +263,24 @@ __device__ __forceinline__ uint2 zero_of(const Shared<kWidth>& shared, int k) {
 }
 
 /// The same of all pairs, from sums of rows of 8 bits.
-template <int kWidth>
+template <bool, int kTiles, int kWidth>
 __device__ __forceinline__ void multiply_all(const ByteRowSums<kWidth>& sums,
                                              const Shared<kWidth>& shared,
                                              const TokenTurns<kWidth>& turns, const uint4* queries,
-                                             int num_rows, Products& products) {
-  const auto multiply_with = [&](auto multiply_one) {
+                                             int, Products<kTiles>& products) {
 #pragma unroll
-    for (int k = 0; k < kWidth / 8; ++k)
-      multiply_one(sums.keys(k, zero_of(shared, k)), k, turns, queries, products);
-  };
-  if (num_rows <= Config::kTileRows) {
-    multiply_with(multiply<1, kWidth>);
-  } else {
-    multiply_with(multiply<2, kWidth>);
-  }
+  for (int k = 0; k < kWidth / 8; ++k)
+    multiply<kTiles, kTiles>(sums.keys(k, zero_of(shared, k)), k, turns, queries, products);
 }
 
-/// The same from rows of 4 bits, sixteen pairs at a time.
-template <int kGroups>
+/// The same from rows of 4 bits, sixteen pairs at a time; with kReadAhead the next ones' first rows
+/// are read before these pairs are multiplied.
+template <bool kReadAhead, int kTiles, int kGroups>
 __device__ __forceinline__ void multiply_all(const NarrowRows<kGroups>& rows,
                                              const Shared<64>& shared, const TokenTurns<64>& turns,
                                              const uint4* queries, int num_rows,
-                                             Products& products) {
+                                             Products<kTiles>& products) {
   const LaneWeights weights(shared.line_weights);
-  // The next part's first rows are read before this one's branch, where registers allow.
-  constexpr bool kReadAhead = StageCodes<kGroups>::kRegistersAreLeft;
   uint4 firsts[2];
 #pragma unroll
   for (int part = 0; part < 4; ++part) {
@@ -301,14 +294,14 @@ __device__ __forceinline__ void multiply_all(const NarrowRows<kGroups>& rows,
       for (int i = 0; i < 2; ++i)
         sums.get(i, zero_of(shared, 2 * part + i), keys[i].real[t], keys[i].imag[t]);
     }
-    // A branch a part, which keeps the compiler from making room for the next one's sums by spills.
-    const auto multiply_with = [&](auto multiply_one) {
-      for (int i = 0; i < 2; ++i) multiply_one(keys[i], 2 * part + i, turns, queries, products);
+    // Without a branch the compiler begins the next part's sums too early, and spills.
+    const auto multiply_part = [&](auto multiply_pairs) {
+      for (int i = 0; i < 2; ++i) multiply_pairs(keys[i], 2 * part + i, turns, queries, products);
     };
     if (num_rows <= Config::kTileRows) {
-      multiply_with(multiply<1, 64>);
+      multiply_part(multiply<kTiles, 1, 64>);
     } else {
-      multiply_with(multiply<2, 64>);
+      multiply_part(multiply<kTiles, kTiles, 64>);
     }
   }
 }
@@ -379,18 +372,18 @@ __device__ __forceinline__ void add_slices(const Problem& p, Turn turn, const Bl
 }
 
 /// Where a lane's tokens of a block lie: four of them, eight apart.
-template <class Reader>
+template <class Reader, bool kKeepsPage>
 struct LaneTokens {
   const std::int32_t* table;   ///< of the sequence
   int first;                   ///< token
   int last;                    ///< token of the sequence that has codes
-  const std::uint8_t* page{};  ///< of all tokens, if they are on one and registers are left
+  const std::uint8_t* page{};  ///< of all tokens, if they are on one and it is kept
 
   __device__ __forceinline__ LaneTokens(const Problem& p, int seq, int block_token, int last_)
       : table(p.block_table + Index{seq} * p.max_blocks),
         first(block_token + static_cast<int>(threadIdx.x) % 32 / 4),
         last(last_) {
-    if (Reader::kRegistersAreLeft && are_on_one_page(p)) page = page_of(p, first);
+    if (kKeepsPage && are_on_one_page(p)) page = page_of(p, first);
   }
 
   /// True if blocks lie on one page and what is read beyond the last token does no harm.
@@ -405,7 +398,7 @@ struct LaneTokens {
     return p.pages + table[token >> p.page.shift] * p.page_stride;
   }
   __device__ __forceinline__ const std::uint8_t* only_page(const Problem& p) const {
-    return Reader::kRegistersAreLeft ? page : page_of(p, first);
+    return kKeepsPage ? page : page_of(p, first);
   }
   __device__ __forceinline__ static int slot_of(const Problem& p, int token) {
     return token & (p.page.size - 1);
@@ -460,14 +453,17 @@ struct LaneTokens {
 };
 
 /// Products of a lane's row with its tokens, [tile][token].
-using LaneProducts = float[Config::kTiles][4];
+template <int kTiles>
+using LaneProducts = float[kTiles][4];
 
 /// Those of tokens `half` and `half` + 2 from the products of a half, of which a lane has two rows
 /// of one token.
-__device__ __forceinline__ void gather(const Products& products, int half, LaneProducts& gathered) {
+template <int kTiles>
+__device__ __forceinline__ void gather(const Products<kTiles>& products, int half,
+                                       LaneProducts<kTiles>& gathered) {
   const bool is_second = threadIdx.x % 4 >= 2;
 #pragma unroll
-  for (int tile = 0; tile < Config::kTiles; ++tile) {
+  for (int tile = 0; tile < kTiles; ++tile) {
     const float(&of)[4] = products[tile];
     const float kept = is_second ? of[3] : of[0];
     const float other = __shfl_xor_sync(~0u, is_second ? of[2] : of[1], 2);
@@ -477,14 +473,15 @@ __device__ __forceinline__ void gather(const Products& products, int half, LaneP
 }
 
 /// Products of a block to weights or, with other slices to come, raw scores.
+template <int kTiles>
 __device__ __forceinline__ void score_block(const Arguments& a, const Block& block,
-                                            const LaneProducts& products,
+                                            const LaneProducts<kTiles>& products,
                                             const std::uint16_t (&norms)[4],
                                             const std::uint16_t (&scales)[4], const float* factors,
                                             const int* lags, const Place& place) {
   const Problem& p = a.problem;
 #pragma unroll
-  for (int tile = 0; tile < Config::kTiles; ++tile) {
+  for (int tile = 0; tile < kTiles; ++tile) {
     if (tile * Config::kTileRows >= place.rows) break;
     const int row = tile * Config::kTileRows + tile_row();
     const bool is_row = row < place.rows;
@@ -520,10 +517,12 @@ __device__ __forceinline__ void turn_if_due(const Arguments& a, Shared<kWidth>& 
 }
 
 /// Scores the blocks of `shared.segment`, step by step.
-template <int kWidth, class Reader>
+template <int kWidth, class Reader, int kTiles>
 __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& shared,
                                             std::uint32_t rows,
                                             const TokenTurns<kWidth>& token_turns) {
+  constexpr bool kRegistersAreLeft = kTiles <= Reader::kTilesWithRegisters;
+  using Tokens = LaneTokens<Reader, kRegistersAreLeft>;
   const Problem& p = a.problem;
   const int warp = threadIdx.x / 32;
   const Segment& segment = shared.segment;
@@ -531,8 +530,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
   // The warp's block in a step; the last block where it has none.
   const auto tokens_of = [&](int step) {
     const int block = min(step * Config::kStepBlocks + warp, segment.count - 1);
-    return LaneTokens<Reader>(p, segment.seq, segment.first_token + block * kBlockTokens,
-                              segment.last_token);
+    return Tokens(p, segment.seq, segment.first_token + block * kBlockTokens, segment.last_token);
   };
   const auto& codes = [&]() -> const auto& {
     if constexpr (Reader::kRowBits == 8) {
@@ -540,11 +538,12 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     } else {
       return shared.code_places[threadIdx.x % 4];
     }
-  }();
+  }
+  ();
   // Queries are turned a step ahead; codes are read while others' rows are added up.
   Reader readers[2];
   turn_if_due(a, shared, 0);
-  LaneTokens<Reader> tokens = tokens_of(0), next = tokens;
+  Tokens tokens = tokens_of(0), next = tokens;
   tokens.fetch_codes(p, codes, segment.place.head, 0, readers);
 #pragma unroll 1
   for (int step = 0; step < segment.num_steps; ++step) {
@@ -559,9 +558,9 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
       empty.arrive();
       break;
     }
-    LaneProducts gathered;
+    LaneProducts<kTiles> gathered;
     std::uint16_t norms[4], scales[4];
-#pragma unroll(Reader::kRegistersAreLeft ? 2 : 1)
+#pragma unroll(kRegistersAreLeft ? 2 : 1)
     for (int half = 0; half < 2; ++half) {
       const uint4* const queries = shared.queries[buffer] + half * Shared<kWidth>::kHalfVectors;
       const auto fetch_next = [&] {
@@ -572,11 +571,12 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
           next.fetch_codes(p, codes, segment.place.head, 0, readers);
         }
       };
-      Products products = {};
+      Products<kTiles> products = {};
       const auto multiply_with_all = [&](const auto& decoded) {
         fetch_next();
         if (half == 0) full.wait(number / Config::kBuffers % 2);
-        multiply_all(decoded, shared, token_turns, queries, segment.place.rows, products);
+        multiply_all<kRegistersAreLeft, kTiles>(decoded, shared, token_turns, queries,
+                                                segment.place.rows, products);
       };
       if constexpr (Reader::kRowBits == 8) {
         multiply_with_all(ByteRowSums<kWidth>(rows, readers[0], readers[1]));
@@ -586,9 +586,9 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
       }
       if (half == 1) tokens.fetch_scales(p, segment.place.head, norms, scales);
       if (half == 0) {
-        gather(products, 0, gathered);
+        gather<kTiles>(products, 0, gathered);
       } else {
-        gather(products, 1, gathered);
+        gather<kTiles>(products, 1, gathered);
       }
     }
     empty.arrive();
@@ -596,13 +596,14 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     const Block block{
         segment.seq, segment.index + step * Config::kStepBlocks + warp, tokens.first,
         tokens.first >= segment.seen_begin && tokens.first + kBlockTokens <= segment.seen_end};
-    score_block(a, block, gathered, norms, scales, shared.factors, shared.lags, segment.place);
+    score_block<kTiles>(a, block, gathered, norms, scales, shared.factors, shared.lags,
+                        segment.place);
     tokens = next;
   }
 }
 
 /// What depends on the codebooks alone comes before the previous kernel of the stream has ended.
-template <int kWidth, class Reader>
+template <int kWidth, class Reader, int kTiles>
 __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   const Problem& p = a.problem;
   Shared<kWidth>& shared = *reinterpret_cast<Shared<kWidth>*>(memory);
@@ -625,13 +626,11 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     shared.zero_points[i] = reinterpret_cast<const uint2*>(a.slice.zero_points + head * kWidth)[i];
   if (Reader::kRowBits == 4 && threadIdx.x < 32) {
     if (threadIdx.x < 4)
-      shared.code_places[threadIdx.x] =
-          StageCodesPlace(a.codes[threadIdx.x], head, p.page.size);
+      shared.code_places[threadIdx.x] = StageCodesPlace(a.codes[threadIdx.x], head, p.page.size);
     shared.row_places[threadIdx.x] = RowPlaces(static_cast<int>(threadIdx.x), rows);
     for (int j = 0; j < 3; ++j)
-      shared.line_weights[j][threadIdx.x] =
-          line_weight(a.slice.line_weights + head * KeySlice::kNarrowWeights, j,
-                      static_cast<int>(threadIdx.x));
+      shared.line_weights[j][threadIdx.x] = line_weight(
+          a.slice.line_weights + head * KeySlice::kNarrowWeights, j, static_cast<int>(threadIdx.x));
   }
   if (threadIdx.x < Config::kMaxRows) shared.factors[threadIdx.x] = 0, shared.lags[threadIdx.x] = 0;
   if (threadIdx.x < kWidth)
@@ -663,7 +662,7 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     load_queries<kWidth>(a, shared, shared.cursor.seq, shared.place);
     wait_for_copies();
     __syncthreads();
-    run_segment<kWidth, Reader>(a, shared, rows, token_turns);
+    run_segment<kWidth, Reader, kTiles>(a, shared, rows, token_turns);
     if (threadIdx.x == 0) {
       shared.num_steps += shared.segment.num_steps;
       shared.cursor.advance(p, shared.segment.count);

@@ -10,7 +10,7 @@ namespace commvq::cuda {
 
 /// Thread blocks (part and head, block of rows) score coded keys; in the first slice they and
 /// num_exact_blocks others also attend over the exact tokens.
-template <int kWidth, class Reader>
+template <int kWidth, class Reader, int kTiles>
 __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     key_scores_kernel(const __grid_constant__ key_scores::Arguments arguments) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
   const bool first_slice =
       arguments.turn == key_scores::Turn::kOnly || arguments.turn == key_scores::Turn::kFirst;
   if (block < problem.num_kv_heads * problem.num_key_parts) {
-    key_scores::run<kWidth, Reader>(arguments, shared_memory);
+    key_scores::run<kWidth, Reader, kTiles>(arguments, shared_memory);
   } else {
     wait_for_previous_kernel();
   }
@@ -33,10 +33,10 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     run_exact_items<KeyScoresConfig::kThreads>(problem, block, shared_memory);
 }
 
-template <int kWidth, class Reader>
+template <int kWidth, class Reader, int kTiles>
 cudaError_t launch_key_scores(const key_scores::Arguments& arguments, dim3 grid, int shared_bytes,
                               cudaStream_t stream) {
-  const auto kernel = key_scores_kernel<kWidth, Reader>;
+  const auto kernel = key_scores_kernel<kWidth, Reader, kTiles>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;

@@ -11,8 +11,8 @@
 /// Sums of rows of 4 bits, in shared memory as `IntegerKeySlice::image` lays them out, by the
 /// tensor units: bytes as they were read are one operand, [16][32], and the other one, [32][8],
 /// adds byte i of the words of four lanes, each with a weight, to column i or i + 4. So four lanes
-/// read the rows of four lines, and sixteen bytes of each are one product. A byte holds two numbers; a second product
-/// without the high one tells the sums apart.
+/// read the rows of four lines, and sixteen bytes of each are one product. A byte holds two
+/// numbers; a second product without the high one tells the sums apart.
 namespace commvq::cuda::key_scores {
 
 /// Where the rows that a lane reads lie, of the first and the second book that it reads of a stage.
@@ -107,7 +107,9 @@ class NarrowRows {
   }
 
   /// Sixteen bytes of the first row of token t, from byte `offset` on.
-  __device__ __forceinline__ uint4 first(int t, int offset) const { return load(t, 0, 0, offset); }
+  __device__ __forceinline__ uint4 first(int t, int offset) const {
+    return load(t, 0, 0, offset);
+  }
 
   /// Adds up the same bytes of every row; `first` are those of the first one.
   __device__ __forceinline__ NarrowSums sums(const LaneWeights& weights, int t, int offset,

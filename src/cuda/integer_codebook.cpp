@@ -68,8 +68,7 @@ struct Channel {
     for (std::size_t book = 0; book < columns.size(); ++book) {
       sum += columns[book].largest;
       if (row_bits == 4)
-        unit = std::max(unit,
-                        columns[book].largest / (kNarrowShare * weights[book / 2].largest()));
+        unit = std::max(unit, columns[book].largest / (kNarrowShare * weights[book / 2].largest()));
     }
     // Rounding adds half a unit a book, and half a unit of the bases' rest.
     if (row_bits == 8)
@@ -172,7 +171,8 @@ void write_byte_row(std::int8_t* target, const std::int16_t* source, int width) 
     }
 }
 
-/// The largest multiple of `weight` below sixteen of it that leaves no less than nothing of `entry`.
+/// The largest multiple of `weight` below sixteen of it that leaves no less than nothing of
+/// `entry`.
 int first_number(int entry, int weight) {
   return std::min(entry / weight, 15);
 }
@@ -219,14 +219,15 @@ std::vector<std::int8_t> IntegerKeySlice::image() const {
     if (is_second && lines == 4) continue;
     for (int which = 0; which < 2; ++which)
       for (int c = 0; c < codebook_size; ++c)
-        write_narrow_row(bytes.data() + Index{line} * KeySlice::kNarrowLineBytes + c * 128 +
-                             which * 64,
-                         source_of(2 * stage + which, c), width, [&](int entry) {
-                           if (!is_second) return first_number(entry, line_weights[static_cast<std::size_t>(line)]);
-                           const int first = line_weights[static_cast<std::size_t>(stage)];
-                           return (entry - first * first_number(entry, first)) /
-                                  line_weights[static_cast<std::size_t>(line)];
-                         });
+        write_narrow_row(
+            bytes.data() + Index{line} * KeySlice::kNarrowLineBytes + c * 128 + which * 64,
+            source_of(2 * stage + which, c), width, [&](int entry) {
+              if (!is_second)
+                return first_number(entry, line_weights[static_cast<std::size_t>(line)]);
+              const int first = line_weights[static_cast<std::size_t>(stage)];
+              return (entry - first * first_number(entry, first)) /
+                     line_weights[static_cast<std::size_t>(line)];
+            });
   }
   return bytes;
 }

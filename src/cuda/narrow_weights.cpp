@@ -12,8 +12,8 @@ namespace {
 constexpr int kLargestSum = 2047;
 
 /// Weights that are tried, of the largest stage.
-constexpr double kScales[] = {1,   1.25, 1.5, 2, 2.5, 3, 3.5, 4,  4.5, 5,
-                              6,   7,    8,   9, 10,  12, 14, 16, 20,  24};
+constexpr double kScales[] = {1, 1.25, 1.5, 2, 2.5, 3,  3.5, 4,  4.5, 5,
+                              6, 7,    8,   9, 10,  12, 14,  16, 20,  24};
 
 int rounded_weight(double weight) {
   return std::max(1, static_cast<int>(std::lround(weight)));
@@ -27,7 +27,8 @@ std::vector<double> relative_sizes(const std::vector<std::vector<double>>& range
     double largest = 0;
     for (const auto& stage : ranges) largest = std::max(largest, stage[pair]);
     if (largest == 0) continue;
-    for (std::size_t s = 0; s < ranges.size(); ++s) sizes[s] += ranges[s][pair] / largest / double(pairs);
+    for (std::size_t s = 0; s < ranges.size(); ++s)
+      sizes[s] += ranges[s][pair] / largest / double(pairs);
   }
   return sizes;
 }
@@ -94,7 +95,8 @@ int NarrowWeights::sum() const {
 }
 
 std::vector<int> NarrowWeights::of_lines() const {
-  std::vector<int> weights(4 * static_cast<std::size_t>(divide_up(static_cast<int>(stages.size()), 4)));
+  std::vector<int> weights(4 *
+                           static_cast<std::size_t>(divide_up(static_cast<int>(stages.size()), 4)));
   for (const Stage& stage : stages) {
     weights[static_cast<std::size_t>(stage.line)] = stage.first;
     if (stage.second > 0) weights[static_cast<std::size_t>(stage.second_line)] = stage.second;

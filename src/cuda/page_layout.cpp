@@ -115,9 +115,9 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
     const int left = num_books - first_book, turns_left = turns - turn % turns;
     const int books = std::min(left, divide_up(divide_up(left, turns_left), step) * step);
     for (int i = 0; i < planes_at_once; ++i)
-      planes[turn * planes_at_once + i] =
-          planes_at_once == 1 ? whole_plane(turn / turns, first_book, books)
-                              : fourth_plane(turn / turns, first_book, books, i);
+      planes[turn * planes_at_once + i] = planes_at_once == 1
+                                              ? whole_plane(turn / turns, first_book, books)
+                                              : fourth_plane(turn / turns, first_book, books, i);
     first_book += books;
   }
   int at = 0;

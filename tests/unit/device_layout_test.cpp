@@ -188,13 +188,13 @@ std::vector<int> add_byte_rows(const IntegerKeySlice& slice, const std::vector<i
   for (int book = 0; book < slice.num_books; ++book)
     for (std::size_t w = 0; w < words; ++w) {
       std::uint32_t word;
-      std::memcpy(&word,
-                  image.data() +
-                      (book / per_line * slice.codebook_size +
-                       codes[static_cast<std::size_t>(book)]) *
-                          128 +
-                      book % per_line * (128 / per_line) + 4 * static_cast<int>(w),
-                  4);
+      std::memcpy(
+          &word,
+          image.data() +
+              (book / per_line * slice.codebook_size + codes[static_cast<std::size_t>(book)]) *
+                  128 +
+              book % per_line * (128 / per_line) + 4 * static_cast<int>(w),
+          4);
       sums[w] += word;
     }
   std::vector<int> result(2 * static_cast<std::size_t>(slice.width));
@@ -202,16 +202,15 @@ std::vector<int> add_byte_rows(const IntegerKeySlice& slice, const std::vector<i
     for (int q = 0; q < 4; ++q)
       for (int byte = 0; byte < 4; ++byte)
         result[static_cast<std::size_t>(byte / 2 * slice.width + 8 * k + 2 * q + byte % 2)] =
-            static_cast<int>(sums[static_cast<std::size_t>((k / 4 * 4 + q) * 4 + k % 4)] >>
-                                 (8 * byte) &
-                             0xff) -
+            static_cast<int>(
+                sums[static_cast<std::size_t>((k / 4 * 4 + q) * 4 + k % 4)] >> (8 * byte) & 0xff) -
             128;
   return result;
 }
 
 /// The same in 4 bits: four threads read the rows of a line each, the tensor units add byte b of
-/// word i of sixteen bytes, times the line's weight, to row i % 2, column 4 (i / 2) + b. The codes of
-/// a line are those of the plane of its place, the first one's where the plane has no more.
+/// word i of sixteen bytes, times the line's weight, to row i % 2, column 4 (i / 2) + b. The codes
+/// of a line are those of the plane of its place, the first one's where the plane has no more.
 std::vector<int> add_narrow_rows(const IntegerKeySlice& slice, const DevicePageLayout& layout,
                                  const std::vector<int>& codes) {
   const std::vector<std::int8_t> image = slice.image();
@@ -250,16 +249,14 @@ TEST_P(DeviceLayout, ImagesAddUpToTheRows) {
   Rng rng(3);
   const auto codec = testing_support::random_key_codec(rng, key_config(shape), 1);
   const int width = slice_width(codec->config());
-  const IntegerKeySlice slice(codec->codebook(0), layout, 0, 0,
-                              std::min(width, shape.group_pairs));
+  const IntegerKeySlice slice(codec->codebook(0), layout, 0, 0, std::min(width, shape.group_pairs));
   for (int trial = 0; trial < 20; ++trial) {
     std::vector<int> expected(static_cast<std::size_t>(2 * width), 0), codes;
     for (int book = 0; book < slice.num_books; ++book) {
       codes.push_back(static_cast<int>(rng() % static_cast<unsigned>(slice.codebook_size)));
       for (int i = 0; i < 2 * width; ++i)
-        expected[static_cast<std::size_t>(i)] +=
-            slice.rows[static_cast<std::size_t>(
-                (book * slice.codebook_size + codes.back()) * 2 * width + i)];
+        expected[static_cast<std::size_t>(i)] += slice.rows[static_cast<std::size_t>(
+            (book * slice.codebook_size + codes.back()) * 2 * width + i)];
     }
     EXPECT_EQ(
         slice.row_bits == 4 ? add_narrow_rows(slice, layout, codes) : add_byte_rows(slice, codes),

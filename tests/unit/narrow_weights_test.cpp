@@ -23,8 +23,7 @@ Ranges ranges_of(int stages, double shrinking, unsigned seed) {
   Ranges ranges;
   for (int s = 0; s < stages; ++s) {
     auto& stage = ranges.emplace_back();
-    for (const double size : sizes)
-      stage.push_back(size * std::pow(shrinking, s) * spread(rng));
+    for (const double size : sizes) stage.push_back(size * std::pow(shrinking, s) * spread(rng));
   }
   return ranges;
 }

@@ -25,7 +25,8 @@ struct KeySlice {
   const float* units;       ///< device, [num_kv_heads][width]
   /// device, [num_kv_heads][width] pairs of fp16, see `IntegerKeySlice::zero_points`
   const std::uint32_t* zero_points;
-  /// device, [num_kv_heads][kNarrowWeights], of the image's first lines; of no use with rows of 8 bits
+  /// device, [num_kv_heads][kNarrowWeights], of the image's first lines; of no use with rows of 8
+  /// bits
   const std::uint8_t* line_weights;
   /// device, [kTurnTokens][width / 8][4 threads][cosines, sines] pairs of fp16: RoPE by 0, 1, ...
   /// tokens of a thread's pairs, in the order of the rows' words

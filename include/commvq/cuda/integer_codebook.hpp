@@ -16,8 +16,8 @@ namespace commvq::cuda {
 /// bits) over its centroids was taken off; these come back as one integer offset per channel, and
 /// what their rounding leaves goes into the last book. At 8 bits the unit is the smallest for which
 /// no sum of one row a book leaves [-127, 127]: four sums then add up in one 32-bit word, whatever
-/// the intermediate sums. At 4 bits entries are some units times a number in [0, 15], more units for
-/// stages whose rows are larger, or two such products; sums stay below 2048.
+/// the intermediate sums. At 4 bits entries are some units times a number in [0, 15], more units
+/// for stages whose rows are larger, or two such products; sums stay below 2048.
 struct COMMVQ_API IntegerKeySlice {
   int width = 64;  ///< pairs, 64 or 32
   int row_bits = 8;
@@ -47,15 +47,15 @@ struct COMMVQ_API IntegerKeySlice {
   /// parts, then imaginary parts.
   ///
   /// At 4 bits `[line]`, where four lines are added up together: of each
-  /// `[centroid][book of a stage][64]` bytes and padding (`KeySlice::kNarrowLineBytes`). The byte of
-  /// a pair has its real part in the low half and its imaginary part in the high one, without the
-  /// line's weight; word 4c + i of a row is pairs 16c + 8(i % 2) + 4(i / 2) and the next three. Line
-  /// l is stage l. If the stages are no multiple of four, the last four lines begin with the second
-  /// numbers of the first stages, in their order; with three stages or less these are zeros.
+  /// `[centroid][book of a stage][64]` bytes and padding (`KeySlice::kNarrowLineBytes`). The byte
+  /// of a pair has its real part in the low half and its imaginary part in the high one, without
+  /// the line's weight; word 4c + i of a row is pairs 16c + 8(i % 2) + 4(i / 2) and the next three.
+  /// Line l is stage l. If the stages are no multiple of four, the last four lines begin with the
+  /// second numbers of the first stages, in their order; with three stages or less these are zeros.
   std::vector<std::int8_t> image() const;
   /// What brings a sum to the key in units, as fp16 numbers
-  /// `[width / 8][4 threads][real, imaginary][2 pairs]`: at 8 bits 1152 - offset, which is taken off
-  /// 1024 and a byte, the sum plus 128; at 4 bits offset / 512, which is added to a sum / 512.
+  /// `[width / 8][4 threads][real, imaginary][2 pairs]`: at 8 bits 1152 - offset, which is taken
+  /// off 1024 and a byte, the sum plus 128; at 4 bits offset / 512, which is added to a sum / 512.
   std::vector<std::uint16_t> zero_points() const;
 };
 

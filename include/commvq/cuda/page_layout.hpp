@@ -16,24 +16,25 @@ namespace commvq::cuda {
 /// Codes of some books of one group that a thread reads together, as one little-endian bit string a
 /// token. A book is a half stage: book 2r is A_r, 2r + 1 is B_r.
 ///
-/// With rows of 8 bits these are consecutive books whose rows fit a kernel's shared memory together.
-/// With rows of 4 bits the stages that do are shared out among four planes, one by one; if they are
-/// no multiple of four, the first planes lack one of the last four.
+/// With rows of 8 bits these are consecutive books whose rows fit a kernel's shared memory
+/// together. With rows of 4 bits the stages that do are shared out among four planes, one by one;
+/// if they are no multiple of four, the first planes lack one of the last four.
 struct KeyPlane {
   int group;       ///< of pairs
   int first_book;  ///< of the group's 2 * num_stages
   int num_books;
-  int stage_step;  ///< from one stage to the next: 1 or 4 ...
-  int last_step;   ///< ... but to the last one
-  int num_words;   ///< whole 32-bit words that a token's codes fill ...
-  int tail_bits;   ///< ... and the bits that are left, at most 32; 0 without books
+  int stage_step;    ///< from one stage to the next: 1 or 4 ...
+  int last_step;     ///< ... but to the last one
+  int num_words;     ///< whole 32-bit words that a token's codes fill ...
+  int tail_bits;     ///< ... and the bits that are left, at most 32; 0 without books
   int words_offset;  ///< bytes from the page's start to the words of head 0
   int tails_offset;  ///< likewise of the tails
 
   /// The group's book whose code is the k-th.
   COMMVQ_HOST_DEVICE int book(int k) const {
     const int stage = k / 2, last = num_books / 2 - 1;
-    const int steps = stage * stage_step + (stage == last && stage > 0 ? last_step - stage_step : 0);
+    const int steps =
+        stage * stage_step + (stage == last && stage > 0 ? last_step - stage_step : 0);
     return first_book + 2 * steps + k % 2;
   }
 };
