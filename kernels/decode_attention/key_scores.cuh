@@ -14,11 +14,11 @@
 #include "decode_attention/scores.cuh"
 #include "decode_attention/value_sums.cuh"
 
-/// Scores of coded keys. A thread block keeps the rows of one plane of one head in shared memory as
-/// integers of 8 bits, or of one or two planes in 4 bits, and decodes every token once for all
-/// query heads that read it:
+/// Scores of coded keys. A thread block keeps the rows of some books of one head in shared memory
+/// as integers of 8 or 4 bits, and decodes every token once for all query heads that read it:
 ///
-///   1. four threads of a warp add up a token's rows, 16 bytes each, four sums to a 32-bit word;
+///   1. four threads of a warp add up a token's rows: of 8 bits as four sums to a 32-bit word, of 4
+///      bits by the tensor units;
 ///   2. the sums become fp16 and are turned by the place of the warp's block within the step
 ///      (constants in registers), since turning commutes with adding rows;
 ///   3. they are operands of a matrix product with the queries, which were turned to the first
@@ -26,8 +26,8 @@
 ///   4. scores become weights relative to the maximum of the block, with the scale of the token's
 ///      value included, which is all that adding up values needs.
 ///
-/// Reading rows keeps shared memory busy, the rest keeps the arithmetic units busy; so warps do not
-/// wait for each other but for the turned queries, which a few of them make a step ahead.
+/// Warps do not wait for each other but for the turned queries, which a few of them make a step
+/// ahead: what one of them waits for, of shared memory or of the units for products, others hide.
 namespace commvq::cuda::key_scores {
 
 using Config = KeyScoresConfig;
@@ -263,11 +263,11 @@ __device__ __forceinline__ uint2 zero_of(const Shared<kWidth>& shared, int k) {
 }
 
 /// The same of all pairs, from sums of rows of 8 bits.
-template <bool, int kTiles, int kWidth>
-__device__ __forceinline__ void multiply_all(const ByteRowSums<kWidth>& sums,
-                                             const Shared<kWidth>& shared,
-                                             const TokenTurns<kWidth>& turns, const uint4* queries,
-                                             int, Products<kTiles>& products) {
+template <int kTiles, int kWidth>
+__device__ __forceinline__ void multiply_sums(const ByteRowSums<kWidth>& sums,
+                                              const Shared<kWidth>& shared,
+                                              const TokenTurns<kWidth>& turns, const uint4* queries,
+                                              Products<kTiles>& products) {
 #pragma unroll
   for (int k = 0; k < kWidth / 8; ++k)
     multiply<kTiles, kTiles>(sums.keys(k, zero_of(shared, k)), k, turns, queries, products);
@@ -276,10 +276,10 @@ __device__ __forceinline__ void multiply_all(const ByteRowSums<kWidth>& sums,
 /// The same from rows of 4 bits, sixteen pairs at a time; with kReadAhead the next ones' first rows
 /// are read before these pairs are multiplied.
 template <bool kReadAhead, int kTiles, int kGroups>
-__device__ __forceinline__ void multiply_all(const NarrowRows<kGroups>& rows,
-                                             const Shared<64>& shared, const TokenTurns<64>& turns,
-                                             const uint4* queries, int num_rows,
-                                             Products<kTiles>& products) {
+__device__ __forceinline__ void multiply_rows(const NarrowRows<kGroups>& rows,
+                                              const Shared<64>& shared, const TokenTurns<64>& turns,
+                                              const uint4* queries, int num_rows,
+                                              Products<kTiles>& products) {
   const LaneWeights weights(shared.line_weights);
   uint4 firsts[2];
 #pragma unroll
@@ -572,17 +572,21 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
         }
       };
       Products<kTiles> products = {};
-      const auto multiply_with_all = [&](const auto& decoded) {
-        fetch_next();
+      const auto wait_for_queries = [&] {
         if (half == 0) full.wait(number / Config::kBuffers % 2);
-        multiply_all<kRegistersAreLeft, kTiles>(decoded, shared, token_turns, queries,
-                                                segment.place.rows, products);
       };
       if constexpr (Reader::kRowBits == 8) {
-        multiply_with_all(ByteRowSums<kWidth>(rows, readers[0], readers[1]));
+        const ByteRowSums<kWidth> sums(rows, readers[0], readers[1]);
+        fetch_next();
+        wait_for_queries();
+        multiply_sums<kTiles>(sums, shared, token_turns, queries, products);
       } else {
         for (Reader& reader : readers) reader.finish(codes, static_cast<int>(threadIdx.x) % 32 / 4);
-        multiply_with_all(NarrowRows(shared.row_places[threadIdx.x % 32], readers));
+        const NarrowRows narrow_rows(shared.row_places[threadIdx.x % 32], readers);
+        fetch_next();
+        wait_for_queries();
+        multiply_rows<kRegistersAreLeft, kTiles>(narrow_rows, shared, token_turns, queries,
+                                                 segment.place.rows, products);
       }
       if (half == 1) tokens.fetch_scales(p, segment.place.head, norms, scales);
       if (half == 0) {

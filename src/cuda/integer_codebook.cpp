@@ -22,6 +22,7 @@ constexpr double kLargestSum = 127;
 /// What part of the largest entry in 4 bits rows may take: the rounding of the bases' rest adds up
 /// to half a unit.
 constexpr double kNarrowShare = 14.5 / 15;
+
 /// Integers up to so many are exact zero points.
 double largest_offset(int row_bits) {
   return row_bits == 8 ? 896 : 2047;
@@ -171,8 +172,7 @@ void write_byte_row(std::int8_t* target, const std::int16_t* source, int width) 
     }
 }
 
-/// The largest multiple of `weight` below sixteen of it that leaves no less than nothing of
-/// `entry`.
+/// The largest number below sixteen that is at most `entry` when multiplied with `weight`.
 int first_number(int entry, int weight) {
   return std::min(entry / weight, 15);
 }

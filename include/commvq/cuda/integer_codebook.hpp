@@ -50,8 +50,8 @@ struct COMMVQ_API IntegerKeySlice {
   /// `[centroid][book of a stage][64]` bytes and padding (`KeySlice::kNarrowLineBytes`). The byte
   /// of a pair has its real part in the low half and its imaginary part in the high one, without
   /// the line's weight; word 4c + i of a row is pairs 16c + 8(i % 2) + 4(i / 2) and the next three.
-  /// Line l is stage l. If the stages are no multiple of four, the last four lines begin with the
-  /// second numbers of the first stages, in their order; with three stages or less these are zeros.
+  /// Lines are stages in their order. If these are no multiple of four, the last four lines begin
+  /// with second numbers of the first stages, or with zeros where there are three stages or less.
   std::vector<std::int8_t> image() const;
   /// What brings a sum to the key in units, as fp16 numbers
   /// `[width / 8][4 threads][real, imaginary][2 pairs]`: at 8 bits 1152 - offset, which is taken
