@@ -61,7 +61,7 @@ LayerDivergences measure_layers(const Model& model, const std::vector<commvq::La
 }
 
 int step_time(int stages) {
-  // One kernel adds up 11 stages, or 22 in two planes; beyond, kernels take turns.
+  // Of earlier kernels, to which every stage counted; those of now take four at a time.
   static constexpr int kTimes[kMostTimedStages] = {
       117, 125, 127, 134, 144, 157, 167, 174, 176, 182, 189,  //
       210, 220, 226, 236, 239, 256, 254, 270, 276, 285, 288,  //

@@ -29,8 +29,8 @@ LayerDivergences measure_layers(const Model& model, const std::vector<commvq::La
 inline constexpr int kMostTimedStages = 44;
 
 /// What the keys of a layer cost a step of decoding on a device, in microseconds, by their number
-/// of stages: measured as in bench/README.md, "Layers of other stages". Throws `Error` for numbers
-/// outside [1, kMostTimedStages].
+/// of stages: measured with earlier kernels, as bench/README.md says under "Layers of other stages".
+/// Throws `Error` for numbers outside [1, kMostTimedStages].
 int step_time(int stages);
 
 /// Stages of every layer's keys, so that the divergences, measured with `stages` for each layer
