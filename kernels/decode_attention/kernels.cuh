@@ -1,8 +1,8 @@
 #pragma once
 
 #include "decode_attention/binary/shape.cuh"
-#include "decode_attention/code_reader.cuh"
-#include "decode_attention/key_scores.cuh"
+#include "decode_attention/key_codes.hpp"
+#include "decode_attention/key_scores/shared.cuh"
 
 namespace commvq::cuda {
 

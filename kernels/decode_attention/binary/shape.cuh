@@ -1,7 +1,7 @@
 #pragma once
 
-#include "decode_attention/code_reader.cuh"
 #include "decode_attention/config.hpp"
+#include "decode_attention/key_codes.hpp"
 #include "decode_attention/problem.cuh"
 
 namespace commvq::cuda::binary_attention {

@@ -5,6 +5,7 @@
 #include "common/launch.cuh"
 #include "decode_attention/exact_items.cuh"
 #include "decode_attention/kernels.cuh"
+#include "decode_attention/key_scores/kernel.cuh"
 
 namespace commvq::cuda {
 

@@ -3,8 +3,8 @@
 #include <cstdint>
 
 #include "common/memory.cuh"
-#include "decode_attention/code_reader.cuh"
-#include "decode_attention/pair_keys.cuh"
+#include "decode_attention/key_scores/code_readers.cuh"
+#include "decode_attention/key_scores/pair_keys.cuh"
 
 /// Sums of rows of 8 bits, in shared memory as `IntegerKeySlice::image` lays them out: four sums of
 /// a byte each to a 32-bit word, word k of a thread being pairs 8k + 2q and 8k + 2q + 1.

@@ -2,20 +2,9 @@
 
 #include <cstdint>
 
-#include "common/memory.cuh"
+#include "decode_attention/key_codes.hpp"
 
 namespace commvq::cuda {
-
-/// Where the codes of one plane lie in a page: what the kernel needs of `KeyPlane`.
-struct KeyCodes {
-  int num_books;
-  int code_bits;
-  int codebook_size;
-  int num_words;
-  int tail_bits;
-  int words;  ///< bytes from the page's start
-  int tails;  ///< bytes from the page's start
-};
 
 /// Where rows have 4 bits: the codes of one plane and head in a page.
 struct alignas(16) StageCodesPlace {

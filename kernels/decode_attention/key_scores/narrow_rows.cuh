@@ -6,7 +6,7 @@
 
 #include "common/memory.cuh"
 #include "common/mma.cuh"
-#include "decode_attention/code_reader.cuh"
+#include "decode_attention/key_scores/code_readers.cuh"
 
 /// Sums of rows of 4 bits, in shared memory as `IntegerKeySlice::image` lays them out, by the
 /// tensor units: bytes as they were read are one operand, [16][32], and the other one, [32][8],

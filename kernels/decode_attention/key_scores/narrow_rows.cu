@@ -1,6 +1,6 @@
 #include <utility>
 
-#include "decode_attention/key_scores_launch.cuh"
+#include "decode_attention/key_scores/launch.cuh"
 
 namespace commvq::cuda {
 namespace {

@@ -1,4 +1,4 @@
-#include "decode_attention/key_scores_launch.cuh"
+#include "decode_attention/key_scores/launch.cuh"
 
 namespace commvq::cuda {
 
