@@ -121,6 +121,7 @@ IntegerKeySlice::IntegerKeySlice(const KeyCodebook<float>& codebook, const Devic
   const int g = codebook.config.group_pairs;
   const int first_in_group = first_pair - group * g;
   std::vector<ChannelPair> pairs;
+  pairs.reserve(static_cast<std::size_t>(num_pairs));
   for (int i = 0; i < num_pairs; ++i)
     pairs.push_back({Channel(codebook, *this, first_in_group + i),
                      Channel(codebook, *this, g + first_in_group + i)});
