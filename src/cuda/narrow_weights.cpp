@@ -53,23 +53,25 @@ double error_of(const NarrowWeights& weights, const std::vector<std::vector<doub
 NarrowWeights::NarrowWeights(const std::vector<double>& sizes, double scale) {
   const int num = static_cast<int>(sizes.size());
   const int groups = divide_up(num, 4), free = 4 * groups - num;
-  double largest_of_rest = 0;  // behind the second group
-  for (int s = 8; s < num; ++s)
-    largest_of_rest = std::max(largest_of_rest, sizes[static_cast<std::size_t>(s)]);
-  const int rest = rounded_weight(scale * largest_of_rest);
+  // Of the largest of some stages.
+  const auto common_weight = [&](int begin, int end) {
+    double largest = 0;
+    for (int s = begin; s < end; ++s)
+      largest = std::max(largest, sizes[static_cast<std::size_t>(s)]);
+    return rounded_weight(scale * largest);
+  };
+  const int rest = common_weight(8, num);  // behind the second group
+  const int second = groups > 2 ? rest : common_weight(free, num);
   for (int s = 0; s < num; ++s) {
     const double wanted = scale * sizes[static_cast<std::size_t>(s)];
     const bool in_last = s >= 4 * (groups - 1);
     Stage stage{in_last ? s + free : s, -1, s < 8 ? rounded_weight(wanted) : rest, 0};
     if (groups > 1 && s < free) {
       // A multiple of the other lines' weights, and no more than sixteen of them: no gaps.
-      double largest = 0;
-      for (int other = free; other < std::min(num, 8); ++other)
-        largest = std::max(largest, sizes[static_cast<std::size_t>(other)]);
-      stage.second = groups > 2 ? rest : rounded_weight(scale * largest);
+      stage.second = second;
       stage.second_line = 4 * (groups - 1) + s;
-      const double times = std::ceil(wanted / stage.second - 1);
-      stage.first = stage.second * static_cast<int>(std::clamp(times, 1.0, 16.0));
+      const double times = std::ceil(wanted / second - 1);
+      stage.first = second * static_cast<int>(std::clamp(times, 1.0, 16.0));
     }
     stages.push_back(stage);
   }

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <utility>
-
 #include "common/launch.cuh"
 #include "decode_attention/exact_items.cuh"
 #include "decode_attention/kernels.cuh"
