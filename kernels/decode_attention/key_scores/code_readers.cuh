@@ -6,59 +6,34 @@
 
 namespace commvq::cuda {
 
-/// Where rows have 4 bits: the codes of one plane and head in a page.
-struct alignas(16) StageCodesPlace {
-  int words;  ///< bytes from the page's start to the first token's
-  int tails;  ///< likewise
-  int num_words;
-  int tail_bits;  ///< a multiple of four
+/// Bits of a stage's two codes where rows have 4 bits.
+constexpr int kStageBits = 12;
 
-  __device__ __forceinline__ StageCodesPlace(const KeyCodes& codes, int head, int page_size)
+/// Where rows have 4 bits: the codes of one plane and head in a page.
+struct alignas(16) PlaneCodes {
+  int words;   ///< bytes from the page's start to the first token's
+  int tails;   ///< likewise
+  bool whole;  ///< as many stages as groups, else one less
+
+  __device__ __forceinline__ PlaneCodes(const KeyCodes& codes, int num_groups, int head,
+                                        int page_size)
       : words(codes.words + head * page_size * codes.num_words * 4),
         tails(codes.tails + head * page_size / 16 * codes.tail_bits * 2),
-        num_words(codes.num_words),
-        tail_bits(codes.tail_bits) {}
-  __device__ __forceinline__ const std::uint8_t* words_of(const std::uint8_t* page,
-                                                          unsigned slot) const {
-    return page + (static_cast<unsigned>(words) + slot * static_cast<unsigned>(num_words) * 4);
-  }
-  __device__ __forceinline__ const std::uint8_t* tail_of(const std::uint8_t* page,
-                                                         unsigned slot) const {
-    return page + (static_cast<unsigned>(tails) + slot * static_cast<unsigned>(tail_bits) / 32 * 4);
-  }
+        whole(codes.num_books == 2 * num_groups) {}
 };
 
 /// The codes of one token that a lane needs where rows have 4 bits: of one plane of four, of
-/// kGroups stages or one less, twelve bits each, for the lines of kGroups groups. A few registers.
+/// kGroups stages or one less, for the lines of kGroups groups.
 template <int kGroups>
 class StageCodes {
  public:
-  static constexpr int kRowBits = 4;
-  /// Kernels with up to so many tiles of rows have registers left for what saves some time.
-  static constexpr int kTilesWithRegisters = kGroups < 6 ? 2 : 1;
-  /// Any bits are codes: none can lead beyond a book, and rows of books that are not there are
-  /// zeros.
-  static constexpr bool kAnyBitsAreCodes = true;
+  /// Words of a plane of kGroups stages, whole ones and one more for what is left.
+  static constexpr int kWords = (kGroups * kStageBits - 1) / 32 + 1;
 
-  __device__ __forceinline__ void fetch(const std::uint8_t* words, const std::uint8_t* tail) {
-    // What lies behind belongs to the page as well: norms follow the tails.
+  __device__ __forceinline__ StageCodes(const std::uint32_t (&words)[kWords], bool whole) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words_[i] = reinterpret_cast<const std::uint32_t*>(words)[i];
-    words_[kWords] = reinterpret_cast<const std::uint32_t*>(tail)[0];
-    next_tail_ = reinterpret_cast<const std::uint32_t*>(tail)[1];
-  }
-
-  /// Uses what was fetched: until then the loads may be under way. Of the token's slot only what is
-  /// left of a division by eight, `slot`, matters.
-  __device__ __forceinline__ void finish(const StageCodesPlace& place, int slot) {
-    const std::uint32_t tail = __funnelshift_r(words_[kWords], next_tail_,
-                                               static_cast<std::uint32_t>(slot * place.tail_bits));
-    words_[kWords] = tail;
-    // A stage less may take a word less.
-    if constexpr (kWords > 0)
-      if (place.num_words < kWords) words_[kWords - 1] = tail;
-    const bool has_last = place.num_words * 32 + place.tail_bits == kGroups * kStageBits;
-    last_ = has_last ? of_stage(kGroups - 1) : of_stage(0);
+    for (int i = 0; i < kWords; ++i) words_[i] = words[i];
+    last_ = whole ? of_stage(kGroups - 1) : of_stage(0);
   }
 
   /// The two codes of the lane's line in group `group`, a constant after unrolling: the lowest bits
@@ -69,17 +44,104 @@ class StageCodes {
   }
 
  private:
-  static constexpr int kStageBits = 12;
-  static constexpr int kWords = (kGroups * kStageBits - 1) / 32;
-
-  std::uint32_t words_[kWords + 1];
-  std::uint32_t next_tail_;
+  std::uint32_t words_[kWords];
   std::uint32_t last_;
 
   __device__ __forceinline__ std::uint32_t of_stage(int group) const {
-    const auto word = [&](int i) { return i <= kWords ? words_[i] : 0; };
+    const auto word = [&](int i) { return i < kWords ? words_[i] : 0; };
     const int bit = kStageBits * group;
     return __funnelshift_r(word(bit / 32), word(bit / 32 + 1), bit % 32);
+  }
+};
+
+/// Those of four tokens in a row, from a slot on that is a multiple of four: what is read of the
+/// page, in a few registers. Nothing of it is used before `token`, so that the loads may be under
+/// way.
+template <int kNumGroups>
+class QuadCodes {
+ public:
+  static constexpr int kGroups = kNumGroups;
+  static constexpr int kRowBits = 4;
+  /// Kernels with up to so many tiles of rows have registers left for what saves some time.
+  static constexpr int kTilesWithRegisters = kGroups < 5 ? 2 : 1;
+
+  /// `slot` is the first token's. Any bits are codes, which cannot lead beyond a book, and rows of
+  /// books that are not there are zeros; so tokens that are not there do no harm.
+  __device__ __forceinline__ void fetch(const PlaneCodes& plane, const std::uint8_t* page,
+                                        unsigned slot) {
+    const bool whole = plane.whole;
+    const auto* const words = reinterpret_cast<const uint4*>(
+        page +
+        (static_cast<unsigned>(plane.words) + slot * (whole ? 4 * kWhole.words : 4 * kLess.words)));
+#pragma unroll
+    for (int i = 0; i < kWhole.words; ++i) {
+      const uint4 v = i < kLess.words || whole ? words[i] : make_uint4(0, 0, 0, 0);
+      words_[4 * i] = v.x, words_[4 * i + 1] = v.y;
+      words_[4 * i + 2] = v.z, words_[4 * i + 3] = v.w;
+    }
+    const auto* const tails = reinterpret_cast<const std::uint32_t*>(
+        page +
+        (static_cast<unsigned>(plane.tails) + slot * (whole ? kWhole.tail : kLess.tail) / 32 * 4));
+#pragma unroll
+    for (int i = 0; i < kTailWords; ++i)
+      tails_[i] = i < (whole ? tail_words(kWhole.tail) : tail_words(kLess.tail)) ? tails[i] : 0;
+  }
+
+  /// The codes of token i of the four, a constant after unrolling.
+  __device__ __forceinline__ StageCodes<kGroups> token(const PlaneCodes& plane, int i) const {
+    const bool whole = plane.whole;
+    const std::uint32_t tail = tail_of(whole, i);
+    std::uint32_t words[kWhole.words + 1];
+#pragma unroll
+    for (int w = 0; w < kWhole.words; ++w)
+      words[w] = whole             ? words_[i * kWhole.words + w]
+                 : w < kLess.words ? words_[i * kLess.words + w]
+                                   : tail;
+    words[kWhole.words] = tail;
+    return {words, whole};
+  }
+
+ private:
+  /// Of a token's codes in a plane.
+  struct Shape {
+    int words;  ///< whole ones
+    int tail;   ///< bits that are left, a multiple of four
+
+    explicit constexpr Shape(int stages)
+        : words(stages > 0 ? (stages * kStageBits - 1) / 32 : 0),
+          tail(stages * kStageBits - 32 * words) {}
+  };
+  static constexpr Shape kWhole{kGroups}, kLess{kGroups - 1};
+
+  // Tails of four tokens are a multiple of 16 bits, those of eight begin with a word.
+  __host__ __device__ static constexpr int most_before(int tail) {
+    return tail % 8 == 4 ? 16 : 0;
+  }
+  /// Words that tails of four tokens touch.
+  __host__ __device__ static constexpr int tail_words(int tail) {
+    return (most_before(tail) + 4 * tail + 31) / 32;
+  }
+  static constexpr int kTailWords = tail_words(kWhole.tail) > tail_words(kLess.tail)
+                                        ? tail_words(kWhole.tail)
+                                        : tail_words(kLess.tail);
+
+  std::uint32_t words_[4 * kWhole.words + (kWhole.words == 0)];
+  std::uint32_t tails_[kTailWords];
+
+  __device__ __forceinline__ std::uint32_t tail_of(bool whole, int i) const {
+    const int tail = whole ? kWhole.tail : kLess.tail;
+    const int bit = static_cast<int>(threadIdx.x) % 32 / 4 * 4 * tail % 32 + i * tail;
+    // Between these words it begins.
+    const int least = i * min(kWhole.tail, kLess.tail) / 32;
+    const int most =
+        max(i * kWhole.tail + most_before(kWhole.tail), i * kLess.tail + most_before(kLess.tail)) /
+        32;
+    const auto word = [&](int k) { return tails_[k < kTailWords ? k : kTailWords - 1]; };
+    std::uint32_t low = word(least), high = word(least + 1);
+#pragma unroll
+    for (int k = 1; k < kTailWords; ++k)
+      if (k > least && k <= most && bit / 32 >= k) low = word(k), high = word(k + 1);
+    return __funnelshift_r(low, high, static_cast<std::uint32_t>(bit));
   }
 };
 
@@ -88,7 +150,6 @@ class AnyCodes {
  public:
   static constexpr int kRowBits = 8;
   static constexpr int kTilesWithRegisters = 2;
-  static constexpr bool kAnyBitsAreCodes = false;
 
   __device__ __forceinline__ void fetch(const KeyCodes& codes, const std::uint8_t* page,
                                         int index) {

@@ -32,7 +32,8 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
                                             std::uint32_t rows,
                                             const TokenTurns<kWidth>& token_turns) {
   constexpr bool kRegistersAreLeft = kTiles <= Reader::kTilesWithRegisters;
-  using Tokens = LaneTokens<Reader, kRegistersAreLeft>;
+  using Tokens = LaneTokens<kRegistersAreLeft>;
+  constexpr bool kHasQuads = Reader::kRowBits == 4;
   const Problem& p = a.problem;
   const int warp = threadIdx.x / 32;
   const Segment& segment = shared.segment;
@@ -42,19 +43,20 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     const int block = min(step * Config::kStepBlocks + warp, segment.count - 1);
     return Tokens(p, segment.seq, segment.first_token + block * kBlockTokens, segment.last_token);
   };
-  const auto& codes = [&]() -> const auto& {
-    if constexpr (Reader::kRowBits == 8) {
-      return a.codes[0];
+  // Queries are turned a step ahead; codes are read while others' rows are added up: of all of a
+  // lane's tokens, or of those of a half.
+  std::conditional_t<kHasQuads, Reader, Reader[2]> codes;
+  const PlaneCodes& plane = shared.planes[threadIdx.x % 4];
+  const auto fetch_codes = [&](const Tokens& of, int half) {
+    if constexpr (kHasQuads) {
+      of.fetch_codes(p, plane, codes);
     } else {
-      return shared.code_places[threadIdx.x % 4];
+      of.fetch_codes(p, a.codes[0], segment.place.head, half, codes);
     }
-  }
-  ();
-  // Queries are turned a step ahead; codes are read while others' rows are added up.
-  Reader readers[2];
+  };
   turn_if_due(a, shared, 0);
   Tokens tokens = tokens_of(0), next = tokens;
-  tokens.fetch_codes(p, codes, segment.place.head, 0, readers);
+  fetch_codes(tokens, 0);
 #pragma unroll 1
   for (int step = 0; step < segment.num_steps; ++step) {
     const bool last_step = step + 1 == segment.num_steps;
@@ -69,36 +71,38 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
       break;
     }
     LaneProducts<kTiles> gathered;
-    std::uint16_t norms[4], scales[4];
+    uint2 norms, scales;
 #pragma unroll(kRegistersAreLeft ? 2 : 1)
     for (int half = 0; half < 2; ++half) {
       const uint4* const queries = shared.queries[buffer] + half * Shared<kWidth>::kHalfVectors;
       const auto fetch_next = [&] {
-        if (half == 0) {
-          tokens.fetch_codes(p, codes, segment.place.head, 1, readers);
-        } else if (!last_step) {
+        if (half == 1 && !last_step) {
           next = tokens_of(step + 1);
-          next.fetch_codes(p, codes, segment.place.head, 0, readers);
+          fetch_codes(next, 0);
+        } else if (half == 0 && !kHasQuads) {
+          fetch_codes(tokens, 1);
         }
       };
+      if (half == 1) tokens.fetch_scales(p, segment.place.head, norms, scales);
       Products<kTiles> products = {};
       const auto wait_for_queries = [&] {
         if (half == 0) full.wait(number / Config::kBuffers % 2);
       };
       if constexpr (Reader::kRowBits == 8) {
-        const ByteRowSums<kWidth> sums(rows, readers[0], readers[1]);
+        const ByteRowSums<kWidth> sums(rows, codes[0], codes[1]);
         fetch_next();
         wait_for_queries();
         multiply_sums<kTiles>(sums, shared, token_turns, queries, products);
       } else {
-        for (Reader& reader : readers) reader.finish(codes, static_cast<int>(threadIdx.x) % 32 / 4);
-        const NarrowRows narrow_rows(shared.row_places[threadIdx.x % 32], readers);
+        const NarrowRows<Reader::kGroups> narrow_rows(
+            shared.row_places[threadIdx.x % 32],
+            half == 0 ? codes.token(plane, 0) : codes.token(plane, 1),
+            half == 0 ? codes.token(plane, 2) : codes.token(plane, 3));
         fetch_next();
         wait_for_queries();
         multiply_rows<kRegistersAreLeft, kTiles>(narrow_rows, shared, token_turns, queries,
                                                  segment.place.rows, products);
       }
-      if (half == 1) tokens.fetch_scales(p, segment.place.head, norms, scales);
       if (half == 0) {
         gather<kTiles>(products, 0, gathered);
       } else {
@@ -130,17 +134,21 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
 #pragma unroll 4
   for (int at = static_cast<int>(threadIdx.x) * 16; at < row_bytes; at += Config::kThreads * 16)
     copy_async_16(rows + at, image + at);
-  const TokenTurns<kWidth> token_turns(a.slice, warp * kBlockTokens + lane / 4);
+  const TokenTurns<kWidth> token_turns(a.slice, warp * kBlockTokens + lane / 4 * 4);
 #pragma unroll 1
   for (int i = threadIdx.x; i < Config::kBuffers * Shared<kWidth>::kBufferVectors;
        i += Config::kThreads)
     shared.queries[0][i] = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
   for (int i = threadIdx.x; i < kWidth / 2; i += Config::kThreads)
-    shared.zero_points[i] = reinterpret_cast<const uint2*>(a.slice.zero_points + head * kWidth)[i];
-  if (Reader::kRowBits == 4 && threadIdx.x < 32) {
+    shared.zero_points[i / 8][i % 4][i / 4 % 2] =
+        reinterpret_cast<const uint2*>(a.slice.zero_points + head * kWidth)[i];
+  if constexpr (Reader::kRowBits == 4) {
     if (threadIdx.x < 4)
-      shared.code_places[threadIdx.x] = StageCodesPlace(a.codes[threadIdx.x], head, p.page.size);
+      shared.planes[threadIdx.x] =
+          PlaneCodes(a.codes[threadIdx.x], Reader::kGroups, head, p.page.size);
+  }
+  if (Reader::kRowBits == 4 && threadIdx.x < 32) {
     shared.row_places[threadIdx.x] = RowPlaces(static_cast<int>(threadIdx.x), rows);
     for (int j = 0; j < 3; ++j)
       shared.line_weights[j][threadIdx.x] = line_weight(
@@ -148,10 +156,9 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
   }
   if (threadIdx.x < Config::kMaxRows) shared.factors[threadIdx.x] = 0, shared.lags[threadIdx.x] = 0;
   if (threadIdx.x < kWidth)
-    shared.eight_turns[threadIdx.x] =
-        static_cast<int>(threadIdx.x) < a.slice.num_pairs
-            ? rotation_of(8, p.turns[a.slice.first_pair + threadIdx.x])
-            : make_float2(1, 0);
+    shared.one_turns[threadIdx.x] = static_cast<int>(threadIdx.x) < a.slice.num_pairs
+                                        ? rotation_of(1, p.turns[a.slice.first_pair + threadIdx.x])
+                                        : make_float2(1, 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kBuffers; ++i) {
       Barrier(&shared.full[i]).init(32 * Config::kTurningWarps);

@@ -10,7 +10,7 @@ constexpr int kMostGroups = KeySlice::narrow_groups(DevicePageLayout::kMostNarro
 template <int kTiles, int... kIndices>
 KeyScoresLauncher launcher_of(int num_groups, std::integer_sequence<int, kIndices...>) {
   static constexpr KeyScoresLauncher kLaunchers[] = {
-      launch_key_scores<64, StageCodes<kIndices + 1>, kTiles>...};
+      launch_key_scores<64, QuadCodes<kIndices + 1>, kTiles>...};
   return kLaunchers[num_groups - 1];
 }
 

@@ -15,28 +15,27 @@
 /// numbers; a second product without the high one tells the sums apart.
 namespace commvq::cuda::key_scores {
 
-/// Where the rows that a lane reads lie, of the first and the second book that it reads of a stage.
-/// Kept in shared memory and read where it is used, since registers are scarce; so are
-/// `LineWeights`.
-struct alignas(16) RowPlaces {
-  std::uint32_t parts[2];
-  std::uint32_t factors[2];  ///< bring the books' codes to bit 7
+/// Where the rows that a lane reads lie, of the first book that it reads of a stage. Kept in shared
+/// memory and read where it is used, since registers are scarce; so are `LineWeights`.
+struct alignas(8) RowPlaces {
+  std::uint32_t part;
+  std::uint32_t factor;  ///< brings the book's code to bit 7
 
   /// Of lane `lane`, with rows from `rows` on, a multiple of `KeyScoresConfig::kRowAlignment`. Odd
   /// tokens read the second book first: eight lanes then meet all 32 banks.
   __device__ __forceinline__ RowPlaces(int lane, std::uint32_t rows) {
-    const std::uint32_t line = rows + lane % 4 * KeySlice::kNarrowLineBytes;
-    const int first = lane / 4 % 2;
-    for (int i = 0; i < 2; ++i) {
-      const int book = i == 0 ? first : 1 - first;
-      parts[i] = line + book * 64;
-      factors[i] = book == 0 ? 128 : 2;
-    }
+    const bool second_first = lane / 4 % 2 != 0;
+    part = rows + lane % 4 * KeySlice::kNarrowLineBytes + (second_first ? 64 : 0);
+    factor = second_first ? kSecond : kFirst;
   }
   /// Of the row that a stage's codes name in the i-th book, in the first group.
   __device__ __forceinline__ std::uint32_t row_address(int i, std::uint32_t codes) const {
-    return (codes * factors[i] & (63u << 7)) | parts[i];
+    return (codes * (i == 0 ? factor : kFirst + kSecond - factor) & (63u << 7)) |
+           (i == 0 ? part : part ^ 64);
   }
+
+ private:
+  static constexpr std::uint32_t kFirst = 128, kSecond = 2;
 };
 
 /// The lines' weights, of the first, the second and other groups, as the lanes' bytes of the
@@ -95,15 +94,15 @@ struct NarrowSums {
 template <int kGroups>
 class NarrowRows {
  public:
-  __device__ __forceinline__ NarrowRows(const RowPlaces& places,
-                                        const StageCodes<kGroups> (&tokens)[2]) {
+  __device__ __forceinline__ NarrowRows(const RowPlaces& places, const StageCodes<kGroups>& first,
+                                        const StageCodes<kGroups>& second) {
 #pragma unroll
-    for (int t = 0; t < 2; ++t)
+    for (int j = 0; j < kGroups; ++j)
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          addresses_[t][j][i] = places.row_address(i, tokens[t].of_line(j));
+      for (int i = 0; i < 2; ++i) {
+        addresses_[0][j][i] = places.row_address(i, first.of_line(j));
+        addresses_[1][j][i] = places.row_address(i, second.of_line(j));
+      }
   }
 
   /// Sixteen bytes of the first row of token t, from byte `offset` on.

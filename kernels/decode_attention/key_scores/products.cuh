@@ -33,11 +33,19 @@ struct TokenTurns {
 template <int kTiles>
 using Products = float[kTiles][4];
 
-/// Turns pairs 8k and on of the keys and adds their products with the queries of kUsed tiles for a
-/// half of a step, whose fragments begin at `queries`.
+/// A lane's operand of sixteen pairs, 16 part and on, of the queries of a tile, for a half of a
+/// step whose fragments begin at `queries`.
+template <int kWidth>
+__device__ __forceinline__ uint4 query_pairs(const uint4* queries, int tile, int part) {
+  return queries[tile * Shared<kWidth>::kTileVectors + part * 32 + threadIdx.x % 32];
+}
+
+/// Turns pairs 8k and on of the keys and adds their products with the queries of kUsed tiles, of
+/// which `queries` are sixteen pairs.
 template <int kTiles, int kUsed, int kWidth>
 __device__ __forceinline__ void multiply(const PairKeys& keys, int k,
-                                         const TokenTurns<kWidth>& turns, const uint4* queries,
+                                         const TokenTurns<kWidth>& turns,
+                                         const uint4 (&queries)[kTiles],
                                          Products<kTiles>& products) {
   const __half2 c = turns.cosine[k], s = turns.sine[k];
   std::uint32_t turned[4];
@@ -48,17 +56,18 @@ __device__ __forceinline__ void multiply(const PairKeys& keys, int k,
   }
 #pragma unroll
   for (int tile = 0; tile < kUsed; ++tile) {
-    const uint4* const fragments =
-        queries + tile * Shared<kWidth>::kTileVectors + k / 2 * 32 + threadIdx.x % 32;
-    const uint2 query = reinterpret_cast<const uint2*>(fragments)[k % 2];
-    mma_16x8x16(products[tile], turned[0], turned[1], turned[2], turned[3], query.x, query.y);
+    const uint4 query = queries[tile];
+    mma_16x8x16(products[tile], turned[0], turned[1], turned[2], turned[3],
+                k % 2 == 0 ? query.x : query.z, k % 2 == 0 ? query.y : query.w);
   }
 }
 
 /// What stands for zero, of a lane's pairs 8k + 2q and the next.
 template <int kWidth>
 __device__ __forceinline__ uint2 zero_of(const Shared<kWidth>& shared, int k) {
-  return shared.zero_points[k * 4 + threadIdx.x % 4];
+  // Those of two k at once.
+  const uint4 two = *reinterpret_cast<const uint4*>(shared.zero_points[k / 2][threadIdx.x % 4]);
+  return k % 2 == 0 ? make_uint2(two.x, two.y) : make_uint2(two.z, two.w);
 }
 
 /// The same of all pairs, from sums of rows of 8 bits.
@@ -68,8 +77,13 @@ __device__ __forceinline__ void multiply_sums(const ByteRowSums<kWidth>& sums,
                                               const TokenTurns<kWidth>& turns, const uint4* queries,
                                               Products<kTiles>& products) {
 #pragma unroll
-  for (int k = 0; k < kWidth / 8; ++k)
-    multiply<kTiles, kTiles>(sums.keys(k, zero_of(shared, k)), k, turns, queries, products);
+  for (int part = 0; part < kWidth / 16; ++part) {
+    uint4 of_tiles[kTiles];
+    for (int tile = 0; tile < kTiles; ++tile)
+      of_tiles[tile] = query_pairs<kWidth>(queries, tile, part);
+    for (int k = 2 * part; k < 2 * part + 2; ++k)
+      multiply<kTiles, kTiles>(sums.keys(k, zero_of(shared, k)), k, turns, of_tiles, products);
+  }
 }
 
 /// The same from rows of 4 bits, sixteen pairs at a time; with kReadAhead the next ones' first rows
@@ -84,6 +98,8 @@ __device__ __forceinline__ void multiply_rows(const NarrowRows<kGroups>& rows,
 #pragma unroll
   for (int part = 0; part < 4; ++part) {
     PairKeys keys[2];
+    uint4 of_tiles[kTiles];
+    of_tiles[0] = query_pairs<64>(queries, 0, part);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       if (part == 0 || !kReadAhead) firsts[t] = rows.first(t, 16 * part);
@@ -95,11 +111,13 @@ __device__ __forceinline__ void multiply_rows(const NarrowRows<kGroups>& rows,
     }
     // Without a branch the compiler begins the next part's sums too early, and spills.
     const auto multiply_part = [&](auto multiply_pairs) {
-      for (int i = 0; i < 2; ++i) multiply_pairs(keys[i], 2 * part + i, turns, queries, products);
+      for (int i = 0; i < 2; ++i) multiply_pairs(keys[i], 2 * part + i, turns, of_tiles, products);
     };
     if (num_rows <= Config::kTileRows) {
       multiply_part(multiply<kTiles, 1, 64>);
-    } else {
+    } else if constexpr (kTiles > 1) {
+      for (int tile = 1; tile < kTiles; ++tile)
+        of_tiles[tile] = query_pairs<64>(queries, tile, part);
       multiply_part(multiply<kTiles, kTiles, 64>);
     }
   }

@@ -50,7 +50,7 @@ __device__ void load_queries(const Arguments& a, Shared<kWidth>& shared, int seq
 }
 
 /// Turns the queries to the step's first token, `distance` before the last position, and to the
-/// tokens 8, 16 and 24 after it, and lays them out as fragments: lane 4g + q of a half holds column
+/// three tokens after it, and lays them out as fragments: lane 4g + q of a half holds column
 /// g, pairs 8k + 2q and 8k + 2q + 1: real parts in b0, imaginary parts in b1. `thread` is one of
 /// kTurningWarps * 32.
 template <int kWidth>
@@ -72,7 +72,7 @@ __device__ __forceinline__ void turn_queries(const Arguments& a, Shared<kWidth>&
       const float2 query = shared.unit_queries[row][pair];
       const float2 turn =
           pair < a.slice.num_pairs ? rotation_of(row_distance, turns[pair]) : make_float2(1, 0);
-      back[e] = shared.eight_turns[pair];
+      back[e] = shared.one_turns[pair];
       real[e] = query.x * turn.x - query.y * turn.y;
       imag[e] = query.x * turn.y + query.y * turn.x;
     }

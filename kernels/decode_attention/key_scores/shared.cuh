@@ -61,7 +61,7 @@ struct Segment {
 
 /// What lies in shared memory before the rows. A tile of turned queries, for four rows, is
 /// [2 halves][width / 16][32 lanes] of 16 bytes, as mma fragments: in half h columns 0 to 3 are the
-/// rows for tokens g + 8 h of a block, 4 to 7 for tokens g + 8 h + 16, so that all of a lane's keys
+/// rows for tokens 4 g + h of a block, 4 to 7 for tokens 4 g + h + 2, so that all of a lane's keys
 /// may be turned alike.
 template <int kWidth>
 struct Shared {
@@ -69,12 +69,12 @@ struct Shared {
   static constexpr int kTileVectors = 2 * kHalfVectors;
   static constexpr int kBufferVectors = Config::kTiles * kTileVectors;
 
-  uint4 queries[Config::kBuffers][kBufferVectors];  ///< turned to the first token of a step
-  float2 unit_queries[Config::kMaxRows][kWidth];    ///< times the pairs' units, brought to about 1
-  float2 eight_turns[kWidth];                       ///< RoPE by 8 tokens
-  uint2 zero_points[kWidth / 8 * 4];
-  alignas(8) float factors[Config::kMaxRows];  ///< from sums of products to scores
-  StageCodesPlace code_places[4];
+  uint4 queries[Config::kBuffers][kBufferVectors];   ///< turned to the first token of a step
+  float2 unit_queries[Config::kMaxRows][kWidth];     ///< times the pairs' units, brought to about 1
+  float2 one_turns[kWidth];                          ///< RoPE by one token
+  alignas(16) uint2 zero_points[kWidth / 16][4][2];  ///< [sixteen pairs][lane % 4][eight pairs]
+  alignas(8) float factors[Config::kMaxRows];        ///< from sums of products to scores
+  PlaneCodes planes[4];
   RowPlaces row_places[32];
   LineWeights line_weights;
   int lags[Config::kMaxRows];  ///< how far a row's position is from the last one

@@ -14,7 +14,7 @@ namespace commvq::cuda::key_scores {
 struct Block {
   int seq;
   int index;         ///< in the workspace
-  int token;         ///< a lane's first token, in the sequence; the others are 8, 16 and 24 later
+  int token;         ///< the first of a lane's four, in the sequence
   bool wholly_seen;  ///< every query sees all of them
 };
 
@@ -25,17 +25,26 @@ __device__ __forceinline__ int tile_row() {
   return q % 2 * 2 + q / 2;
 }
 
+/// Pairs of numbers of tokens s and s + 16 from those of a lane's four tokens: of two of them in
+/// lanes of tokens below 16, of the other two in the lanes of their partners.
+__device__ __forceinline__ uint2 paired_with_sixteen_later(uint2 of_tokens) {
+  const bool is_later = threadIdx.x % 32 >= 16;
+  const std::uint32_t other = __shfl_xor_sync(~0u, is_later ? of_tokens.x : of_tokens.y, 16);
+  const std::uint32_t first = is_later ? other : of_tokens.x;
+  const std::uint32_t later = is_later ? of_tokens.y : other;
+  return {__byte_perm(first, later, 0x5410), __byte_perm(first, later, 0x7632)};
+}
+
 /// Scores of a lane's tokens for one row to weights and their sum in the workspace. `scales` are
 /// the tokens' value scales, of which those below 2^-100 bound no weight; `call_row` is the row of
 /// the call.
 __device__ __forceinline__ void store_weights(const Problem& p, const Block& block,
                                               float (&scores)[4], float (&scales)[4], int lag,
                                               int call_row, bool is_row) {
-  const int g = threadIdx.x % 32 / 4;
   if (p.soft_cap > 0)
 #pragma unroll
     for (float& score : scores) score = capped(score, p.soft_cap);
-  if (!block.wholly_seen) hide_unseen<8>(p, block.seq, block.token, lag, scores, scales);
+  if (!block.wholly_seen) hide_unseen<1>(p, block.seq, block.token, lag, scores, scales);
   float largest = -INFINITY;
 #pragma unroll
   for (int t = 0; t < 4; ++t)
@@ -45,43 +54,50 @@ __device__ __forceinline__ void store_weights(const Problem& p, const Block& blo
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
   const float reference = fmaxf(largest, -1e30f);
   float sum = 0;
-  const float factor = value_sums::weight_factor(g);
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     scores[t] = exp2_approx(scores[t] - reference);
     sum += scores[t];
     // A scale that is NaN, of a token that could not be coded, shows.
-    scores[t] *= scales[t] * factor;
+    scores[t] *= scales[t] * value_sums::weight_factor(t);
   }
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  const uint2 weights =
+      paired_with_sixteen_later({as_bits(__floats2half2_rn(scores[0], scores[1])),
+                                 as_bits(__floats2half2_rn(scores[2], scores[3]))});
   if (!is_row) return;
-  std::uint32_t* const weights =
-      p.weights + (Index{block.index} * p.row_stride + call_row) * 16 + g;
-  weights[0] = as_bits(__floats2half2_rn(scores[0], scores[2]));
-  weights[8] = as_bits(__floats2half2_rn(scores[1], scores[3]));
-  if (g == 0) p.block_sums[Index{block.index} * p.row_stride + call_row] = {largest, sum};
+  const int lane = threadIdx.x % 32;
+  std::uint32_t* const row = p.weights + (Index{block.index} * p.row_stride + call_row) * 16;
+  *reinterpret_cast<uint2*>(row + lane % 16 / 4 * 4 + lane / 16 * 2) = weights;
+  if (lane < 4) p.block_sums[Index{block.index} * p.row_stride + call_row] = {largest, sum};
 }
 
 /// Adds what other slices found to the scores of a lane's tokens.
 __device__ __forceinline__ void add_slices(const Problem& p, Turn turn, const Block& block,
                                            int call_row, float (&scores)[4]) {
-  float* const raw = p.raw_scores + (Index{block.index} * p.row_stride + call_row) * kBlockTokens +
-                     threadIdx.x % 32 / 4;
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    if (turn != Turn::kFirst) scores[t] += raw[8 * t];
-    if (turn != Turn::kLast) raw[8 * t] = scores[t];
+  auto* const raw = reinterpret_cast<float4*>(
+      p.raw_scores + (Index{block.index} * p.row_stride + call_row) * kBlockTokens +
+      threadIdx.x % 32 / 4 * 4);
+  if (turn != Turn::kFirst) {
+    const float4 others = *raw;
+    scores[0] += others.x, scores[1] += others.y, scores[2] += others.z, scores[3] += others.w;
   }
+  if (turn != Turn::kLast) *raw = make_float4(scores[0], scores[1], scores[2], scores[3]);
+}
+
+/// The t-th of four bf16 numbers.
+__device__ __forceinline__ float bf16_of(uint2 numbers, int t) {
+  const std::uint32_t two = t < 2 ? numbers.x : numbers.y;
+  return __uint_as_float(t % 2 == 0 ? two << 16 : two & 0xffff0000u);
 }
 
 /// Products of a block to weights or, with other slices to come, raw scores.
 template <int kTiles>
 __device__ __forceinline__ void score_block(const Arguments& a, const Block& block,
-                                            const LaneProducts<kTiles>& products,
-                                            const std::uint16_t (&norms)[4],
-                                            const std::uint16_t (&scales)[4], const float* factors,
-                                            const int* lags, const Place& place) {
+                                            const LaneProducts<kTiles>& products, uint2 norms,
+                                            uint2 scales, const float* factors, const int* lags,
+                                            const Place& place) {
   const Problem& p = a.problem;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -91,15 +107,14 @@ __device__ __forceinline__ void score_block(const Arguments& a, const Block& blo
     const int call_row = place.head * p.rows_per_head + place.first_row + row;
     float scores[4];
 #pragma unroll
-    for (int t = 0; t < 4; ++t)
-      scores[t] = products[tile][t] * (bf16_to_float(norms[t]) * factors[row]);
+    for (int t = 0; t < 4; ++t) scores[t] = products[tile][t] * (bf16_of(norms, t) * factors[row]);
     if (a.turn != Turn::kOnly) {
       if (is_row) add_slices(p, a.turn, block, call_row, scores);
       if (a.turn != Turn::kLast) continue;
     }
     float row_scales[4];
 #pragma unroll
-    for (int t = 0; t < 4; ++t) row_scales[t] = bf16_to_float(scales[t]);
+    for (int t = 0; t < 4; ++t) row_scales[t] = bf16_of(scales, t);
     store_weights(p, block, scores, row_scales, lags[row], call_row, is_row);
   }
 }
