@@ -15,8 +15,7 @@ __device__ __forceinline__ float capped(float score, float cap) {
   return cap - __fdividef(2 * cap, 1 + grown);
 }
 
-/// Takes out the scores of tokens that the row's query does not see: a lane's four, kStride apart.
-template <int kStride>
+/// Takes out the scores of tokens that the row's query does not see: a lane's four in a row.
 __device__ __forceinline__ void hide_unseen(const Problem& p, int seq, int first_token, int lag,
                                             float (&scores)[4], float (&scales)[4]) {
   const Sequence sequence(p, seq);
@@ -25,8 +24,7 @@ __device__ __forceinline__ void hide_unseen(const Problem& p, int seq, int first
 #pragma unroll
   for (int t = 0; t < 4; ++t)
     // What was read of tokens that nobody sees may be anything.
-    if (first_token + kStride * t < begin || first_token + kStride * t >= end)
-      scores[t] = -INFINITY, scales[t] = 0;
+    if (first_token + t < begin || first_token + t >= end) scores[t] = -INFINITY, scales[t] = 0;
 }
 
 }  // namespace commvq::cuda

@@ -27,7 +27,7 @@ constexpr int kWarpTiles = Config::kWarpBits / 16;
 constexpr int kStages = Config::kStages;
 /// What products with the bits are to be multiplied by: 2^21.
 constexpr float kSumScale = 2097152.0f;
-/// What the weights of tokens s, s + 8, s + 16 and s + 24 of a block take.
+/// What the weight of token s of a block takes.
 __device__ __forceinline__ float weight_factor(int s) {
   return static_cast<float>(1 << (3 - s % 4));
 }

@@ -44,8 +44,8 @@ __device__ __forceinline__ void gather_block(const Problem& p, const Shared<Shap
   widen(stage[lane_token(lane) / 16].scales + lane_token(lane) % 16, scales);
   const int first_token = segment.first_token + block * kBlockTokens;
   if (first_token < segment.seen_begin || first_token + kBlockTokens > segment.seen_end)
-    hide_unseen<1>(p, segment.seq, first_token + lane_token(lane), shared.lags[lane % 4], scores,
-                   scales);
+    hide_unseen(p, segment.seq, first_token + lane_token(lane), shared.lags[lane % 4], scores,
+                scales);
   std::uint32_t weights[4];
   weigh(scores, scales, lane, gathered, weights);
   if constexpr (Shape::kGraded) {

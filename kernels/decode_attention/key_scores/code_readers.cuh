@@ -54,7 +54,7 @@ class StageCodes {
   }
 };
 
-/// Those of four tokens in a row, from a slot on that is a multiple of four: what is read of the
+/// Those of four tokens in a row, from a slot on that is a multiple of four: what was read of the
 /// page, in a few registers. Nothing of it is used before `token`, so that the loads may be under
 /// way.
 template <int kNumGroups>
@@ -113,7 +113,7 @@ class QuadCodes {
   };
   static constexpr Shape kWhole{kGroups}, kLess{kGroups - 1};
 
-  // Tails of four tokens are a multiple of 16 bits, those of eight begin with a word.
+  /// Bits of a word before the tails of four tokens, at most: those of eight begin with a word.
   __host__ __device__ static constexpr int most_before(int tail) {
     return tail % 8 == 4 ? 16 : 0;
   }
@@ -131,7 +131,7 @@ class QuadCodes {
   __device__ __forceinline__ std::uint32_t tail_of(bool whole, int i) const {
     const int tail = whole ? kWhole.tail : kLess.tail;
     const int bit = static_cast<int>(threadIdx.x) % 32 / 4 * 4 * tail % 32 + i * tail;
-    // Between these words it begins.
+    // Between these words it begins: few, for which a lane chooses.
     const int least = i * min(kWhole.tail, kLess.tail) / 32;
     const int most =
         max(i * kWhole.tail + most_before(kWhole.tail), i * kLess.tail + most_before(kLess.tail)) /

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "common/barrier.cuh"
 #include "common/launch.cuh"
 #include "common/memory.cuh"
@@ -44,7 +46,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
     return Tokens(p, segment.seq, segment.first_token + block * kBlockTokens, segment.last_token);
   };
   // Queries are turned a step ahead; codes are read while others' rows are added up: of all of a
-  // lane's tokens, or of those of a half.
+  // lane's tokens at once, or of those of a half.
   std::conditional_t<kHasQuads, Reader, Reader[2]> codes;
   const PlaneCodes& plane = shared.planes[threadIdx.x % 4];
   const auto fetch_codes = [&](const Tokens& of, int half) {
@@ -96,7 +98,7 @@ __device__ __forceinline__ void run_segment(const Arguments& a, Shared<kWidth>& 
       } else {
         const NarrowRows<Reader::kGroups> narrow_rows(
             shared.row_places[threadIdx.x % 32],
-            half == 0 ? codes.token(plane, 0) : codes.token(plane, 1),
+            half == 0 ? codes.token(plane, 0) : codes.token(plane, 1),  // constants
             half == 0 ? codes.token(plane, 2) : codes.token(plane, 3));
         fetch_next();
         wait_for_queries();
@@ -147,12 +149,12 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     if (threadIdx.x < 4)
       shared.planes[threadIdx.x] =
           PlaneCodes(a.codes[threadIdx.x], Reader::kGroups, head, p.page.size);
-  }
-  if (Reader::kRowBits == 4 && threadIdx.x < 32) {
-    shared.row_places[threadIdx.x] = RowPlaces(static_cast<int>(threadIdx.x), rows);
-    for (int j = 0; j < 3; ++j)
-      shared.line_weights[j][threadIdx.x] = line_weight(
-          a.slice.line_weights + head * KeySlice::kNarrowWeights, j, static_cast<int>(threadIdx.x));
+    if (threadIdx.x < 32) {
+      shared.row_places[threadIdx.x] = RowPlaces(lane, rows);
+      for (int j = 0; j < 3; ++j)
+        shared.line_weights[j][threadIdx.x] =
+            line_weight(a.slice.line_weights + head * KeySlice::kNarrowWeights, j, lane);
+    }
   }
   if (threadIdx.x < Config::kMaxRows) shared.factors[threadIdx.x] = 0, shared.lags[threadIdx.x] = 0;
   if (threadIdx.x < kWidth)

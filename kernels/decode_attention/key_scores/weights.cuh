@@ -44,7 +44,7 @@ __device__ __forceinline__ void store_weights(const Problem& p, const Block& blo
   if (p.soft_cap > 0)
 #pragma unroll
     for (float& score : scores) score = capped(score, p.soft_cap);
-  if (!block.wholly_seen) hide_unseen<1>(p, block.seq, block.token, lag, scores, scales);
+  if (!block.wholly_seen) hide_unseen(p, block.seq, block.token, lag, scores, scales);
   float largest = -INFINITY;
 #pragma unroll
   for (int t = 0; t < 4; ++t)
