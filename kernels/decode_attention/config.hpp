@@ -50,28 +50,21 @@ struct CombineConfig {
   static constexpr int kMostParts = 16;
 };
 
-/// Into how many pieces one query's exact tokens are cut at most, where thread blocks are idle.
-constexpr int kMaxExactPieces = 8;
-
-/// Tuning values of the exact tokens' attention beside codes with books, by thread blocks.
+/// Tuning values of the exact tokens' attention, by warps.
 struct ExactConfig {
-  static constexpr int kChunkTokens = 64;
+  /// Query heads of a KV head that a warp takes at once.
+  static constexpr int rows(int head_dim) { return head_dim > 128 ? 2 : 4; }
+  static constexpr int kWarps = 16;  ///< of a thread block, at most
+  static constexpr int kMaxPieces =
+      8;  ///< into which one query's tokens are cut, where warps are idle
   static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
-  static constexpr int kMaxPieces = 4;
-  /// Time of one exact token, and of a coded one beside its rows, in that of adding up one row of 8
-  /// bits, and rows that take as long as three groups of rows of 4 bits.
-  static constexpr int kCostInRows = 400;
+  /// Time of one exact token, where all warps are busy, in that of a token with binary codes ...
+  static constexpr int kCostInBinary = 5;
+  /// ... and in that of adding up one row of 8 bits. A coded token takes that beside its rows, and
+  /// three groups of rows of 4 bits as long as so many rows.
+  static constexpr int kCostInRows = 60;
   static constexpr int kCodedCostInRows = 14;
   static constexpr int kRowsOfThreeGroups = 16;
-};
-
-/// Tuning values of the exact tokens' attention beside binary codes, by warps.
-struct ExactWarpsConfig {
-  static constexpr int kRows = 4;    ///< query heads of a KV head that a warp takes at once
-  static constexpr int kWarps = 16;  ///< of a thread block, at most
-  static constexpr int kMaxPieces = kMaxExactPieces;
-  /// Time of one exact token, where all warps are busy, in that of a coded one.
-  static constexpr int kCost = 5;
 };
 
 }  // namespace commvq::cuda

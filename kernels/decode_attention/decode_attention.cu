@@ -8,7 +8,6 @@
 
 #include "common/launch.cuh"
 #include "decode_attention/combine.cuh"
-#include "decode_attention/exact_tokens.cuh"
 #include "decode_attention/kernels.cuh"
 #include "decode_attention/value_sums.cuh"
 
@@ -29,25 +28,22 @@ int divide_up(int value, int unit) {
   return (value + unit - 1) / unit;
 }
 
-/// Cuts the exact tokens of a query so that all thread blocks have some.
-void cut_exact_for_blocks(const CodebooksView& view, Problem& p) {
-  p.num_exact_pieces =
-      std::clamp(view.num_multiprocessors / (p.num_kv_heads * p.batch * p.num_query_tokens), 1,
-                 ExactConfig::kMaxPieces);
+/// Coded tokens that are scored in the time that one exact token takes.
+int exact_cost(const CodebooksView& view) {
+  if (view.layout.is_binary()) return ExactConfig::kCostInBinary;
   const KeySlice& slice = view.slices[0];
   const int rows = slice.row_bits == 8 ? slice.num_books
                                        : KeySlice::narrow_groups(slice.num_books) *
                                              ExactConfig::kRowsOfThreeGroups / 3;
-  p.exact_cost = std::max(1, ExactConfig::kCostInRows / (rows + ExactConfig::kCodedCostInRows));
+  return std::max(1, ExactConfig::kCostInRows / (rows + ExactConfig::kCodedCostInRows));
 }
-/// Cuts them so that all warps of the blocks that score no keys have some, or of all blocks.
-void cut_exact_for_warps(const CodebooksView& view, Problem& p) {
+/// Pieces of a query's exact tokens: all warps of the blocks that score no keys have some, or of
+/// all blocks.
+int exact_pieces(const CodebooksView& view, const Problem& p) {
   const int blocks = p.num_exact_blocks > 0 ? p.num_exact_blocks : view.num_multiprocessors;
-  const int items =
-      p.num_kv_heads * divide_up(p.group, ExactWarpsConfig::kRows) * p.num_query_tokens * p.batch;
-  p.num_exact_pieces =
-      std::clamp(blocks * ExactWarpsConfig::kWarps / items, 1, ExactWarpsConfig::kMaxPieces);
-  p.exact_cost = ExactWarpsConfig::kCost;
+  const int items = p.num_kv_heads * divide_up(p.group, ExactConfig::rows(p.head_dim)) *
+                    p.num_query_tokens * p.batch;
+  return std::clamp(blocks * ExactConfig::kWarps / items, 1, ExactConfig::kMaxPieces);
 }
 
 /// Fills in what depends on shapes alone.
@@ -81,11 +77,8 @@ Problem problem_of(const CodebooksView& view, const DecodeLimits& limits) {
   p.num_key_parts = std::max(1, view.num_multiprocessors / (p.num_kv_heads * row_blocks));
   p.num_exact_blocks =
       std::max(0, view.num_multiprocessors - p.num_kv_heads * p.num_key_parts * row_blocks);
-  if (binary) {
-    cut_exact_for_warps(view, p);
-  } else {
-    cut_exact_for_blocks(view, p);
-  }
+  p.num_exact_pieces = exact_pieces(view, p);
+  p.exact_cost = exact_cost(view);
   p.num_sums = layout.num_value_sums();
   const int chunks = divide_up(p.page.num_code_bits, ValueSumsConfig::kChunkBits);
   p.num_value_parts = std::max(
@@ -275,14 +268,11 @@ cudaError_t score_keys(const CodebooksView& view, const Problem& p, cudaStream_t
     const KeySlice& slice = view.slices[i];
     const dim3 grid(p.num_kv_heads * p.num_key_parts + (i == 0 ? p.num_exact_blocks : 0),
                     row_blocks);
-    const int shared_bytes =
-        std::max(key_scores::shared_bytes(slice),
-                 exact_tokens::Shared<KeyScoresConfig::kThreads>::bytes(p.head_dim, p.group));
     key_scores::Arguments arguments{p, slice, turn_of(i, view.num_slices), {}};
     for (int plane = 0; plane < view.layout.planes_at_once; ++plane)
       arguments.codes[plane] = codes_of(view.layout, view.layout.planes[slice.plane + plane]);
-    const cudaError_t error =
-        launcher_of(slice, p.rows_per_head)(arguments, grid, shared_bytes, stream);
+    const cudaError_t error = launcher_of(slice, p.rows_per_head)(
+        arguments, grid, key_scores::shared_bytes(slice), stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

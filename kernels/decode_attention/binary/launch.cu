@@ -4,7 +4,7 @@
 #include "decode_attention/binary/attention.cuh"
 #include "decode_attention/binary/shared_bytes.hpp"
 #include "decode_attention/combine.cuh"
-#include "decode_attention/exact_warps.cuh"
+#include "decode_attention/exact_tokens.cuh"
 #include "decode_attention/kernels.cuh"
 
 namespace commvq::cuda {
@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   } else {
     wait_for_previous_kernel();
   }
-  if (blockIdx.y == 0) exact_warps::run_items<Shape::kThreads>(problem, block);
+  if (blockIdx.y == 0)
+    exact_tokens::run_items<Shape::kThreads, BinaryKeys::kPairs / 32>(problem, block);
 }
 
 /// Calls `visit` with the `Shape` of the keys.

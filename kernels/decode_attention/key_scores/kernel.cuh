@@ -193,12 +193,6 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     __syncthreads();  // nobody needs the last sequence's queries any more
   }
   wait_for_copies();
-  // The exact tokens take the memory next.
-  if (threadIdx.x == 0)
-    for (int i = 0; i < Config::kBuffers; ++i) {
-      Barrier(&shared.full[i]).end();
-      Barrier(&shared.empty[i]).end();
-    }
 }
 
 }  // namespace commvq::cuda::key_scores

@@ -1,11 +1,24 @@
 #pragma once
 
 #include "common/launch.cuh"
-#include "decode_attention/exact_items.cuh"
+#include "decode_attention/exact_tokens.cuh"
 #include "decode_attention/kernels.cuh"
 #include "decode_attention/key_scores/kernel.cuh"
 
 namespace commvq::cuda {
+
+/// Attention over the exact tokens, of heads of any size that rows of so many pairs are for.
+template <int kWidth>
+__device__ __forceinline__ void attend_exactly(const Problem& problem, int block) {
+  constexpr int kThreads = KeyScoresConfig::kThreads;
+  if (problem.head_dim == 128) {
+    exact_tokens::run_items<kThreads, 2>(problem, block);
+  } else if (kWidth == 64 || problem.head_dim == 256) {
+    exact_tokens::run_items<kThreads, 4>(problem, block);
+  } else {
+    exact_tokens::run_items<kThreads, 1>(problem, block);
+  }
+}
 
 /// Thread blocks (part and head, block of rows) score coded keys; in the first slice they and
 /// num_exact_blocks others also attend over the exact tokens.
@@ -28,8 +41,7 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     wait_for_previous_kernel();
   }
   if (first_slice) clear_counters<KeyScoresConfig::kThreads>(problem);
-  if (first_slice && blockIdx.y == 0)
-    run_exact_items<KeyScoresConfig::kThreads>(problem, block, shared_memory);
+  if (first_slice && blockIdx.y == 0) attend_exactly<kWidth>(problem, block);
 }
 
 template <int kWidth, class Reader, int kTiles>
