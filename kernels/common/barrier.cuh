@@ -15,15 +15,10 @@ class Barrier {
   std::uint32_t __device__ address() const { return address_; }
 
   /// By one thread, before any other use: so many threads arrive in a phase. For bulk copies
-  /// `publish_barriers` follows; then a barrier of the block.
+  /// `publish_barriers` follows; then a barrier of the block. The memory serves nothing else
+  /// afterwards: a device that returns from another process's work may write the barrier back.
   __device__ void init(int arrivals) const {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(address_), "r"(arrivals) : "memory");
-  }
-  /// By one thread, after any other use and before the memory serves something else. Without it a
-  /// device that returns from another process's work may write the barrier back over what took its
-  /// place.
-  __device__ void end() const {
-    asm volatile("mbarrier.inval.shared.b64 [%0];\n" ::"r"(address_) : "memory");
   }
   /// What this thread wrote and read before is done for those who waited.
   __device__ void arrive() const {

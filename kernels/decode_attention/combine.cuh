@@ -32,7 +32,7 @@ struct HeadSums {
   static constexpr int kThreads = 512;
   static constexpr int kSums = kSums_;
   static constexpr bool kPerHead = true;
-  static constexpr int kExactPieces = ExactConfig::kMaxPieces;
+  static constexpr int kExactPieces = ExactConfig::kMaxPiecesInBinary;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   static constexpr int kPartsAtOnce = CombineConfig::kSomeParts;
 #else

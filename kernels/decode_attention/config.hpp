@@ -55,8 +55,10 @@ struct ExactConfig {
   /// Query heads of a KV head that a warp takes at once.
   static constexpr int rows(int head_dim) { return head_dim > 128 ? 2 : 4; }
   static constexpr int kWarps = 16;  ///< of a thread block, at most
-  static constexpr int kMaxPieces =
-      8;  ///< into which one query's tokens are cut, where warps are idle
+  /// Into how many pieces one query's tokens are cut at most, where warps are idle: beside codes
+  /// with books and beside binary ones.
+  static constexpr int kMaxPieces = 4;
+  static constexpr int kMaxPiecesInBinary = 8;
   static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
   /// Time of one exact token, where all warps are busy, in that of a token with binary codes ...
   static constexpr int kCostInBinary = 5;

@@ -210,6 +210,10 @@ std::vector<DecodeCase> all_cases() {
   tied.lengths = {290};
   add("head_dim64", key_config(64, 32, 64, 5)).lengths = {800, 33};
   add("head_dim256", key_config(256, 64, 64, 11)).lengths = {400};
+  auto& odd_group = add("head_dim256_group3", key_config(256, 64, 64, 11));
+  odd_group.group = 3;
+  odd_group.sinks = 3;
+  odd_group.lengths = {400, 90};
   add("7bit_8_books", key_config(128, 64, 128, 4)).lengths = {900};
   add("7bit_10_books", key_config(128, 64, 128, 5)).lengths = {900};
   add("odd_codebook", key_config(128, 64, 37, 7)).lengths = {500};
