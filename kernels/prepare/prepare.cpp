@@ -75,7 +75,7 @@ SliceOffsets add_slice(const KeyCodec& codec, const Rope& rope, const DevicePage
     append(rows, integers.image());
     append(zero_points, integers.zero_points());
     append(units, integers.units);
-    std::vector<int> weights = integers.line_weights;
+    std::vector<int> weights = integers.line_weights();
     weights.resize(KeySlice::kNarrowWeights);
     append(line_weights, weights);
   }

@@ -63,13 +63,13 @@ struct Channel {
       base += columns.back().base;
     }
   }
-  /// With which the rows keep to their bounds; `weights` are those of rows of 4 bits.
-  double least_unit(int row_bits, const std::vector<NarrowWeights::Stage>& weights) const {
+  /// With which the rows keep to their bounds; `stages` are those of rows of 4 bits.
+  double least_unit(int row_bits, const std::vector<IntegerKeySlice::Stage>& stages) const {
     double sum = 0, unit = std::abs(base) / (largest_offset(row_bits) - 1);
     for (std::size_t book = 0; book < columns.size(); ++book) {
       sum += columns[book].largest;
       if (row_bits == 4)
-        unit = std::max(unit, columns[book].largest / (kNarrowShare * weights[book / 2].largest()));
+        unit = std::max(unit, columns[book].largest / (kNarrowShare * stages[book / 2].largest()));
     }
     // Rounding adds half a unit a book, and half a unit of the bases' rest.
     if (row_bits == 8)
@@ -125,16 +125,11 @@ IntegerKeySlice::IntegerKeySlice(const KeyCodebook<float>& codebook, const Devic
   for (int i = 0; i < num_pairs; ++i)
     pairs.push_back({Channel(codebook, *this, first_in_group + i),
                      Channel(codebook, *this, g + first_in_group + i)});
-  std::vector<NarrowWeights::Stage> weights;
-  if (row_bits == 4) {
-    const NarrowWeights chosen(ranges_of(pairs, num_books));
-    weights = chosen.stages;
-    line_weights = chosen.of_lines();
-  }
+  if (row_bits == 4) stages = NarrowWeights(ranges_of(pairs, num_books)).stages;
   for (int i = 0; i < num_pairs; ++i) {
     const ChannelPair& parts = pairs[static_cast<std::size_t>(i)];
     const double unit =
-        std::max(parts[0].least_unit(row_bits, weights), parts[1].least_unit(row_bits, weights));
+        std::max(parts[0].least_unit(row_bits, stages), parts[1].least_unit(row_bits, stages));
     units[static_cast<std::size_t>(i)] = static_cast<float>(unit);
     if (unit == 0) continue;
     for (std::size_t part = 0; part < 2; ++part) {
@@ -144,7 +139,7 @@ IntegerKeySlice::IntegerKeySlice(const KeyCodebook<float>& codebook, const Devic
       offsets[at] = static_cast<std::int16_t>(offset);
       for (std::size_t book = static_cast<std::size_t>(num_books); book-- > 0; rest = 0) {
         const Column& column = parts[part].columns[book];
-        const int step = row_bits == 4 ? weights[book / 2].step() : 1;
+        const int step = row_bits == 4 ? stages[book / 2].step() : 1;
         bases[book * channels + at] = static_cast<float>(column.base);
         for (std::size_t c = 0; c < column.values.size(); ++c)
           rows[(book * column.values.size() + c) * channels + at] = static_cast<std::int16_t>(
@@ -212,25 +207,32 @@ std::vector<std::int8_t> IntegerKeySlice::image() const {
                        source_of(book, c), width);
     return bytes;
   }
-  const int stages = num_books / 2, lines = static_cast<int>(line_weights.size());
-  const int free = lines - stages;
-  for (int line = 0; line < lines; ++line) {
-    const bool is_second = line >= lines - 4 && line < lines - 4 + free;
-    const int stage = is_second ? line - (lines - 4) : line >= lines - 4 ? line - free : line;
-    if (is_second && lines == 4) continue;
-    for (int which = 0; which < 2; ++which)
-      for (int c = 0; c < codebook_size; ++c)
-        write_narrow_row(
-            bytes.data() + Index{line} * KeySlice::kNarrowLineBytes + c * 128 + which * 64,
-            source_of(2 * stage + which, c), width, [&](int entry) {
-              if (!is_second)
-                return first_number(entry, line_weights[static_cast<std::size_t>(line)]);
-              const int first = line_weights[static_cast<std::size_t>(stage)];
-              return (entry - first * first_number(entry, first)) /
-                     line_weights[static_cast<std::size_t>(line)];
-            });
+  for (std::size_t s = 0; s < stages.size(); ++s) {
+    const Stage& stage = stages[s];
+    const auto write_line = [&](int line, auto number) {
+      for (int which = 0; which < 2; ++which)
+        for (int c = 0; c < codebook_size; ++c)
+          write_narrow_row(
+              bytes.data() + Index{line} * KeySlice::kNarrowLineBytes + c * 128 + which * 64,
+              source_of(2 * static_cast<int>(s) + which, c), width, number);
+    };
+    const auto first = [&](int entry) { return first_number(entry, stage.first); };
+    write_line(stage.line, first);
+    if (stage.second > 0)
+      write_line(stage.second_line,
+                 [&](int entry) { return (entry - stage.first * first(entry)) / stage.second; });
   }
   return bytes;
+}
+
+std::vector<int> IntegerKeySlice::line_weights() const {
+  std::vector<int> weights(
+      static_cast<std::size_t>(row_bits == 4 ? 4 * KeySlice::narrow_groups(num_books) : 0));
+  for (const Stage& stage : stages) {
+    weights[static_cast<std::size_t>(stage.line)] = stage.first;
+    if (stage.second > 0) weights[static_cast<std::size_t>(stage.second_line)] = stage.second;
+  }
+  return weights;
 }
 
 std::vector<std::uint16_t> IntegerKeySlice::zero_points() const {

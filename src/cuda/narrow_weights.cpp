@@ -65,7 +65,8 @@ NarrowWeights::NarrowWeights(const std::vector<double>& sizes, double scale) {
   for (int s = 0; s < num; ++s) {
     const double wanted = scale * sizes[static_cast<std::size_t>(s)];
     const bool in_last = s >= 4 * (groups - 1);
-    Stage stage{in_last ? s + free : s, -1, s < 8 ? rounded_weight(wanted) : rest, 0};
+    IntegerKeySlice::Stage stage{in_last ? s + free : s, -1, s < 8 ? rounded_weight(wanted) : rest,
+                                 0};
     if (groups > 1 && s < free) {
       // A multiple of the other lines' weights, and no more than sixteen of them: no gaps.
       stage.second = second;
@@ -92,18 +93,8 @@ NarrowWeights::NarrowWeights(const std::vector<std::vector<double>>& ranges) {
 
 int NarrowWeights::sum() const {
   int sum = 0;
-  for (const Stage& stage : stages) sum += 2 * stage.largest();  // two books
+  for (const IntegerKeySlice::Stage& stage : stages) sum += 2 * stage.largest();  // two books
   return sum;
-}
-
-std::vector<int> NarrowWeights::of_lines() const {
-  std::vector<int> weights(4 *
-                           static_cast<std::size_t>(divide_up(static_cast<int>(stages.size()), 4)));
-  for (const Stage& stage : stages) {
-    weights[static_cast<std::size_t>(stage.line)] = stage.first;
-    if (stage.second > 0) weights[static_cast<std::size_t>(stage.second_line)] = stage.second;
-  }
-  return weights;
 }
 
 }  // namespace commvq::cuda

@@ -214,14 +214,15 @@ std::vector<int> add_byte_rows(const IntegerKeySlice& slice, const std::vector<i
 std::vector<int> add_narrow_rows(const IntegerKeySlice& slice, const DevicePageLayout& layout,
                                  const std::vector<int>& codes) {
   const std::vector<std::int8_t> image = slice.image();
+  const std::vector<int> line_weights = slice.line_weights();
   const auto width = static_cast<std::size_t>(slice.width);
   std::vector<int> result(2 * width);
-  for (std::size_t line = 0; line < slice.line_weights.size(); ++line)
+  for (std::size_t line = 0; line < line_weights.size(); ++line)
     for (int which = 0; which < 2; ++which) {
       const KeyPlane& plane = layout.planes[line % 4];
       const int wanted = 2 * static_cast<int>(line / 4) + which;
       if (plane.num_books == 0) {
-        EXPECT_EQ(slice.line_weights[line], 0);
+        EXPECT_EQ(line_weights[line], 0);
         continue;
       }
       const int code = codes[static_cast<std::size_t>(
@@ -230,8 +231,8 @@ std::vector<int> add_narrow_rows(const IntegerKeySlice& slice, const DevicePageL
                                      static_cast<Index>(line) * KeySlice::kNarrowLineBytes +
                                      code * 128 + which * 64;
       const std::size_t weight_at = std::min(line, std::size_t{8} + line % 4);
-      const int weight = slice.line_weights[weight_at];
-      EXPECT_EQ(weight, slice.line_weights[line]);
+      const int weight = line_weights[weight_at];
+      EXPECT_EQ(weight, line_weights[line]);
       for (std::size_t at = 0; at < 64; ++at) {
         const std::size_t part = at / 16, word = at % 16 / 4, byte = at % 4;
         const std::size_t pair = 16 * part + 8 * (word % 2) + 4 * (word / 2) + byte;

@@ -19,6 +19,19 @@ namespace commvq::cuda {
 /// the intermediate sums. At 4 bits entries are some units times a number in [0, 15], more units
 /// for stages whose rows are larger, or two such products; sums stay below 2048.
 struct COMMVQ_API IntegerKeySlice {
+  /// How rows of 4 bits of a stage become integers: entries are `first` times a number in [0, 15],
+  /// or of a split stage that and `second` times another one, in a line of their own.
+  struct Stage {
+    int line;         ///< of its rows in the image
+    int second_line;  ///< of its second numbers; -1: it is not split
+    int first;
+    int second;  ///< 0 if it is not split
+
+    /// The difference of neighbouring entries, and the largest one.
+    int step() const { return second > 0 ? second : first; }
+    int largest() const { return 15 * (first + second); }
+  };
+
   int width = 64;  ///< pairs, 64 or 32
   int row_bits = 8;
   int group = 0;       ///< of pairs
@@ -29,8 +42,7 @@ struct COMMVQ_API IntegerKeySlice {
   std::vector<std::int16_t> offsets;  ///< [2][width]
   std::vector<float> bases;           ///< [num_books][2][width]: what was taken off, not in units
   std::vector<float> units;           ///< [width]
-  /// At 4 bits, of the image's lines, [groups of four lines][4]; else empty.
-  std::vector<int> line_weights;
+  std::vector<Stage> stages;          ///< at 4 bits; else empty
 
   /// Rounds pairs `[first_pair, first_pair + num_pairs)` (of the head) of the books of
   /// `layout.planes_at_once` planes from `layout.planes[plane]` on.
@@ -53,6 +65,8 @@ struct COMMVQ_API IntegerKeySlice {
   /// Lines are stages in their order. If these are no multiple of four, the last four lines begin
   /// with second numbers of the first stages, or with zeros where there are three stages or less.
   std::vector<std::int8_t> image() const;
+  /// What the numbers of the image's lines are to be multiplied with, [groups of four lines][4].
+  std::vector<int> line_weights() const;
   /// What brings a sum to the key in units, as fp16 numbers
   /// `[width / 8][4 threads][real, imaginary][2 pairs]`: at 8 bits 1152 - offset, which is taken
   /// off 1024 and a byte, the sum plus 128; at 4 bits offset / 512, which is added to a sum / 512.
