@@ -8,7 +8,6 @@ cd "$(dirname "$0")/.."
 steps=${*:-build test sanitize bench}
 build=${COMMVQ_CUDA_BUILD:-build-cuda}
 has() { [[ " $steps " == *" $1 "* ]]; }
-export OMP_WAIT_POLICY=passive  # should several tests run side by side, idle threads leave the cores to others
 
 if has build; then
   generator=()

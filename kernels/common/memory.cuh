@@ -48,6 +48,10 @@ __device__ __forceinline__ uint4 load_shared_16(std::uint32_t address) {
 __device__ __forceinline__ float bf16_to_float(std::uint16_t bits) {
   return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
 }
+/// The two bf16 numbers of a word.
+__device__ __forceinline__ float2 bf16_to_floats(std::uint32_t two) {
+  return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
+}
 
 /// 2^x to 2 units in the last place; results below the normal range become 0.
 __device__ __forceinline__ float exp2_approx(float x) {

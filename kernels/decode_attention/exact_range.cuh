@@ -22,8 +22,6 @@ struct ExactRange {
   __device__ int token(int i) const {
     return i < num_sinks ? first_sink + i : first_other + i - num_sinks;
   }
-  /// Up to where tokens follow each other from the i-th on.
-  __device__ int run_end(int i) const { return i < num_sinks ? num_sinks : count; }
 };
 
 }  // namespace commvq::cuda

@@ -128,8 +128,7 @@ __device__ __forceinline__ void load_values(const Problem& p, Index head,
 }
 
 __device__ __forceinline__ float2 widen(FloatType type, std::uint32_t word) {
-  if (type == FloatType::kBf16)
-    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+  if (type == FloatType::kBf16) return bf16_to_floats(word);
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 

@@ -123,8 +123,9 @@ DevicePageLayout::DevicePageLayout(const KeyCodecConfig& keys, int num_kv_heads_
   int at = 0;
   for (int i = 0; i < num_planes; ++i) {
     KeyPlane& plane = planes[i];
-    plane.num_words = (plane.num_books * code_bits - 1) / 32;
-    plane.tail_bits = plane.num_books * code_bits - plane.num_words * 32;
+    const int bits_of_token = plane.num_books * code_bits;
+    plane.num_words = KeyPlane::whole_words(bits_of_token);
+    plane.tail_bits = bits_of_token - plane.num_words * 32;
     plane.words_offset = at;
     at = align(at + Index{num_kv_heads} * page_size * plane.num_words * 4);
   }

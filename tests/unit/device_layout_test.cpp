@@ -215,6 +215,10 @@ std::vector<int> add_narrow_rows(const IntegerKeySlice& slice, const DevicePageL
                                  const std::vector<int>& codes) {
   const std::vector<std::int8_t> image = slice.image();
   const std::vector<int> line_weights = slice.line_weights();
+  EXPECT_EQ(line_weights.size(),
+            static_cast<std::size_t>(4 * KeySlice::narrow_groups(slice.num_books)));
+  for (const IntegerKeySlice::Stage& stage : slice.stages)
+    EXPECT_EQ(line_weights[static_cast<std::size_t>(stage.line)], stage.first);
   const auto width = static_cast<std::size_t>(slice.width);
   std::vector<int> result(2 * width);
   for (std::size_t line = 0; line < line_weights.size(); ++line)

@@ -30,6 +30,9 @@ struct KeyPlane {
   int words_offset;  ///< bytes from the page's start to the words of head 0
   int tails_offset;  ///< likewise of the tails
 
+  /// Whole words of a token's codes of so many bits, of which at least one is left for the tail.
+  static constexpr int whole_words(int bits) { return (bits - 1) / 32; }
+
   /// The group's book whose code is the k-th.
   COMMVQ_HOST_DEVICE int book(int k) const {
     const int stage = k / 2, last = num_books / 2 - 1;

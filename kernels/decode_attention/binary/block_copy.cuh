@@ -145,10 +145,8 @@ struct LaneCodes {
 /// Four bf16 numbers as floats.
 __device__ __forceinline__ void widen(const std::uint16_t* four, float (&numbers)[4]) {
   const uint2 words = *reinterpret_cast<const uint2*>(four);
-  numbers[0] = __uint_as_float(words.x << 16);
-  numbers[1] = __uint_as_float(words.x & 0xffff0000u);
-  numbers[2] = __uint_as_float(words.y << 16);
-  numbers[3] = __uint_as_float(words.y & 0xffff0000u);
+  const float2 first = bf16_to_floats(words.x), last = bf16_to_floats(words.y);
+  numbers[0] = first.x, numbers[1] = first.y, numbers[2] = last.x, numbers[3] = last.y;
 }
 
 }  // namespace commvq::cuda::binary_attention

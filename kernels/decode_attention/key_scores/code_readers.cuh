@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "commvq/cuda/page_layout.hpp"
+
 #include "decode_attention/key_codes.hpp"
 
 namespace commvq::cuda {
@@ -28,7 +30,7 @@ template <int kGroups>
 class StageCodes {
  public:
   /// Words of a plane of kGroups stages, whole ones and one more for what is left.
-  static constexpr int kWords = (kGroups * kStageBits - 1) / 32 + 1;
+  static constexpr int kWords = KeyPlane::whole_words(kGroups * kStageBits) + 1;
 
   __device__ __forceinline__ StageCodes(const std::uint32_t (&words)[kWords], bool whole) {
 #pragma unroll
@@ -91,7 +93,7 @@ class QuadCodes {
   __device__ __forceinline__ StageCodes<kGroups> token(const PlaneCodes& plane, int i) const {
     const bool whole = plane.whole;
     const std::uint32_t tail = tail_of(whole, i);
-    std::uint32_t words[kWhole.words + 1];
+    std::uint32_t words[StageCodes<kGroups>::kWords];
 #pragma unroll
     for (int w = 0; w < kWhole.words; ++w)
       words[w] = whole             ? words_[i * kWhole.words + w]
@@ -108,7 +110,7 @@ class QuadCodes {
     int tail;   ///< bits that are left, a multiple of four
 
     explicit constexpr Shape(int stages)
-        : words(stages > 0 ? (stages * kStageBits - 1) / 32 : 0),
+        : words(KeyPlane::whole_words(stages * kStageBits)),
           tail(stages * kStageBits - 32 * words) {}
   };
   static constexpr Shape kWhole{kGroups}, kLess{kGroups - 1};

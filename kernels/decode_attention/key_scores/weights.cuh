@@ -88,8 +88,8 @@ __device__ __forceinline__ void add_slices(const Problem& p, Turn turn, const Bl
 
 /// The t-th of four bf16 numbers.
 __device__ __forceinline__ float bf16_of(uint2 numbers, int t) {
-  const std::uint32_t two = t < 2 ? numbers.x : numbers.y;
-  return __uint_as_float(t % 2 == 0 ? two << 16 : two & 0xffff0000u);
+  const float2 two = bf16_to_floats(t < 2 ? numbers.x : numbers.y);
+  return t % 2 == 0 ? two.x : two.y;
 }
 
 /// Products of a block to weights or, with other slices to come, raw scores.
