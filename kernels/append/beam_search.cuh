@@ -213,17 +213,21 @@ __global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kWarpgroupSearch
       const WarpgroupSearch<kTied> search{
           shared + at.stage,
           reinterpret_cast<std::uint32_t*>(shared + at.terms) + warp * 16 * kSearchTermStride,
-          keys.cross_terms + (books + stage) * kSearchSize * kSearchSize, keys.search_factor, lane};
+          keys.cross_terms + (books + stage) * kSearchSize * kSearchSize,
+          keys.search_factor,
+          lane,
+          keys.num_stages};
       SearchRows terms;
-      search.compute_terms(rows, terms);
-      std::uint32_t negated[2][8], least[2][8], choices[2];
+      search.template compute_terms<8>(rows, terms);
+      std::uint32_t negated[8], least[2][8], choices[2];
       float least_of_a[2];
-      search.prepare(terms, negated, least_of_a, least);
+      search.prepare(terms, least_of_a, least);
       const BeamSearch<kTied> beam{search, keys.beam_width, width};
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
+        search.read_negated_terms_of_a(part, negated);
         const SortKey kept =
-            beam.extend(terms, negated[part], least[part], part, errors[part], least_of_a[part]);
+            beam.extend(terms, negated, least[part], part, errors[part], least_of_a[part]);
         const SortKey choice = __shfl_sync(0xffffffffu, kept, lane / 4 * 4 + 1);
         errors[part] = error_of(choice);
         const auto code = static_cast<std::uint32_t>(choice);

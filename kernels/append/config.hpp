@@ -17,7 +17,7 @@ inline constexpr KeySearchConfig kKeySearch{64, 32, 256, 2};
 struct WarpgroupSearchConfig {
   int num_rows;     ///< of a block
   int num_threads;  ///< of a block
-  int min_blocks;   ///< blocks that an SM should hold
+  int min_blocks;   ///< blocks with beams that an SM should hold
 };
 inline constexpr WarpgroupSearchConfig kWarpgroupSearch{64, 128, 2};
 static_assert(kWarpgroupSearch.num_threads == kWarpgroupSearch.num_rows / 16 * 32);

@@ -17,7 +17,8 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
         params.slot_mapping);
     return;
   }
-  if (const auto by_warpgroups = warpgroup_search(encoder); by_warpgroups.kernel != nullptr) {
+  if (const auto by_warpgroups = warpgroup_search(encoder, tokens);
+      by_warpgroups.kernel != nullptr) {
     const dim3 grid(blocks_for(tokens, by_warpgroups.num_tokens),
                     static_cast<unsigned>(encoder.layout.num_kv_heads),
                     static_cast<unsigned>(encoder.layout.num_groups));
@@ -40,9 +41,10 @@ void encode_keys(const EncoderView& encoder, const AppendParams& params,
 }
 
 cudaError_t configure_key_kernels(const EncoderView& encoder, int shared_bytes) noexcept {
-  cudaError_t error = warpgroup_search(encoder).shared_bytes > shared_bytes
-                          ? cudaErrorInvalidConfiguration
-                          : cudaSuccess;
+  cudaError_t error = cudaSuccess;
+  for (const Index tokens : {Index{1}, Index{kMaxTokens}})
+    if (warpgroup_search(encoder, tokens).shared_bytes > shared_bytes)
+      error = cudaErrorInvalidConfiguration;
   const auto allow = [&](auto* kernel) {
     if (error == cudaSuccess) error = allow_shared_memory(kernel, shared_bytes);
   };
@@ -51,7 +53,8 @@ cudaError_t configure_key_kernels(const EncoderView& encoder, int shared_bytes) 
     allow(key_search<kKeySearch.num_rows>(kind));
     allow(key_search<kKeySearch.num_rows_small>(kind));
   }
-  allow(search_greedy_codes);
+  allow(search_greedy_codes<2>);
+  allow(search_greedy_codes<3>);
   allow(search_beam_codes<true>);
   allow(search_beam_codes<false>);
   allow(search_binary_codes<1>);

@@ -7,30 +7,30 @@
 
 namespace commvq::cuda {
 
-/// Shared memory of a block, offsets in bytes. There are two blocks on a multiprocessor: while one
-/// waits for products, the other one has the rest to do.
+/// Shared memory of a block, offsets in bytes, where a multiprocessor holds kBlocks of them: while
+/// one waits, the others have the rest to do. There is memory for the next stage, and there are
+/// registers for all of a stage's operands, with two blocks; three are done with more in a time.
+template <int kBlocks>
 struct GreedySearchShared {
+  static constexpr int kStages = kBlocks == 2 ? 2 : 1;       ///< in memory
+  static constexpr int kStepsAtOnce = kBlocks == 2 ? 8 : 1;  ///< see `compute_terms`
   /// Stages begin on 1024 bytes, where swizzles do.
   static constexpr int kStageBytes = (SearchStage<true>::kBytes + 1023) / 1024 * 1024;
-  int stages;    ///< SearchStage [2], one of which is being copied
-  int barriers;  ///< Barrier of either stage
-  int terms;     ///< uint32 [rows][kSearchTermStride]: terms of a, twice each
-  int codes;     ///< uint16 [rows][codes_stride]
+  static constexpr int kBarriers = kStages * kStageBytes;  ///< Barrier of each SearchStage
+  /// uint32 [rows][kSearchTermStride]: terms of a, twice each.
+  static constexpr int kTerms = kBarriers + 16;
+  /// uint16 [rows][codes_stride].
+  static constexpr int kCodes = kTerms + 4 * kWarpgroupSearch.num_rows * kSearchTermStride;
   int codes_stride;
   int bytes;
 
-  COMMVQ_HOST_DEVICE explicit GreedySearchShared(int num_books) {
-    codes_stride = num_books | 1;
-    stages = 0;
-    barriers = stages + 2 * kStageBytes;
-    terms = barriers + 16;
-    codes = terms + 4 * kWarpgroupSearch.num_rows * kSearchTermStride;
-    bytes = codes + 2 * kWarpgroupSearch.num_rows * codes_stride;
-  }
+  COMMVQ_HOST_DEVICE explicit GreedySearchShared(int num_books)
+      : codes_stride(num_books | 1), bytes(kCodes + 2 * kWarpgroupSearch.num_rows * codes_stride) {}
 };
 
 /// The codes of 64 tokens of one head and group: grid (blocks of tokens, heads, groups).
-__global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kWarpgroupSearch.min_blocks)
+template <int kBlocks>
+__global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kBlocks)
     search_greedy_codes([[maybe_unused]] const __grid_constant__ EncoderView encoder,
                         [[maybe_unused]] Index num_tokens, [[maybe_unused]] const float* unit_keys,
                         [[maybe_unused]] const std::uint16_t* norms,
@@ -40,30 +40,31 @@ __global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kWarpgroupSearch
     extern __shared__ __align__(1024) unsigned char shared[];
     const KeyEncoderView& keys = encoder.keys;
     const DevicePageLayout& layout = encoder.layout;
-    const GreedySearchShared at(layout.num_books);
+    using Shared = GreedySearchShared<kBlocks>;
+    const Shared at(layout.num_books);
     const int head = static_cast<int>(blockIdx.y), group = static_cast<int>(blockIdx.z);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const Index books = (Index{head} * layout.num_groups + group) * keys.num_stages;
+    const int books = (head * layout.num_groups + group) * keys.num_stages;
     const auto copied = [&](int stage) {
-      return Barrier(reinterpret_cast<std::uint64_t*>(shared + at.barriers) + stage % 2);
+      return Barrier(reinterpret_cast<std::uint64_t*>(shared + Shared::kBarriers) +
+                     stage % Shared::kStages);
     };
     const auto stage_at = [&](int stage) {
-      return shared + at.stages + stage % 2 * GreedySearchShared::kStageBytes;
+      return shared + stage % Shared::kStages * Shared::kStageBytes;
     };
     const auto start_stage = [&](int stage) {
       if (thread != 0 || stage >= keys.num_stages) return;
       copied(stage).arrive_and_expect(SearchStage<true>::kBytes);
-      copy_bytes(stage_at(stage), keys.search_stages + (books + stage) * SearchStage<true>::kBytes,
+      copy_bytes(stage_at(stage),
+                 keys.search_stages + Index{books + stage} * SearchStage<true>::kBytes,
                  SearchStage<true>::kBytes, copied(stage));
     };
     if (thread == 0) {
-      copied(0).init(1);
-      copied(1).init(1);
+      for (int i = 0; i < Shared::kStages; ++i) copied(i).init(1);
       publish_barriers();
     }
     __syncthreads();
-    start_stage(0);
-    start_stage(1);
+    for (int i = 0; i < Shared::kStages; ++i) start_stage(i);
 
     const Index first_token = Index{blockIdx.x} * kWarpgroupSearch.num_rows;
     const int count =
@@ -78,20 +79,23 @@ __global__ void __launch_bounds__(kWarpgroupSearch.num_threads, kWarpgroupSearch
       load_row(rows, part, key, layout.head_dim, group, keys.residual_scale);
     }
 
-    auto* const codes = reinterpret_cast<std::uint16_t*>(shared + at.codes);
+    auto* const codes = reinterpret_cast<std::uint16_t*>(shared + Shared::kCodes);
     for (int stage = 0; stage < keys.num_stages; ++stage) {
-      copied(stage).wait(stage / 2 % 2);
+      copied(stage).wait(stage / Shared::kStages % 2);
       const WarpgroupSearch<true> search{
           stage_at(stage),
-          reinterpret_cast<std::uint32_t*>(shared + at.terms) + warp * 16 * kSearchTermStride,
-          keys.cross_terms + (books + stage) * kSearchSize * kSearchSize, keys.search_factor, lane};
+          reinterpret_cast<std::uint32_t*>(shared + Shared::kTerms) + warp * 16 * kSearchTermStride,
+          keys.cross_terms + Index{books + stage} * kSearchSize * kSearchSize,
+          keys.search_factor,
+          lane,
+          keys.num_stages};
       SearchRows terms;
-      search.compute_terms(rows, terms);
+      search.compute_terms<Shared::kStepsAtOnce>(rows, terms);
       std::uint32_t choices[2];
-      search.choose(terms, choices);
+      search.choose(rows, terms, choices);
       search.take_off(choices, rows);
       __syncthreads();  // the stage is no longer read
-      start_stage(stage + 2);
+      start_stage(stage + Shared::kStages);
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         std::uint16_t* const of_row =

@@ -164,13 +164,23 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&c)[8][4],
         "+f"(c[7][2]), "+f"(c[7][3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSign), "n"(kTransposed));
 }
+/// What was written to `c` before is there when products begin, and not read before they are done.
+template <int kCount>
+__device__ __forceinline__ void settle_sums(float (&c)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+}
 /// Waits for all products, those of `c` among them.
 template <int kCount>
 __device__ __forceinline__ void finish_warpgroup_products(float (&c)[kCount][4]) {
   wait_for_warpgroup_products<0>();
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+  settle_sums(c);
+}
+/// Keeps the compiler from computing what follows earlier, which takes registers: it ends the
+/// kernel if `never` holds, which must not be, nor follow from what else the compiler knows.
+__device__ __forceinline__ void compute_no_sooner(bool never) {
+  if (never) __trap();
 }
 inline constexpr bool kHasWarpgroups = true;
 #else
@@ -179,7 +189,10 @@ inline constexpr bool kHasWarpgroups = false;
 __device__ __forceinline__ void begin_warpgroup_products() {}
 __device__ __forceinline__ void commit_warpgroup_products() {}
 template <int kCount>
+__device__ __forceinline__ void settle_sums(float (&)[kCount][4]) {}
+template <int kCount>
 __device__ __forceinline__ void finish_warpgroup_products(float (&)[kCount][4]) {}
+__device__ __forceinline__ void compute_no_sooner(bool) {}
 template <int kSign, int kTransposed>
 __device__ __forceinline__ void warpgroup_multiply_add(float (&)[8][4], const std::uint32_t (&)[4],
                                                        std::uint64_t) {}

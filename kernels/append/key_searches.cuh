@@ -36,13 +36,19 @@ struct KeySearchLaunch {
   int shared_bytes = 0;
 };
 
-/// The search by warpgroups, where there is one for these codes.
-inline KeySearchLaunch warpgroup_search(const EncoderView& encoder) {
+/// The search by warpgroups for so many tokens' codes, where there is one for these codes.
+inline KeySearchLaunch warpgroup_search(const EncoderView& encoder, Index num_tokens) {
   const KeyEncoderView& keys = encoder.keys;
   if (keys.search_stages == nullptr) return {};
-  if (keys.beam_width == 1 && keys.books_are_tied)
-    return {search_greedy_codes, kWarpgroupSearch.num_rows,
-            GreedySearchShared(encoder.layout.num_books).bytes};
+  if (keys.beam_width == 1 && keys.books_are_tied) {
+    constexpr int kRows = kWarpgroupSearch.num_rows;
+    const DevicePageLayout& layout = encoder.layout;
+    const Index blocks = (num_tokens + kRows - 1) / kRows * layout.num_kv_heads * layout.num_groups;
+    // Three on a multiprocessor take longer than two, but do more in a time: for many blocks.
+    if (blocks <= 6 * encoder.warpgroup_processors)
+      return {search_greedy_codes<2>, kRows, GreedySearchShared<2>(layout.num_books).bytes};
+    return {search_greedy_codes<3>, kRows, GreedySearchShared<3>(layout.num_books).bytes};
+  }
   if (keys.books_are_tied)
     return {search_beam_codes<true>, BeamSearchShared<true>::kNumTokens,
             BeamSearchShared<true>(keys.num_stages).bytes};

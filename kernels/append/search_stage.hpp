@@ -27,7 +27,7 @@ struct SearchStage {
   static constexpr int kBytes = kUnit + 16;
 
   /// Number i of centroid n of a book.
-  static constexpr int operand(int n, int i) {
+  static COMMVQ_HOST_DEVICE constexpr int operand(int n, int i) {
     return i / 64 * kHalfBytes + n * 128 + ((i % 64 / 8) ^ (n % 8)) * 16 + i % 8 * 2;
   }
   /// Within a table of terms, those of a: for each lane of four, t, the b that it has of a

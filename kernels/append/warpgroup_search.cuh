@@ -12,14 +12,12 @@ inline constexpr int kSearchSize = SearchStage<true>::kSize;
 // What searches for key codes share where warpgroups multiply: books of 64 centroids over 64 pairs.
 // A warp has 16 residuals ("rows") in registers, as the matrix instruction wants and gives them:
 // lane 4g + t has of rows g and g + 8 numbers 8 n + 2 t and the next one. Per stage
-// 1. inner products of the rows with the books give the terms of a and of b (see key_search.cuh);
-// of
+// 1. inner products of the rows with the books give the terms of a and of b (see key_search.cuh); of
 //    tied books, Z_1 = j Z_0, those with the second one are of the first one and rows times -j;
 // 2. in 16-bit integers, for each b the least sum of a term of a and a cross term, all b of a lane
 //    at a time, so that all rows of the warp need the same a together;
 // 3. the b that may be the best within the integers' rounding, and of these the a: in a greedy
-// search
-//    mostly one each; where there are more, they are compared in fp32;
+//    search mostly one each; where there are more, they are compared in fp32;
 // 4. a matrix product takes the chosen centroids off the rows.
 
 /// Real and imaginary parts of residuals, or terms of a and of b: [eight columns at a time][row g:
@@ -88,49 +86,63 @@ struct WarpgroupSearch {
   const float* cross_terms;    ///< fp32, [a][b]
   float product_factor;        ///< scaled product -> -2 <row, centroid>
   int lane;
+  int num_stages;  ///< of the codec, for `compute_no_sooner` alone
 
   __device__ float unit() const { return *reinterpret_cast<const float*>(stage + Stage::kUnit); }
+  /// The lane's rows g and g + 8 are neighbours: what its half warp writes shares no bank.
   __device__ std::uint32_t* row_of_terms(int part) const {
-    return terms_of_a + (part * 8 + lane / 4) * kSearchTermStride;
+    return terms_of_a + (lane / 4 * 2 + part) * kSearchTermStride;
   }
 
-  /// Step 1.
+  /// Step 1. Operands are made of kStepsAtOnce of the eight steps at a time, sixteen numbers each.
+  template <int kStepsAtOnce>
   __device__ void compute_terms(const SearchRows& rows, SearchRows& terms) const {
     using namespace append_instructions;
-    std::uint32_t hi[2][4][4], lo[2][4][4];
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int half = i / 16, step = i / 4 % 4, k = i % 4;
-      // Row g, row g + 8; the same of the next eight columns.
-      const float* const pair = rows.half[half][2 * step + k / 2] + k % 2 * 2;
-      hi[half][step][k] = pack_halves(pair[0], pair[1]);
-      lo[half][step][k] = pack_rests(pair[0], pair[1], hi[half][step][k]);
-    }
-    terms.clear();
     const std::uint64_t centroids = operand_descriptor(stage);
-    const auto multiply = [&](auto sign, float(&sums)[8][4], int of_row, int book, int of_centroid,
-                              int step) {
-      const std::uint64_t high = advanced(
-          centroids, book * Stage::kBookBytes + of_centroid * Stage::kHalfBytes + step * 32);
-      warpgroup_multiply_add<sign.value, 0>(sums, hi[of_row][step], high);
-      warpgroup_multiply_add<sign.value, 0>(sums, hi[of_row][step],
-                                            advanced(high, Stage::kPartBytes));
-      warpgroup_multiply_add<sign.value, 0>(sums, lo[of_row][step], high);
-    };
-    constexpr std::integral_constant<int, 1> kPlus;
-    constexpr std::integral_constant<int, kTied ? -1 : 1> kMinusIfTied;
-    begin_warpgroup_products();
+    terms.clear();
+    settle_sums(terms.half[0]);
+    settle_sums(terms.half[1]);
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      multiply(kPlus, terms.half[0], 0, 0, 0, step);
-      multiply(kPlus, terms.half[0], 1, 0, 1, step);
-      // <r, j z> = <im r, re z> - <re r, im z>
-      multiply(kPlus, terms.half[1], kTied ? 1 : 0, kTied ? 0 : 1, 0, step);
-      multiply(kMinusIfTied, terms.half[1], kTied ? 0 : 1, kTied ? 0 : 1, 1, step);
+    for (int first = 0; first < 8; first += kStepsAtOnce) {
+      compute_no_sooner(first >= num_stages + 8);
+      std::uint32_t hi[kStepsAtOnce][4], lo[kStepsAtOnce][4];
+#pragma unroll
+      for (int i = 0; i < 4 * kStepsAtOnce; ++i) {
+        const int step = i / 4, k = i % 4;
+        // Row g, row g + 8; the same of the next eight columns.
+        const float* const pair =
+            rows.half[(first + step) / 4][2 * ((first + step) % 4) + k / 2] + k % 2 * 2;
+        hi[step][k] = pack_halves(pair[0], pair[1]);
+        lo[step][k] = pack_rests(pair[0], pair[1], hi[step][k]);
+      }
+      begin_warpgroup_products();
+#pragma unroll
+      for (int step = 0; step < kStepsAtOnce; ++step) {
+        const int half = (first + step) / 4;
+        const auto multiply = [&](auto sign, float(&sums)[8][4], int book, int of_centroid) {
+          const std::uint64_t high =
+              advanced(centroids, book * Stage::kBookBytes + of_centroid * Stage::kHalfBytes +
+                                      (first + step) % 4 * 32);
+          warpgroup_multiply_add<sign.value, 0>(sums, hi[step], high);
+          warpgroup_multiply_add<sign.value, 0>(sums, hi[step], advanced(high, Stage::kPartBytes));
+          warpgroup_multiply_add<sign.value, 0>(sums, lo[step], high);
+        };
+        constexpr std::integral_constant<int, 1> kPlus;
+        constexpr std::integral_constant<int, -1> kMinus;
+        multiply(kPlus, terms.half[0], 0, half);
+        // <r, j z> = <im r, re z> - <re r, im z>
+        if (!kTied) {
+          multiply(kPlus, terms.half[1], 1, half);
+        } else if (half == 0) {
+          multiply(kMinus, terms.half[1], 0, 1);
+        } else {
+          multiply(kPlus, terms.half[1], 0, 0);
+        }
+      }
+      commit_warpgroup_products();
+      finish_warpgroup_products(terms.half[0]);
+      finish_warpgroup_products(terms.half[1]);
     }
-    commit_warpgroup_products();
-    finish_warpgroup_products(terms.half[0]);
-    finish_warpgroup_products(terms.half[1]);
     const auto* const norms = reinterpret_cast<const float2*>(stage + Stage::kNorms);
 #pragma unroll
     for (int n = 0; n < 8; ++n)
@@ -145,10 +157,8 @@ struct WarpgroupSearch {
       }
   }
 
-  /// Writes a row's terms of a, less the least one, as integers; `negated` receives minus the
-  /// lane's, two a word. Returns the least.
-  __device__ float write_terms_of_a(const SearchRows& terms, int part, float per_unit,
-                                    std::uint32_t (&negated)[8]) const {
+  /// Writes a row's terms of a, less the least one, as integers. Returns the least.
+  __device__ float write_terms_of_a(const SearchRows& terms, int part, float per_unit) const {
     const auto term = [&](int i) { return terms.half[0][i / 2][2 * part + i % 2]; };
     float least = term(0);
 #pragma unroll
@@ -161,10 +171,16 @@ struct WarpgroupSearch {
       const int second = __float2int_rn(fminf((term(2 * n + 1) - least) * per_unit, kMost));
       *reinterpret_cast<uint2*>(row_of_terms(part) + n * 8 + lane % 4 * 2) =
           uint2{first * 0x10001u, second * 0x10001u};
-      negated[n] = (static_cast<std::uint32_t>(-first) & 0xffffu) |
-                   static_cast<std::uint32_t>(-second) << 16;
     }
     return least;
+  }
+  /// Minus the lane's integers of a row, two a word.
+  __device__ void read_negated_terms_of_a(int part, std::uint32_t (&negated)[8]) const {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const uint2 two = *reinterpret_cast<const uint2*>(row_of_terms(part) + n * 8 + lane % 4 * 2);
+      negated[n] = (-two.x & 0xffffu) | -two.y << 16;  // both halves of either are the same
+    }
   }
 
   /// Step 2: of both rows and the lane's b, two a word, the least sums over all a.
@@ -262,6 +278,28 @@ struct WarpgroupSearch {
     return columns_within(sums, 2 + row_least(-largest));
   }
 
+  /// A row's term of a anew, for all its lanes: it is seldom needed, and takes registers to keep.
+  __device__ float term_of_a(const SearchRows& rows, int part, int a) const {
+    using namespace append_instructions;
+    const auto two = [&](int half, int n, int of_part) {
+      const int at = Stage::operand(a, half * 64 + n * 8) + of_part * Stage::kPartBytes;
+      const auto pair = *reinterpret_cast<const std::uint32_t*>(stage + at + lane % 4 * 4);
+      return float2{from_half(static_cast<std::uint16_t>(pair)),
+                    from_half(static_cast<std::uint16_t>(pair >> 16))};
+    };
+    float product = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float2 high = two(half, n, 0), low = two(half, n, 1);
+        product += rows.half[half][n][2 * part] * (high.x + low.x) +
+                   rows.half[half][n][2 * part + 1] * (high.y + low.y);
+      }
+    const float norm = reinterpret_cast<const float*>(stage + Stage::kNorms)[a];
+    return norm + row_sum(product) * product_factor;
+  }
+
   /// A row's term in a column, for all its lanes.
   __device__ float term_of(const float (&terms)[8][4], int part, int column) const {
     const int own = column / 8 * 2 + column % 2;
@@ -273,8 +311,9 @@ struct WarpgroupSearch {
   }
 
   /// Step 3 for rows that have several candidates, and the others of the warp: in fp32.
-  __device__ std::uint32_t compare(const SearchRows& terms, const std::uint32_t (&negated)[8],
-                                   int part, unsigned mask_b) const {
+  __device__ std::uint32_t compare(const SearchRows& rows, const SearchRows& terms,
+                                   const std::uint32_t (&negated)[8], int part,
+                                   unsigned mask_b) const {
     SortKey best = kLastKey;
     while (__ballot_sync(0xffffffffu, mask_b != 0) != 0) {
       const int b = take_column(mask_b);
@@ -284,7 +323,7 @@ struct WarpgroupSearch {
       while (__ballot_sync(0xffffffffu, mask_a != 0) != 0) {
         const int a = take_column(mask_a);
         const bool has_a = a < Stage::kSize;
-        const float of_a = term_of(terms.half[0], part, has_a ? a : 0);
+        const float of_a = term_of_a(rows, part, has_a ? a : 0);
         const float of_b = term_of(terms.half[1], part, has_b ? b : 0);
         if (!has_a) continue;
         const float cross = __ldg(cross_terms + a * kSearchSize + b);
@@ -296,20 +335,21 @@ struct WarpgroupSearch {
   }
 
   /// Step 2 and what it needs.
-  __device__ void prepare(const SearchRows& terms, std::uint32_t (&negated)[2][8],
-                          float (&least_of_a)[2], std::uint32_t (&least)[2][8]) const {
+  __device__ void prepare(const SearchRows& terms, float (&least_of_a)[2],
+                          std::uint32_t (&least)[2][8]) const {
     const float per_unit = unit() > 0 ? 1 / unit() : 0;
-    least_of_a[0] = write_terms_of_a(terms, 0, per_unit, negated[0]);
-    least_of_a[1] = write_terms_of_a(terms, 1, per_unit, negated[1]);
+    least_of_a[0] = write_terms_of_a(terms, 0, per_unit);
+    least_of_a[1] = write_terms_of_a(terms, 1, per_unit);
     __syncwarp();
     least_sums(least);
   }
 
   /// Steps 2 and 3: the choices of both rows, as in a sort key. Where nothing compares (NaN), any.
-  __device__ void choose(const SearchRows& terms, std::uint32_t (&choices)[2]) const {
-    std::uint32_t negated[2][8], least[2][8];
+  __device__ void choose(const SearchRows& rows, const SearchRows& terms,
+                         std::uint32_t (&choices)[2]) const {
+    std::uint32_t negated[8], least[2][8];
     float least_of_a[2];
-    prepare(terms, negated, least_of_a, least);
+    prepare(terms, least_of_a, least);
     unsigned masks_b[2];
     bool is_clear = true;
 #pragma unroll
@@ -317,15 +357,18 @@ struct WarpgroupSearch {
       masks_b[part] = candidates_b(terms, least[part], part, least_of_a[part]);
       unsigned left = masks_b[part];
       const int b = take_column(left) % Stage::kSize;
-      unsigned mask_a = candidates_a(negated[part], b);
+      read_negated_terms_of_a(part, negated);
+      unsigned mask_a = candidates_a(negated, b);
       const int count = row_sum(__popc(masks_b[part]) * 256 + __popc(mask_a));
       is_clear = is_clear && count == 257;
       choices[part] = static_cast<std::uint32_t>(take_column(mask_a) << 14 | b);
     }
     if (__all_sync(0xffffffffu, is_clear)) return;
 #pragma unroll
-    for (int part = 0; part < 2; ++part)
-      choices[part] = compare(terms, negated[part], part, masks_b[part]) & (63u << 14 | 63u);
+    for (int part = 0; part < 2; ++part) {
+      read_negated_terms_of_a(part, negated);
+      choices[part] = compare(rows, terms, negated, part, masks_b[part]) & (63u << 14 | 63u);
+    }
   }
 
   /// Step 4.

@@ -90,6 +90,13 @@ TEST_F(AppendTest, CodesOfExactInputAreTheHosts) {
   const Named cases[] = {
       {"greedy, head_dim 128",
        {.num_kv_heads = 2, .head_dim = 128, .num_tokens = 150, .codebook_size = 64}},
+      {"greedy, many more thread blocks than run at once",
+       {.num_kv_heads = 8,
+        .head_dim = 128,
+        .num_tokens = 6500,
+        .codebook_size = 64,
+        .num_stages = 2,
+        .hidden_size = 8}},
       {"greedy, paper's stages, untied",
        {.num_kv_heads = 1,
         .head_dim = 128,

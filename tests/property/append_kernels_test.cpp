@@ -110,7 +110,9 @@ class HostAppend {
 
   void search_by_warpgroups(Index tokens, const AppendWorkspace& workspace, const PagedCodes& paged,
                             const std::int64_t* places) {
-    const KeySearchLaunch search = warpgroup_search(view_);
+    EncoderView on_device = view_;
+    on_device.warpgroup_processors = 132;
+    const KeySearchLaunch search = warpgroup_search(on_device, small_ ? 1 : kMaxTokens);
     ASSERT_LE(search.shared_bytes, static_cast<int>(sizeof shared));
     simt::launch({static_cast<unsigned>((tokens + search.num_tokens - 1) / search.num_tokens),
                   static_cast<unsigned>(view_.layout.num_kv_heads),
@@ -245,10 +247,15 @@ TEST(AppendKernelsTest, GreedyByWarpgroups) {
                                      .codebook_size = 64,
                                      .num_stages = 2,
                                      .hidden_size = 8};
-  expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, true);
-  shape.num_stages = 3;
-  shape.weighted = shape.norm_per_head = true;
-  expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, true);
+  for (const bool few_blocks : {true, false}) {
+    SCOPED_TRACE(few_blocks);
+    shape.num_stages = 2;
+    shape.weighted = shape.norm_per_head = false;
+    expect_right_codes(AppendCase::exact(rng, shape), ValuePrecision::kFp32, few_blocks);
+    shape.num_stages = 3;
+    shape.weighted = shape.norm_per_head = true;
+    expect_right_codes(AppendCase::random(rng, shape), ValuePrecision::kFp32, few_blocks);
+  }
   expect_right_codes(AppendCase::exact(rng, {.num_kv_heads = 1,
                                              .head_dim = 256,
                                              .num_tokens = 10,

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "commvq/core/error.hpp"
 #include "commvq/core/float16.hpp"
 
 #include <ucontext.h>
@@ -399,7 +400,12 @@ inline constexpr bool kHasWarpgroups = true;
 inline void begin_warpgroup_products() {}
 inline void commit_warpgroup_products() {}
 template <int kCount>
+void settle_sums(float (&)[kCount][4]) {}
+template <int kCount>
 void finish_warpgroup_products(float (&)[kCount][4]) {}
+inline void compute_no_sooner(bool never) {
+  require(!never, "a branch that must not be taken was");
+}
 
 inline std::uint64_t operand_descriptor(const void* at) {
   return reinterpret_cast<std::uintptr_t>(at) >> 4;
