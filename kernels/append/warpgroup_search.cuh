@@ -12,8 +12,8 @@ inline constexpr int kSearchSize = SearchStage<true>::kSize;
 // What searches for key codes share where warpgroups multiply: books of 64 centroids over 64 pairs.
 // A warp has 16 residuals ("rows") in registers, as the matrix instruction wants and gives them:
 // lane 4g + t has of rows g and g + 8 numbers 8 n + 2 t and the next one. Per stage
-// 1. inner products of the rows with the books give the terms of a and of b (see key_search.cuh); of
-//    tied books, Z_1 = j Z_0, those with the second one are of the first one and rows times -j;
+// 1. inner products of the rows with the books give the terms of a and of b (see key_search.cuh);
+//    of tied books, Z_1 = j Z_0, those with the second one are of the first one and rows times -j;
 // 2. in 16-bit integers, for each b the least sum of a term of a and a cross term, all b of a lane
 //    at a time, so that all rows of the warp need the same a together;
 // 3. the b that may be the best within the integers' rounding, and of these the a: in a greedy
