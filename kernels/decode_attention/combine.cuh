@@ -259,7 +259,9 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder) {
   int first_sum = (Shape::kPerHead ? place.head : first_chunk) * Shape::kSums;
   DecoderShare<Shape> decoder_share(p, decoder, place.head, first_sum);
   decoder_share.load(0);  // while the previous kernel ends
-  wait_for_previous_kernel();
+  // Sums of all heads are added up by a kernel which starts this one when those before have ended;
+  // sums of a head by the call's first one.
+  if (Shape::kPerHead) wait_for_previous_kernel();
   // A thread finishes the outputs of its channel and rows share, share + kShares, ...
   Exact<Shape> exact[kOutputs<Shape>];
 #pragma unroll
@@ -269,6 +271,7 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder) {
   const int total = total_blocks(p);
   const bool valid = fits(p, total) && p.seq_lens[place.seq] >= p.num_query_tokens;
   const PartRange parts = valid ? parts_of(p, total, place.seq) : PartRange{};
+  if (!Shape::kPerHead) wait_for_previous_kernel();
   float4 outputs{};
 #pragma unroll 1
   for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {

@@ -19,8 +19,6 @@ constexpr float kLog2E = 1.44269504088896341f;
 __global__ void __launch_bounds__(ValueSumsConfig::kThreads, 1)
     value_sums_kernel(const __grid_constant__ Problem problem) {
   extern __shared__ __align__(128) std::uint8_t memory[];
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   value_sums::run(problem, memory);
 }
 

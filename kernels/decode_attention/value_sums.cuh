@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/launch.cuh"
 #include "common/memory.cuh"
 #include "common/mma.cuh"
 #include "common/wgmma.cuh"
@@ -114,7 +115,8 @@ class RoundCopy {
   __device__ __forceinline__ RoundCopy(const Problem& p, const Cursor& cursor, int count,
                                        int first_bit, int first_row)
       : page_stride_(p.page_stride),
-        blocks_left_(count),
+        bits_left_(count),
+        weights_left_(count),
         last_token_(p.seq_lens[cursor.seq] - 1),
         table_(p.block_table + Index{cursor.seq} * p.max_blocks),
         shift_(p.page.shift) {
@@ -132,19 +134,23 @@ class RoundCopy {
             2 * (bit < p.page.num_code_bits ? bit : 0);
     find_page();
   }
-  /// Starts copying the next round.
-  __device__ __forceinline__ void next(Stage& stage) {
-    if (weights_block() < blocks_left_) {
+  /// Starts copying the next round's bits.
+  __device__ __forceinline__ void next_bits(Stage& stage) {
+    if (lane() < kBitVectors && bits_block() < bits_left_)
+      copy_async_16(shared_address(&stage.bits[threadIdx.x / 32][0][0][lane() * 4]),
+                    bits_ + page_ * page_stride_);
+    bits_left_ -= kRoundBlocks;
+    token_ += kRoundTokens;
+    find_page();
+  }
+  /// Starts copying the next round's weights, and closes a group of copies.
+  __device__ __forceinline__ void next_weights(Stage& stage) {
+    if (weights_block() < weights_left_) {
       copy_async_16(shared_address(&stage.weights[threadIdx.x]), weights_);
       copy_async_4(shared_address(&stage.maxima[threadIdx.x]), &sums_->max);
     }
-    if (lane() < kBitVectors && bits_block() < blocks_left_)
-      copy_async_16(shared_address(&stage.bits[threadIdx.x / 32][0][0][lane() * 4]),
-                    bits_ + page_ * page_stride_);
     commit_copies();
-    blocks_left_ -= kRoundBlocks;
-    token_ += kRoundTokens;
-    find_page();
+    weights_left_ -= kRoundBlocks;
     weights_ += kRoundBlocks * 16 * row_stride_;
     sums_ += kRoundBlocks * row_stride_;
   }
@@ -158,7 +164,7 @@ class RoundCopy {
   static_assert(kRoundTokens % 128 == 0, "a thread's slot is the same in all rounds");
 
   Index page_stride_;
-  int blocks_left_;
+  int bits_left_, weights_left_;  ///< blocks
   int last_token_;
   const std::int32_t* table_;
   int shift_;
@@ -303,7 +309,9 @@ __device__ __forceinline__ void add_rounds(Shared& shared, RoundCopy& copy, int 
       left -= kRoundBlocks;
       wait_for_copies_but<kStages - 3>();
       __syncthreads();  // the round's weights are there, and nobody reads the last one's any more
-      copy.next(shared.stages[(i + kStages - 1) % kStages]);
+      Stage& free = shared.stages[(i + kStages - 1) % kStages];
+      copy.next_bits(free);
+      copy.next_weights(free);
       scale_weights(shared.stages[(i + 1) % kStages], left, maximum, shared.weights[(i + 1) % 2]);
       multiply(shared.stages[i], shared.weights[i % 2], sums);
     }
@@ -312,7 +320,14 @@ __device__ __forceinline__ void add_rounds(Shared& shared, RoundCopy& copy, int 
   __syncthreads();
 }
 
-/// `memory` is shared: `kSharedBytes`.
+/// From here on the previous kernel of the stream, which scores the keys, has ended.
+__device__ __forceinline__ void start_after_previous() {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+}
+
+/// `memory` is shared: `kSharedBytes`. What the call was given is read before the previous kernel
+/// has ended, which has waited for it.
 __device__ inline void run(const Problem& p, std::uint8_t* memory) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int first_bit = blockIdx.y * Config::kChunkBits;
@@ -331,7 +346,10 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
     const Index slot = Index{blockIdx.x} + cursor.seq;
     RoundCopy copy(p, cursor, count, first_bit, first_row);
 #pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) copy.next(shared.stages[stage]);
+    for (int stage = 0; stage < kStages - 1; ++stage) copy.next_bits(shared.stages[stage]);
+    start_after_previous();
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) copy.next_weights(shared.stages[stage]);
     const RowSum merged = merge_blocks(p, cursor.index, count, first_row, rows, shared.scratch);
     const int row = threadIdx.x / kRowThreads;
     if (threadIdx.x % kRowThreads == 0) {
@@ -345,6 +363,7 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
     store(p, slot, first_bit, first_row, rows, sums);
     cursor.advance(p, count);
   }
+  start_after_previous();  // where there is nothing to add up
 }
 
 }  // namespace commvq::cuda::value_sums

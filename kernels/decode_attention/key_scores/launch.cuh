@@ -31,7 +31,6 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
 #endif
   extern __shared__ __align__(128) std::uint8_t shared_memory[];
   const Problem& problem = arguments.problem;
-  let_next_kernel_start();
   const int block = static_cast<int>(blockIdx.x);
   const bool first_slice =
       arguments.turn == key_scores::Turn::kOnly || arguments.turn == key_scores::Turn::kFirst;
@@ -39,6 +38,7 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
     key_scores::run<kWidth, Reader, kTiles>(arguments, shared_memory);
   } else {
     wait_for_previous_kernel();
+    let_next_kernel_start();
   }
   if (first_slice) clear_counters<KeyScoresConfig::kThreads>(problem);
   if (first_slice && blockIdx.y == 0) attend_exactly<kWidth>(problem, block);
