@@ -7,12 +7,15 @@
 
 /// Merges what the parts gathered over the tokens, applies the value decoder and adds the exact
 /// tokens. A thread block takes some rows of one sequence and KV head and some chunks of sums,
-/// every thread one sum of a row at a time, for which it weighs all parts by itself: what it waits
-/// for is three reads that depend on each other, and little else runs meanwhile. Where thread
-/// blocks share the chunks, the last one to finish adds up what they found.
+/// every four lanes four sums of a row at a time, for which each weighs a quarter of the parts:
+/// what they wait for is few reads that depend on each other, and little else runs meanwhile. Where
+/// thread blocks share the chunks, the last one to finish adds up what they found.
 namespace commvq::cuda::combine {
 
 constexpr int kRows = CombineConfig::kRows;
+/// Lanes that share the parts of four sums.
+constexpr int kMergingLanes = CombineConfig::kMergingLanes;
+static_assert(kMergingLanes == 4, "each of them writes one of the sums");
 static_assert(kRows == 4, "a float4 holds a sum of all rows");
 
 /// For sums that all heads share, of heads of kDim_ channels.
@@ -20,10 +23,9 @@ template <int kDim_>
 struct SharedSums {
   static constexpr int kDim = kDim_;
   static constexpr int kThreads = 2 * kDim;
-  static constexpr int kSums = CombineConfig::kChunk;             ///< at once
-  static constexpr bool kPerHead = false;                         ///< there may be more chunks
-  static constexpr int kExactPieces = ExactConfig::kMaxPieces;    ///< at most
-  static constexpr int kPartsAtOnce = CombineConfig::kSomeParts;  ///< of which sums are read
+  static constexpr int kSums = CombineConfig::kChunk;  ///< at once
+  static constexpr bool kPerHead = false;              ///< there may be more chunks
+  static constexpr int kPartsAtOnce = CombineConfig::kPartsAtOnce;
 };
 /// For kSums_ sums of every head of 128 channels.
 template <int kSums_>
@@ -32,12 +34,7 @@ struct HeadSums {
   static constexpr int kThreads = 512;
   static constexpr int kSums = kSums_;
   static constexpr bool kPerHead = true;
-  static constexpr int kExactPieces = ExactConfig::kMaxPiecesInBinary;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr int kPartsAtOnce = CombineConfig::kSomeParts;
-#else
-  static constexpr int kPartsAtOnce = CombineConfig::kMostParts;
-#endif
+  static constexpr int kPartsAtOnce = CombineConfig::kPartsAtOnceOfHeads;
 };
 
 /// Threads of a channel, among which a chunk's part of its column of the decoder is shared out.
@@ -89,74 +86,105 @@ __device__ __forceinline__ float relative(float number, float largest) {
   return exp2_approx(number - fmaxf(largest, -1e30f));
 }
 
-/// One sum of a row of the call over all parts, and the row's total.
+/// Four sums of a row of the call over every fourth part, and the row's total over these.
 template <class Shape>
 struct Merged {
   RowSum total{-INFINITY, 0};
-  float value = 0;
+  float4 sums{};
 
-  __device__ __forceinline__ Merged(const Problem& p, PartRange parts, int seq, int row, int sum) {
+  /// `first_sum` is the first one's, `lane` the first part's in the range.
+  __device__ __forceinline__ Merged(const Problem& p, PartRange parts, int seq, int row,
+                                    int first_sum, int lane) {
     constexpr int kAtOnce = Shape::kPartsAtOnce;
+    const Index stride = Index{kMergingLanes} * p.row_stride;  // of the rows of parts
 #pragma unroll 1
-    for (int first = 0; first < parts.count(); first += kAtOnce) {
+    for (int first = lane; first < parts.count(); first += kMergingLanes * kAtOnce) {
       const Index slot = (Index{parts.first} + first + seq) * p.row_stride + row;
-      const RowSum* const totals = p.part_sums + slot;
-      const float* const values = p.value_sums + slot * p.num_sums + sum;
-      const Index stride = Index{p.row_stride} * p.num_sums;
-      RowSum some_totals[kAtOnce];
-      float some[kAtOnce];
+      RowSum totals[kAtOnce];
+      float4 some[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const bool is_part = first + i < parts.count();
-        some_totals[i] = is_part ? totals[Index{i} * p.row_stride] : RowSum{-INFINITY, 0};
-        some[i] = is_part ? values[i * stride] : 0;
+        const bool is_part = first + kMergingLanes * i < parts.count();
+        const Index at = slot + i * stride;
+        totals[i] = is_part ? p.part_sums[at] : RowSum{-INFINITY, 0};
+        some[i] = is_part
+                      ? *reinterpret_cast<const float4*>(p.value_sums + at * p.num_sums + first_sum)
+                      : float4{};
       }
       float largest = total.max;
 #pragma unroll
-      for (const RowSum& part : some_totals) largest = fmaxf(largest, part.max);
-      const float keep = relative(total.max, largest);
-      total = {largest, total.sum * keep};
-      value *= keep;
+      for (const RowSum& part : totals) largest = fmaxf(largest, part.max);
+      weigh(relative(total.max, largest));
+      total.max = largest;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const float factor = relative(some_totals[i].max, largest);
-        total.sum += some_totals[i].sum * factor;
-        value += some[i] * factor;
+        const float factor = relative(totals[i].max, largest);
+        total.sum += totals[i].sum * factor;
+        sums.x += some[i].x * factor;
+        sums.y += some[i].y * factor;
+        sums.z += some[i].z * factor;
+        sums.w += some[i].w * factor;
       }
     }
+  }
+  /// All parts: what the neighbouring lanes have, too.
+  __device__ __forceinline__ void gather_lanes() {
+    float largest = total.max;
+#pragma unroll
+    for (int step = 1; step < kMergingLanes; step *= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    weigh(relative(total.max, largest));
+    total.max = largest;
+#pragma unroll
+    for (int step = 1; step < kMergingLanes; step *= 2)
+      for (float* number : {&total.sum, &sums.x, &sums.y, &sums.z, &sums.w})
+        *number += __shfl_xor_sync(~0u, *number, step);
+  }
+
+ private:
+  __device__ __forceinline__ void weigh(float factor) {
+    for (float* number : {&total.sum, &sums.x, &sums.y, &sums.z, &sums.w}) *number *= factor;
   }
 };
 
 /// What the exact tokens give a channel of a row of the call.
 template <class Shape>
 struct Exact {
-  RowSum totals[Shape::kExactPieces];
-  float outputs[Shape::kExactPieces];
+  RowSum totals[ExactConfig::kMaxPieces];
+  float outputs[ExactConfig::kMaxPieces];
 
   __device__ __forceinline__ void load(const Problem& p, int seq, int row, int channel) {
     const Index first = (Index{seq} * p.num_rows + row) * p.num_exact_pieces;
     const RowSum* const from = p.exact_sums + first;
     const float* const of_channel = p.exact_outputs + first * Shape::kDim + channel;
 #pragma unroll
-    for (int i = 0; i < Shape::kExactPieces; ++i) {
+    for (int i = 0; i < ExactConfig::kMaxPieces; ++i) {
       totals[i] = i < p.num_exact_pieces ? from[i] : RowSum{-INFINITY, 0};
       outputs[i] = i < p.num_exact_pieces ? of_channel[i * Shape::kDim] : 0;
     }
   }
-  /// Adds them to what the coded tokens give.
-  __device__ __forceinline__ void add_to(RowSum& total, float& output) const {
-    const float before = total.max;
+  /// Makes the first piece all of them.
+  __device__ __forceinline__ void merge() {
+    float largest = -INFINITY;
 #pragma unroll
-    for (const RowSum& piece : totals) total.max = fmaxf(total.max, piece.max);
-    const float keep = relative(before, total.max);
-    total.sum *= keep;
-    output *= keep;
+    for (const RowSum& piece : totals) largest = fmaxf(largest, piece.max);
+    RowSum total{largest, 0};
+    float output = 0;
 #pragma unroll
-    for (int i = 0; i < Shape::kExactPieces; ++i) {
-      const float factor = relative(totals[i].max, total.max);
+    for (int i = 0; i < ExactConfig::kMaxPieces; ++i) {
+      const float factor = relative(totals[i].max, largest);
       total.sum += totals[i].sum * factor;
       output += outputs[i] * factor;
     }
+    totals[0] = total;
+    outputs[0] = output;
+  }
+  /// Adds what was merged to what the coded tokens give.
+  __device__ __forceinline__ void add_to(RowSum& total, float& output) const {
+    const float largest = fmaxf(total.max, totals[0].max);
+    const float keep = relative(total.max, largest), factor = relative(totals[0].max, largest);
+    total = {largest, total.sum * keep + totals[0].sum * factor};
+    output = output * keep + outputs[0] * factor;
   }
 };
 
@@ -210,11 +238,17 @@ __device__ __forceinline__ void merge_chunk(const Problem& p, const Place& place
                                             int first_sum, Shared<Shape>& shared) {
 #pragma unroll 1
   for (int item = threadIdx.x; item < kRows * Shape::kSums; item += Shape::kThreads) {
-    const int row = item / Shape::kSums, sum = item % Shape::kSums;
-    const Merged<Shape> merged(p, parts, place.seq, place.first_call_row + min(row, place.rows - 1),
-                               first_sum + sum);
-    (&shared.sums[sum].x)[row] = merged.value;
-    if (sum == 0) shared.coded[row] = merged.total;
+    const int lane = item % kMergingLanes, row = item / Shape::kSums;
+    const int first = item % Shape::kSums - lane;
+    Merged<Shape> merged(p, parts, place.seq, place.first_call_row + min(row, place.rows - 1),
+                         first_sum + first, lane);
+    merged.gather_lanes();
+    const float4 sums = merged.sums;
+    (&shared.sums[first + lane].x)[row] = lane == 0   ? sums.x
+                                          : lane == 1 ? sums.y
+                                          : lane == 2 ? sums.z
+                                                      : sums.w;
+    if (item % Shape::kSums == 0) shared.coded[row] = merged.total;
   }
 }
 
@@ -271,7 +305,11 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder) {
   const int total = total_blocks(p);
   const bool valid = fits(p, total) && p.seq_lens[place.seq] >= p.num_query_tokens;
   const PartRange parts = valid ? parts_of(p, total, place.seq) : PartRange{};
-  if (!Shape::kPerHead) wait_for_previous_kernel();
+  if (!Shape::kPerHead) {
+#pragma unroll
+    for (Exact<Shape>& of_output : exact) of_output.merge();
+    wait_for_previous_kernel();
+  }
   float4 outputs{};
 #pragma unroll 1
   for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
@@ -314,6 +352,7 @@ __device__ __forceinline__ void run(const Problem& p, const float* decoder) {
     const int row = share + i * kShares<Shape>;
     if (row >= place.rows) break;
     RowSum row_total = shared.coded[row];
+    if (Shape::kPerHead) exact[i].merge();
     exact[i].add_to(row_total, mine[i]);
     store(p, place, valid, row, channel, row_total, mine[i]);
   }

@@ -44,10 +44,11 @@ struct BinaryAttentionConfig {
 /// Tuning values of the kernel that merges parts and applies the value decoder.
 struct CombineConfig {
   static constexpr int kRows = 4;
-  static constexpr int kChunk = 64;  ///< sums at once, where all heads share them
-  /// Parts of which a thread reads sums at once, and most that there are registers for.
-  static constexpr int kSomeParts = 11;
-  static constexpr int kMostParts = 16;
+  static constexpr int kChunk = 64;        ///< sums at once, where all heads share them
+  static constexpr int kMergingLanes = 4;  ///< that share the parts of four sums
+  /// Parts of which a lane reads sums at once, where all heads share them and where not.
+  static constexpr int kPartsAtOnce = 6;
+  static constexpr int kPartsAtOnceOfHeads = 4;
 };
 
 /// Tuning values of the exact tokens' attention, by warps.
@@ -55,10 +56,8 @@ struct ExactConfig {
   /// Query heads of a KV head that a warp takes at once.
   static constexpr int rows(int head_dim) { return head_dim > 128 ? 2 : 4; }
   static constexpr int kWarps = 16;  ///< of a thread block, at most
-  /// Into how many pieces one query's tokens are cut at most, where warps are idle: beside codes
-  /// with books and beside binary ones.
-  static constexpr int kMaxPieces = 4;
-  static constexpr int kMaxPiecesInBinary = 8;
+  /// Into how many pieces one query's tokens are cut at most, where warps are idle.
+  static constexpr int kMaxPieces = 8;
   static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
   /// Time of one exact token, where all warps are busy, in that of a token with binary codes ...
   static constexpr int kCostInBinary = 5;

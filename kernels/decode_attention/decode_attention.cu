@@ -41,9 +41,7 @@ int exact_pieces(const CodebooksView& view, const Problem& p) {
   const int blocks = p.num_exact_blocks > 0 ? p.num_exact_blocks : view.num_multiprocessors;
   const int items = p.num_kv_heads * divide_up(p.group, ExactConfig::rows(p.head_dim)) *
                     p.num_query_tokens * p.batch;
-  return std::clamp(
-      blocks * ExactConfig::kWarps / items, 1,
-      view.layout.is_binary() ? ExactConfig::kMaxPiecesInBinary : ExactConfig::kMaxPieces);
+  return std::clamp(blocks * ExactConfig::kWarps / items, 1, ExactConfig::kMaxPieces);
 }
 
 /// Fills in what depends on shapes alone.

@@ -296,6 +296,9 @@ __device__ __forceinline__ void run_items(const Problem& p, int block) {
   constexpr int kWarps = kThreads / 32;
   const int items =
       p.num_exact_pieces * p.num_kv_heads * row_groups<kPairs>(p) * p.num_query_tokens * p.batch;
+  // Most often there is a warp for each where no keys are scored, which needs no lengths.
+  const bool scores_keys = block < p.num_kv_heads * p.num_key_parts;
+  if (scores_keys && items <= p.num_exact_blocks * kWarps) return;
   const int coded_tokens = coded_tokens_of_part(p);
   const int item_tokens = (p.window + p.exact.sinks) / p.num_exact_pieces + 1;
   const int free_items = max(kWarps, coded_tokens / (p.exact_cost * item_tokens));
