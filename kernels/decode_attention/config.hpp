@@ -2,6 +2,9 @@
 
 namespace commvq::cuda {
 
+/// Most query heads of a KV head: no kernel needs a limit, but grids have theirs.
+constexpr int kMaxGroup = 1024;
+
 /// Tuning values of the key kernel.
 struct KeyScoresConfig {
   static constexpr int kThreads = 512;
@@ -58,7 +61,6 @@ struct ExactConfig {
   static constexpr int kWarps = 16;  ///< of a thread block, at most
   /// Into how many pieces one query's tokens are cut at most, where warps are idle.
   static constexpr int kMaxPieces = 8;
-  static constexpr int kMaxGroup = 32;  ///< query heads of a KV head
   /// Time of one exact token, where all warps are busy, in that of a token with binary codes ...
   static constexpr int kCostInBinary = 5;
   /// ... and in that of adding up one row of 8 bits. A coded token takes that beside its rows, and

@@ -146,10 +146,10 @@ Status check_limits(const CodebooksView& view, const DecodeLimits& limits) {
     return {StatusCode::kInvalidArgument,
             "num_q_heads is %d; it must be a multiple of the %d KV heads", limits.num_q_heads,
             heads};
-  if (limits.num_q_heads / heads > ExactConfig::kMaxGroup)
+  if (limits.num_q_heads / heads > kMaxGroup)
     return {StatusCode::kUnsupported,
             "%d query heads for each of %d KV heads; at most %d are supported",
-            limits.num_q_heads / heads, heads, ExactConfig::kMaxGroup};
+            limits.num_q_heads / heads, heads, kMaxGroup};
   if (limits.total_tokens < 1 || limits.total_tokens > (Index{1} << 35))
     return invalid("total_tokens", limits.total_tokens, "it must be in [1, 2^35]");
   return {};

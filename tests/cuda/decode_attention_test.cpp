@@ -124,7 +124,7 @@ std::vector<DecodeCase> all_cases() {
     c.page_size = page_size;
     c.lengths = {515, 16, 1, 129, 2200, 700};
   }
-  for (const int group : {1, 3, 8}) {
+  for (const int group : {1, 3, 8, 48}) {
     auto& c = add_binary(("binary_group" + std::to_string(group)).c_str());
     c.group = group;
     c.num_query_tokens = group == 3 ? 5 : 1;
@@ -159,7 +159,7 @@ std::vector<DecodeCase> all_cases() {
   sinks.sinks = 5;
   sinks.window = 33;
   sinks.lengths = {3, 6, 400, 39};
-  for (const int group : {1, 2, 3, 8, 16}) {
+  for (const int group : {1, 2, 3, 8, 16, 71}) {
     auto& c = add(("group" + std::to_string(group)).c_str(), paper1);
     c.group = group;
     c.lengths = {700};
@@ -291,8 +291,8 @@ TEST(DecodeAttention, RefusalsNameValueAndLimit) {
          [](DecodeAttention& call) { call.limits.num_query_tokens = 17; });
   expect(StatusCode::kInvalidArgument, "num_q_heads is 7",
          [](DecodeAttention& call) { call.limits.num_q_heads = 7; });
-  expect(StatusCode::kUnsupported, "at most 32",
-         [](DecodeAttention& call) { call.limits.num_q_heads = 2 * 64; });
+  expect(StatusCode::kUnsupported, "at most 1024",
+         [](DecodeAttention& call) { call.limits.num_q_heads = 2 * 1025; });
   expect(StatusCode::kUnsupported, "fp32",
          [](DecodeAttention& call) { call.type = FloatType::kFp32; });
   expect(StatusCode::kInvalidArgument, "exact.capacity is 100",
