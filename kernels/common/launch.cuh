@@ -19,6 +19,13 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+/// Waits for the previous kernel of the stream and only then lets the next one start, which so may
+/// read, before its own wait, what kernels before this one wrote.
+__device__ __forceinline__ void start_after_previous_kernel() {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+}
+
 /// Launches a kernel that may start before the previous one of the stream has ended (programmatic
 /// dependent launch), on devices that can; it must call `wait_for_previous_kernel`.
 template <class... Parameters, class... Arguments>

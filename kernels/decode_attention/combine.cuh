@@ -13,10 +13,9 @@
 namespace commvq::cuda::combine {
 
 constexpr int kRows = CombineConfig::kRows;
-/// Lanes that share the parts of four sums.
-constexpr int kMergingLanes = CombineConfig::kMergingLanes;
-static_assert(kMergingLanes == 4, "each of them writes one of the sums");
 static_assert(kRows == 4, "a float4 holds a sum of all rows");
+/// Lanes that share the parts of four sums, of which each writes one.
+constexpr int kMergingLanes = 4;
 
 /// For sums that all heads share, of heads of kDim_ channels.
 template <int kDim_>

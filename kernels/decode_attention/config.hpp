@@ -47,8 +47,7 @@ struct BinaryAttentionConfig {
 /// Tuning values of the kernel that merges parts and applies the value decoder.
 struct CombineConfig {
   static constexpr int kRows = 4;
-  static constexpr int kChunk = 64;        ///< sums at once, where all heads share them
-  static constexpr int kMergingLanes = 4;  ///< that share the parts of four sums
+  static constexpr int kChunk = 64;  ///< sums at once, where all heads share them
   /// Parts of which a lane reads sums at once, where all heads share them and where not.
   static constexpr int kPartsAtOnce = 6;
   static constexpr int kPartsAtOnceOfHeads = 4;

@@ -320,12 +320,6 @@ __device__ __forceinline__ void add_rounds(Shared& shared, RoundCopy& copy, int 
   __syncthreads();
 }
 
-/// From here on the previous kernel of the stream, which scores the keys, has ended.
-__device__ __forceinline__ void start_after_previous() {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-}
-
 /// `memory` is shared: `kSharedBytes`. What the call was given is read before the previous kernel
 /// has ended, which has waited for it.
 __device__ inline void run(const Problem& p, std::uint8_t* memory) {
@@ -347,7 +341,7 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
     RoundCopy copy(p, cursor, count, first_bit, first_row);
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) copy.next_bits(shared.stages[stage]);
-    start_after_previous();
+    start_after_previous_kernel();  // which scores the keys
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) copy.next_weights(shared.stages[stage]);
     const RowSum merged = merge_blocks(p, cursor.index, count, first_row, rows, shared.scratch);
@@ -363,7 +357,7 @@ __device__ inline void run(const Problem& p, std::uint8_t* memory) {
     store(p, slot, first_bit, first_row, rows, sums);
     cursor.advance(p, count);
   }
-  start_after_previous();  // where there is nothing to add up
+  start_after_previous_kernel();  // where there is nothing to add up
 }
 
 }  // namespace commvq::cuda::value_sums

@@ -171,8 +171,7 @@ __device__ __forceinline__ void run(const Arguments& a, std::uint8_t* memory) {
     shared.place = {head, first_row, min(Config::kMaxRows, p.rows_per_head - first_row)};
   }
 
-  wait_for_previous_kernel();
-  let_next_kernel_start();  // not sooner: it relies on what came before this call having ended
+  start_after_previous_kernel();
   if (warp == 0) {
     const int part = static_cast<int>(blockIdx.x) / p.num_kv_heads;
     const Cursor cursor = part_cursor(p, total_blocks(p), part, p.num_key_parts);

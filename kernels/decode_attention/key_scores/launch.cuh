@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(KeyScoresConfig::kThreads, 1)
   if (block < problem.num_kv_heads * problem.num_key_parts) {
     key_scores::run<kWidth, Reader, kTiles>(arguments, shared_memory);
   } else {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
+    start_after_previous_kernel();
   }
   if (first_slice) clear_counters<KeyScoresConfig::kThreads>(problem);
   if (first_slice && blockIdx.y == 0) attend_exactly<kWidth>(problem, block);
